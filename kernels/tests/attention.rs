@@ -1,0 +1,140 @@
+//! Paged decode attention of every instruction set against a naive one in f64, and its independence of neighbours.
+
+use half::bf16;
+use millrace_kernels::{AttentionError, DecodeShape, Element, Isa, KvSlab, paged_decode};
+
+/// Numbers in [-1, 1) from a counter.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 40) as f32) / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn vector(&mut self, len: usize, scale: f32) -> Vec<f32> {
+        (0..len).map(|_| self.next() * scale).collect()
+    }
+}
+
+/// A query and a slab of cells with random content; what is beyond the context is poison.
+struct Case {
+    shape: DecodeShape,
+    context: usize,
+    query: Vec<f32>,
+    slab: std::sync::Arc<KvSlab>,
+}
+
+fn shape(heads: usize, kv_heads: usize, head_dim: usize, block_tokens: usize, element: Element) -> DecodeShape {
+    DecodeShape { heads, kv_heads, head_dim, block_tokens, element, scale: 1.0 / (head_dim as f32).sqrt() }
+}
+
+fn case(shape: DecodeShape, context: usize, noise: &mut Noise) -> Case {
+    let blocks = context.div_ceil(shape.block_tokens);
+    let slab = KvSlab::new(shape.cell_bytes(), 1, blocks).unwrap();
+    for slot in 0..blocks {
+        let mut numbers = noise.vector(2 * shape.kv_heads * shape.block_tokens * shape.head_dim, 2.0);
+        for (i, x) in numbers.iter_mut().enumerate() {
+            if slot * shape.block_tokens + (i / shape.head_dim) % shape.block_tokens >= context {
+                *x = f32::NAN;
+            }
+        }
+        match shape.element {
+            Element::F32 => slab.write(slot, 0).copy_from_slice(bytemuck::cast_slice(&numbers)),
+            Element::Bf16 => {
+                let halves: Vec<bf16> = numbers.iter().map(|x| bf16::from_f32(*x)).collect();
+                slab.write(slot, 0).copy_from_slice(bytemuck::cast_slice(&halves));
+            }
+        }
+    }
+    Case { shape, context, query: noise.vector(shape.heads * shape.head_dim, 3.0), slab }
+}
+
+impl Case {
+    fn run(&self, isa: Isa) -> Vec<f32> {
+        let cells: Vec<_> = (0..self.slab.slots()).map(|slot| self.slab.read(slot, 0)).collect();
+        let mut out = vec![0.0; self.query.len()];
+        paged_decode(isa, &self.shape, &self.query, &cells, self.context, &mut out).unwrap();
+        out
+    }
+
+    fn element(&self, part: usize, kv_head: usize, token: usize, i: usize) -> f64 {
+        let s = &self.shape;
+        let cell = self.slab.read(token / s.block_tokens, 0);
+        let at = ((part * s.kv_heads + kv_head) * s.block_tokens + token % s.block_tokens) * s.head_dim + i;
+        match s.element {
+            Element::F32 => f64::from(bytemuck::cast_slice::<u8, f32>(&cell)[at]),
+            Element::Bf16 => bytemuck::cast_slice::<u8, bf16>(&cell)[at].to_f64(),
+        }
+    }
+
+    fn naive(&self) -> Vec<f64> {
+        let s = &self.shape;
+        let mut out = Vec::new();
+        for head in 0..s.heads {
+            let kv_head = head / (s.heads / s.kv_heads);
+            let q = |i: usize| f64::from(self.query[head * s.head_dim + i]);
+            let dot = |t| (0..s.head_dim).map(|i| q(i) * self.element(0, kv_head, t, i)).sum::<f64>();
+            let scores: Vec<f64> = (0..self.context).map(|t| dot(t) * f64::from(s.scale)).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|x| (x - max).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            out.extend((0..s.head_dim).map(|i| {
+                weights.iter().enumerate().map(|(t, w)| w * self.element(1, kv_head, t, i)).sum::<f64>() / total
+            }));
+        }
+        out
+    }
+}
+
+#[test]
+fn every_instruction_set_agrees_with_the_naive_one() {
+    let mut noise = Noise(1);
+    let shapes = [(4, 4, 16, 16), (9, 3, 64, 16), (4, 1, 16, 4), (14, 2, 24, 32), (6, 2, 10, 8), (8, 1, 128, 128)];
+    for (heads, kv_heads, head_dim, block) in shapes {
+        for element in [Element::F32, Element::Bf16] {
+            for context in [1, 2, 15, 16, 17, 63, 300] {
+                let case = case(shape(heads, kv_heads, head_dim, block, element), context, &mut noise);
+                let want = case.naive();
+                for isa in Isa::available() {
+                    for (i, (got, want)) in case.run(isa).iter().zip(&want).enumerate() {
+                        assert!((f64::from(*got) - want).abs() < 2e-5, "{isa:?} {:?} ctx {context} [{i}]: {got} {want}", case.shape);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_in_any_company_and_with_spare_cells() {
+    let mut noise = Noise(2);
+    let one = case(shape(9, 3, 64, 16, Element::Bf16), 100, &mut noise);
+    for isa in Isa::available() {
+        let alone = one.run(isa);
+        let _other = case(shape(9, 3, 64, 16, Element::Bf16), 33, &mut noise).run(isa);
+        let mut cells: Vec<_> = (0..one.slab.slots()).map(|slot| one.slab.read(slot, 0)).collect();
+        cells.push(one.slab.read(0, 0));
+        let mut again = vec![9.0; alone.len()];
+        paged_decode(isa, &one.shape, &one.query, &cells, 100, &mut again).unwrap();
+        assert!(alone.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+}
+
+#[test]
+fn arguments_that_do_not_fit_are_refused() {
+    let good = shape(4, 2, 8, 4, Element::F32);
+    let (query, mut out) = (vec![0.0; 32], vec![0.0; 32]);
+    let cell = vec![0.0f32; good.cell_bytes() / 4];
+    let cells: Vec<&[u8]> = vec![bytemuck::cast_slice(&cell)];
+    let mut ask = |shape: DecodeShape, query: &[f32], cells: &[&[u8]], context| {
+        paged_decode(Isa::best(), &shape, query, cells, context, &mut out)
+    };
+    assert_eq!(ask(good, &query, &cells, 4), Ok(()));
+    assert!(matches!(ask(DecodeShape { kv_heads: 3, ..good }, &query, &cells, 4), Err(AttentionError::Heads { .. })));
+    assert!(matches!(ask(DecodeShape { kv_heads: 0, ..good }, &query, &cells, 4), Err(AttentionError::Heads { .. })));
+    assert!(matches!(ask(good, &query[..31], &cells, 4), Err(AttentionError::Query { .. })));
+    assert!(matches!(ask(good, &query, &cells, 0), Err(AttentionError::Context { .. })));
+    assert!(matches!(ask(good, &query, &cells, 5), Err(AttentionError::Context { .. })));
+    assert!(matches!(ask(good, &query, &[&cells[0][4..]], 4), Err(AttentionError::Cell { .. })));
+}
