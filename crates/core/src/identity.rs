@@ -1,0 +1,124 @@
+//! Block identity: which bytes of KV may stand for which tokens.
+//!
+//! `H_i = blake3_keyed(tenant_key, H_{i-1} || tokens_i)`, rooted in the model's fingerprint. The key is the tenant's, so
+//! nobody without it can search for a collision or name another tenant's blocks (vLLM's GHSA-rm76-4mrf-v9r8 is the failure this excludes).
+//! The chain carries 256 bits; the name on wire and in the index is the first 128.
+
+use alloc::vec::Vec;
+use rkyv::{Archive, Deserialize, Serialize};
+
+use crate::ids::{BlockHash, TokenId};
+
+/// A tenant's secret. Comes from the log; reaches a node only inside a ticket.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq)]
+pub struct TenantKey(pub [u8; 32]);
+
+impl core::fmt::Debug for TenantKey {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("TenantKey(..)")
+    }
+}
+
+/// Digest of everything that two nodes must share for their KV to be interchangeable: weights, tokenizer, KV layout and dtype.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Fingerprint(pub [u8; 32]);
+
+/// The running state of a chain: grows by one full block at a time.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    key: TenantKey,
+    state: [u8; 32],
+}
+
+impl Chain {
+    /// An empty chain for one tenant and one model. `salt` narrows sharing further (OpenAI's `cache_salt`); empty for none.
+    #[must_use]
+    pub fn new(key: TenantKey, fingerprint: &Fingerprint, salt: &[u8]) -> Self {
+        let mut hasher = blake3::Hasher::new_keyed(&key.0);
+        hasher.update(b"millrace root v1").update(&fingerprint.0).update(salt);
+        Self { key, state: *hasher.finalize().as_bytes() }
+    }
+
+    /// Appends one full block and returns its name.
+    pub fn push(&mut self, tokens: &[TokenId]) -> BlockHash {
+        self.state = self.next(b"full", tokens);
+        name(&self.state)
+    }
+
+    /// The name of an unfinished last block. It binds a digest to its tokens; it is never shared or indexed.
+    #[must_use]
+    pub fn tail(&self, tokens: &[TokenId]) -> BlockHash {
+        name(&self.next(b"tail", tokens))
+    }
+
+    fn next(&self, kind: &[u8; 4], tokens: &[TokenId]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_keyed(&self.key.0);
+        hasher.update(kind).update(&self.state);
+        for token in tokens {
+            hasher.update(&token.to_le_bytes());
+        }
+        *hasher.finalize().as_bytes()
+    }
+}
+
+fn name(state: &[u8; 32]) -> BlockHash {
+    let mut short = [0; 16];
+    short.copy_from_slice(&state[..16]);
+    BlockHash(short)
+}
+
+/// Names of all blocks of `tokens`, the unfinished last one included when there is one.
+/// The first `tokens.len() / block_tokens` names are of full blocks. O(tokens).
+#[must_use]
+pub fn block_names(chain: &Chain, tokens: &[TokenId], block_tokens: usize) -> Vec<BlockHash> {
+    let mut chain = chain.clone();
+    tokens
+        .chunks(block_tokens)
+        .map(|block| if block.len() == block_tokens { chain.push(block) } else { chain.tail(block) })
+        .collect()
+}
+
+/// Digest of one cell (the KV of one block in one layer): XXH3-64 over its bytes, seeded by the block's name and the layer,
+/// so that a right-looking cell in the wrong place does not pass. Made where the bytes are born, checked where they are used.
+#[must_use]
+pub fn cell_digest(block: &BlockHash, layer: u16, bytes: &[u8]) -> u64 {
+    let mut place = [0; 18];
+    place[..16].copy_from_slice(&block.0);
+    place[16..].copy_from_slice(&layer.to_le_bytes());
+    xxhash_rust::xxh3::xxh3_64_with_seed(bytes, xxhash_rust::xxh3::xxh3_64(&place))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chain(key: u8, salt: &[u8]) -> Chain {
+        Chain::new(TenantKey([key; 32]), &Fingerprint([7; 32]), salt)
+    }
+
+    #[test]
+    fn names_depend_on_everything_before() {
+        let names = block_names(&chain(1, b""), &[1, 2, 3, 4, 5], 2);
+        assert_eq!(names.len(), 3);
+        let other = block_names(&chain(1, b""), &[9, 2, 3, 4, 5], 2);
+        assert!(names.iter().zip(&other).all(|(a, b)| a != b));
+        assert_eq!(names, block_names(&chain(1, b""), &[1, 2, 3, 4, 5], 2));
+    }
+
+    #[test]
+    fn tenants_salts_and_tails_do_not_share() {
+        let base = block_names(&chain(1, b""), &[1, 2], 2);
+        assert_ne!(base, block_names(&chain(2, b""), &[1, 2], 2));
+        assert_ne!(base, block_names(&chain(1, b"x"), &[1, 2], 2));
+        assert_ne!(base[0], chain(1, b"").tail(&[1, 2]));
+    }
+
+    #[test]
+    fn digest_binds_place_and_bytes() {
+        let (a, b) = (BlockHash([1; 16]), BlockHash([2; 16]));
+        let digest = cell_digest(&a, 0, b"kv");
+        assert_ne!(digest, cell_digest(&b, 0, b"kv"));
+        assert_ne!(digest, cell_digest(&a, 1, b"kv"));
+        assert_ne!(digest, cell_digest(&a, 0, b"kw"));
+    }
+}
