@@ -17,6 +17,7 @@ pub mod ids;
 pub mod layout;
 pub mod message;
 pub mod pool;
+pub mod publish;
 pub mod route;
 pub mod sampling;
 pub mod transfer;

@@ -275,8 +275,9 @@ impl Sender {
         let same = (first..self.issued.len()).take_while(|&l| self.issued[l] == from && self.ready[l] == to).count();
         let layer_bytes = u64::from(to - from) * self.grid.cell_bytes;
         let group = GROUP_BYTES_MIN.div_ceil(layer_bytes).min(u64::from(self.grid.layers)) as usize;
-        let last = first + same == self.issued.len();
-        if same < group && !last {
+        // Wait for the next layer only if it can still join the group.
+        let may_grow = self.ready.get(first + same).is_some_and(|&ready| ready < to);
+        if same < group && may_grow {
             return None;
         }
         self.within_credit(first as u16, same.min(group) as u16, from, to - from)
