@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import http.client
 import os
 import re
 import ssl
@@ -201,7 +202,7 @@ def fill(wheel: Wheel, url: str, part: Path, opener: urllib.request.OpenerDirect
             if error.code < 500 and error.code not in (408, 416, 429):
                 raise Refused(f"{wheel.file}: the server answers {error.code} {error.reason}") from error
             reason = f"{error.code} {error.reason}"
-        except (OSError, ssl.SSLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             if isinstance(getattr(error, "reason", error), ssl.SSLCertVerificationError):
                 raise Refused(f"{wheel.file}: {error}") from error
             reason = str(error)

@@ -1,0 +1,57 @@
+# The verbs of Millrace. `make` alone lists them.
+#
+# Everything is built with the release profile, tests too, so that nothing compiles twice. CARGO_TARGET_DIR and LIBTORCH
+# are honoured when set; MILLRACE_MODEL, or MODEL=path, names a model of your own.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check sim bench clean clean-cache
+
+cache := $(HOME)/.cache/millrace
+own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
+model := $(or $(own_model),$(cache)/models/smollm2-135m-instruct.gguf)
+export MILLRACE_MODEL := $(model)
+
+# Where Cargo puts what it builds: its configuration and CARGO_TARGET_DIR decide, so Cargo is asked.
+target_dir = $$(cargo metadata --format-version 1 --no-deps | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
+
+# The simulator's first seed, and steps for each; SEEDS=n runs n seeds.
+SEED ?= 1
+STEPS ?= 10000
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## fetch LibTorch and the demo's model (once; 640 MB)
+	@deploy/check-tools
+	@MILLRACE_MODEL='$(own_model)' python3 deploy/fetch.py
+
+demo: setup ## build everything, run a whole cluster on this machine and talk to it (DEMO_ARGS=...)
+	cargo build --release
+	"$(target_dir)/release/millctl" demo --model '$(model)' $(DEMO_ARGS)
+
+test: setup ## build everything and run every test
+	cd deploy && python3 -B -m unittest test_fetch
+	cargo build --release --workspace
+	cargo test --release --workspace
+
+check: setup ## formatting and lints; any finding fails
+	@cargo fmt --version >/dev/null 2>&1 || { echo "check: rustfmt is missing: rustup component add rustfmt" >&2; exit 1; }
+	@cargo clippy --version >/dev/null 2>&1 || { echo "check: clippy is missing: rustup component add clippy" >&2; exit 1; }
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+
+sim: ## run the whole cluster in the deterministic simulator (SEED=, SEEDS=, STEPS=)
+	cargo run --release -p millrace-sim -- --seed $(SEED) --steps $(STEPS) $(if $(SEEDS),--seeds $(SEEDS)) $(SIM_ARGS)
+
+bench: setup ## measure a local cluster under load (BENCH_ARGS=...)
+	cargo build --release
+	cargo run --release -p millrace-load --bin millbench -- $(BENCH_ARGS)
+
+clean: ## remove what was built, and local clusters; the cache stays
+	cargo clean
+	rm -rf .millrace
+
+clean-cache: ## remove LibTorch, the model and everything else in ~/.cache/millrace
+	rm -rf '$(cache)' .cargo/libtorch.toml
