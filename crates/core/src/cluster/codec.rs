@@ -1,0 +1,196 @@
+//! Bytes of commands, answers and snapshots: one version byte, then an rkyv archive, always validated. Equal states give equal bytes.
+
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::vec::Vec;
+use rkyv::api::high::{HighDeserializer, HighSerializer, HighValidator};
+use rkyv::bytecheck::CheckBytes;
+use rkyv::rancor::Error;
+use rkyv::ser::allocator::ArenaHandle;
+use rkyv::util::AlignedVec;
+use rkyv::{Archive, Deserialize, Serialize};
+
+use super::{Answer, Assembly, Cluster, Command, NODES_MAX, Node, ReplicaInfo};
+use crate::holders::{BLOCKS_MAX, Holders};
+use crate::identity::TenantKey;
+use crate::ids::{BlockHash, Epoch, NodeId, ReplicaId};
+use crate::message::{DELTA_OPS_MAX, ModelIdentity, SNAPSHOT_PAGE_MAX};
+
+/// Version of all three formats. A reader refuses any other.
+const VERSION: u8 = 1;
+/// Bytes of one encoded command; a longer one is refused unread.
+pub const COMMAND_BYTES_MAX: usize = 4 << 20;
+/// Block operations in all deltas of one command: what a leader may fold into one entry.
+pub const DELTAS_OPS_MAX: usize = 1 << 16;
+
+/// Why bytes are not what they should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CodecError {
+    /// The first byte names another format.
+    #[error("format version {got:?}, this program reads {VERSION}")]
+    Version {
+        /// The byte; `None` when there are no bytes.
+        got: Option<u8>,
+    },
+    /// Not a valid archive.
+    #[error("malformed bytes")]
+    Malformed,
+    /// Valid, and over a bound.
+    #[error("{got} {what}, at most {max} are allowed")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many there are.
+        got: usize,
+        /// How many there may be.
+        max: usize,
+    },
+    /// Valid, and not a state that any log leads to.
+    #[error("the state is inconsistent: {0}")]
+    Inconsistent(&'static str),
+}
+
+/// The bytes of a command.
+#[must_use]
+pub fn encode(command: &Command) -> Vec<u8> {
+    to_bytes(command)
+}
+
+/// A command from bytes that anyone may have sent.
+///
+/// # Errors
+/// When the bytes are not a command, or it exceeds a bound.
+pub fn decode(bytes: &[u8]) -> Result<Command, CodecError> {
+    within("bytes", bytes.len(), COMMAND_BYTES_MAX)?;
+    let command = from_bytes(bytes)?;
+    match &command {
+        Command::Renew { nodes, .. } => within("nodes", nodes.len(), NODES_MAX)?,
+        Command::Deltas(deltas) => {
+            deltas.iter().try_for_each(|delta| within("operations in a delta", delta.ops.len(), DELTA_OPS_MAX))?;
+            within("operations", deltas.iter().map(|delta| delta.ops.len()).sum(), DELTAS_OPS_MAX)?;
+        }
+        Command::Snapshot(page) => within("blocks in a page", page.blocks.len(), SNAPSHOT_PAGE_MAX)?,
+        _ => {}
+    }
+    Ok(command)
+}
+
+/// The bytes of an answer, for the replica that forwarded the command.
+#[must_use]
+pub fn encode_answer(answer: &Answer) -> Vec<u8> {
+    to_bytes(answer)
+}
+
+/// An answer from a peer's bytes.
+///
+/// # Errors
+/// When the bytes are not an answer.
+pub fn decode_answer(bytes: &[u8]) -> Result<Answer, CodecError> {
+    within("bytes", bytes.len(), COMMAND_BYTES_MAX)?;
+    from_bytes(bytes)
+}
+
+fn within(what: &'static str, got: usize, max: usize) -> Result<(), CodecError> {
+    if got > max { Err(CodecError::TooMany { what, got, max }) } else { Ok(()) }
+}
+
+fn to_bytes<T>(value: &T) -> Vec<u8>
+where
+    T: for<'a> Serialize<HighSerializer<AlignedVec, ArenaHandle<'a>, Error>>,
+{
+    let archive = rkyv::to_bytes::<Error>(value).expect("bounded far below rkyv's 2 GiB, and memory is all it needs");
+    let mut bytes = Vec::with_capacity(1 + archive.len());
+    bytes.push(VERSION);
+    bytes.extend_from_slice(&archive);
+    bytes
+}
+
+fn from_bytes<T>(bytes: &[u8]) -> Result<T, CodecError>
+where
+    T: Archive,
+    T::Archived: for<'a> CheckBytes<HighValidator<'a, Error>> + Deserialize<T, HighDeserializer<Error>>,
+{
+    let Some((&VERSION, archive)) = bytes.split_first() else {
+        return Err(CodecError::Version { got: bytes.first().copied() });
+    };
+    let mut aligned = AlignedVec::<16>::with_capacity(archive.len());
+    aligned.extend_from_slice(archive);
+    rkyv::from_bytes::<T, Error>(&aligned).map_err(|_| CodecError::Malformed)
+}
+
+/// The state as it is written: sorted lists, nothing that can be derived.
+#[derive(Archive, Serialize, Deserialize)]
+struct Image {
+    applied: u64,
+    now_us: u64,
+    last_epoch: Epoch,
+    model: Option<ModelIdentity>,
+    nodes: Vec<Node>,
+    tenants: Vec<(String, TenantKey)>,
+    replicas: Vec<(ReplicaId, ReplicaInfo)>,
+    assemblies: Vec<Assembly>,
+    holders: Vec<Held>,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct Held {
+    node: NodeId,
+    seq: u64,
+    refused: u64,
+    blocks: Vec<BlockHash>,
+}
+
+impl Cluster {
+    /// The whole state, for a replica that lags behind the log. O(locations, sorted).
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<u8> {
+        let held = |node| {
+            let tally = self.holders.tally(node).unwrap_or_default();
+            Held { node, seq: tally.seq, refused: tally.refused, blocks: self.holders.blocks_of(node) }
+        };
+        to_bytes(&Image {
+            applied: self.applied,
+            now_us: self.now_us,
+            last_epoch: self.last_epoch,
+            model: self.model.clone(),
+            nodes: self.nodes.values().cloned().collect(),
+            tenants: self.tenants.iter().map(|(name, key)| (name.clone(), *key)).collect(),
+            replicas: self.replicas.iter().map(|(id, info)| (*id, info.clone())).collect(),
+            assemblies: self.assemblies.values().cloned().collect(),
+            holders: self.holders.nodes().map(held).collect(),
+        })
+    }
+
+    /// The state that [`Self::snapshot`] wrote.
+    ///
+    /// # Errors
+    /// When the bytes are not a snapshot, or of a state that no log leads to.
+    pub fn restore(bytes: &[u8]) -> Result<Self, CodecError> {
+        let image: Image = from_bytes(bytes)?;
+        let listed = [image.nodes.len(), image.tenants.len(), image.replicas.len(), image.assemblies.len(), image.holders.len()];
+        let mut holders = Holders::default();
+        for held in &image.holders {
+            within("locations", holders.locations().saturating_add(held.blocks.len()), BLOCKS_MAX)?;
+            holders.replace_node(held.node, held.seq, &held.blocks);
+            holders.restore_refused(held.node, held.refused);
+        }
+        let cluster = Self {
+            applied: image.applied,
+            now_us: image.now_us,
+            last_epoch: image.last_epoch,
+            model: image.model,
+            names: image.nodes.iter().map(|node| (node.name.clone(), node.node)).collect(),
+            nodes: image.nodes.into_iter().map(|node| (node.node, node)).collect(),
+            tenants: image.tenants.into_iter().collect(),
+            replicas: image.replicas.into_iter().collect(),
+            assemblies: image.assemblies.into_iter().map(|a| (a.node, a)).collect::<BTreeMap<_, _>>(),
+            holders,
+        };
+        let kept = [cluster.nodes.len(), cluster.tenants.len(), cluster.replicas.len(), cluster.assemblies.len(), cluster.holders.nodes().count()];
+        if listed != kept {
+            return Err(CodecError::Inconsistent("something is listed twice"));
+        }
+        cluster.validate().map_err(CodecError::Inconsistent)?;
+        Ok(cluster)
+    }
+}

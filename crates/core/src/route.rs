@@ -1,0 +1,243 @@
+//! Where a request goes: a pure function of what the gateway knows. One number in one unit, predicted microseconds until the
+//! answer is done plus the microseconds that it costs others, over every prefill x decode pair and over every node that can do
+//! it whole. The formula and its terms are in [`cost`]; the reasons are Mooncake's Algorithm 1, Dynamo's conditional
+//! disaggregation and DistServe's placement, on one scale.
+//!
+//! Not decided here: what a node holds ([`crate::holders`]), whether it is alive ([`crate::cluster`]), and what to do when the place
+//! turns out to be bad (the gateway asks again and names the node in [`Ask::exclude`]).
+
+mod cost;
+
+pub use cost::{Breakdown, CostModel, cost};
+use cost::{Terms, pair, whole};
+
+use alloc::vec::Vec;
+
+use crate::ids::{Epoch, NodeId};
+use crate::message::{Load, Role};
+
+/// Nodes of each role that are tried in pairs; of more, those with the best partial cost. A node that can do the request whole is
+/// always tried.
+pub const SIDE_MAX: usize = 64;
+/// Plans that [`Decision::alternatives`] names.
+pub const ALTERNATIVES_MAX: usize = 4;
+/// Plans whose cost is within this share of the best are equally good: one of them falls by the seed, so that gateways which
+/// know the same do not all send to the same node.
+pub const TIE_PERCENT: u64 = 3;
+/// A request is refused when its predicted time to the first token is this many times what it should be.
+pub const TTFT_REFUSE_FACTOR: u64 = 2;
+
+/// What the gateway knows of a node.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NodeView {
+    /// Its number.
+    pub node: NodeId,
+    /// Prefill or decode; others are never chosen.
+    pub role: Role,
+    /// Whether new requests may go there ([`crate::cluster::NodeState::usable`], and the gateway has a link to it).
+    pub usable: bool,
+    /// Its incarnation.
+    pub epoch: Epoch,
+    /// Its last heartbeat. Where `total_blocks` is 0 (no heartbeat yet) there is room; where a measured value is 0 the
+    /// [`CostModel`]'s counts.
+    pub load: Load,
+    /// Leading full blocks of the prompt that it is believed to hold ([`crate::holders::Holders::prefix_lengths`]).
+    pub prefix_blocks: u32,
+    /// Prompt tokens that this gateway sent there to be computed and that its load cannot show yet.
+    pub inflight_tokens: u64,
+    /// Sequences that this gateway sent there to be decoded and that its load cannot show yet.
+    pub inflight_sequences: u32,
+}
+
+/// What the gateway knows.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    /// The nodes, each once, in any order: it does not change the decision.
+    pub nodes: &'a [NodeView],
+    /// How to turn it into time.
+    pub costs: CostModel,
+}
+
+/// How long an answer may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slo {
+    /// To the first token, microseconds.
+    pub ttft_us: u64,
+    /// For each further token, microseconds.
+    pub tpot_us: u64,
+}
+
+/// What is to be placed.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    /// Tokens to compute: the prompt, and what earlier attempts delivered.
+    pub tokens: u32,
+    /// Tokens still to be made, at most.
+    pub max_new: u32,
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// KV bytes of a block, all layers.
+    pub block_bytes: u64,
+    /// Decoder layers: KV is sent layer by layer.
+    pub layers: u16,
+    /// Picks among equally good plans.
+    pub seed: u64,
+    /// Nodes that failed earlier attempts: avoided while anything else is possible.
+    pub exclude: &'a [NodeId],
+    /// What to hold; `None` for as good as possible.
+    pub slo: Option<Slo>,
+}
+
+/// Where it goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Who computes the prompt.
+    pub prefill: NodeId,
+    /// Who decodes; `None` when `prefill` does it whole.
+    pub decode: Option<NodeId>,
+    /// Leading blocks believed cached at `prefill`.
+    pub prefill_cached_blocks: u32,
+    /// Leading blocks believed cached at `decode`: not to be sent. 0 when there is none.
+    pub decode_cached_blocks: u32,
+    /// What it is predicted to cost.
+    pub cost: Breakdown,
+    /// The best other plans and their costs, best first.
+    pub alternatives: Vec<(NodeId, Option<NodeId>, u64)>,
+    /// Only nodes of [`Ask::exclude`] were left, so one was chosen.
+    pub exclusion_ignored: bool,
+}
+
+/// Why it goes nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoPlace {
+    /// No node can be used. Trying again later may help.
+    #[error("no usable node")]
+    NoNodes,
+    /// It fits no node's pool, even an empty one. Trying again does not help.
+    #[error("the request needs {need_blocks} blocks, the largest pool has {largest_blocks}")]
+    TooBig {
+        /// Blocks of prompt and answer.
+        need_blocks: u64,
+        /// Slots of the largest pool of a usable node.
+        largest_blocks: u64,
+    },
+    /// The objective cannot be met: refuse with Retry-After.
+    #[error("the first token would take {ttft_us} us")]
+    Overloaded {
+        /// The best predicted time to the first token, microseconds.
+        ttft_us: u64,
+        /// After this long the queues are predicted to be short enough, microseconds.
+        retry_after_us: u64,
+    },
+}
+
+/// A possible plan; ordered by cost, then by nodes, which is a total order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Plan {
+    cost_us: u64,
+    prefill: NodeId,
+    decode: Option<NodeId>,
+}
+
+/// The best place for a request. Pure, and total: any input has an answer. O(nodes^2), at most [`SIDE_MAX`]^2 pairs.
+///
+/// # Errors
+/// [`NoPlace`] when it can go nowhere.
+pub fn place(view: &View, ask: &Ask) -> Result<Decision, NoPlace> {
+    match attempt(view, ask, ask.exclude) {
+        Err(NoPlace::NoNodes | NoPlace::TooBig { .. }) if !ask.exclude.is_empty() => {
+            attempt(view, ask, &[]).map(|decision| Decision { exclusion_ignored: true, ..decision })
+        }
+        outcome => outcome,
+    }
+}
+
+fn attempt(view: &View, ask: &Ask, exclude: &[NodeId]) -> Result<Decision, NoPlace> {
+    let chosen = |n: &&NodeView| n.usable && matches!(n.role, Role::Prefill | Role::Decode) && !exclude.contains(&n.node);
+    let terms: Vec<Terms> = view.nodes.iter().filter(chosen).map(|n| Terms::new(n, ask, &view.costs)).collect();
+    if terms.is_empty() {
+        return Err(NoPlace::NoNodes);
+    }
+    let mut options = Options::of(&terms, ask);
+    if options.plans.is_empty() {
+        let largest_blocks = terms.iter().map(|t| t.total_blocks).max().unwrap_or(0);
+        return Err(NoPlace::TooBig { need_blocks: terms[0].need_blocks, largest_blocks });
+    }
+    if let Some(slo) = ask.slo
+        && options.ttft_us > slo.ttft_us.saturating_mul(TTFT_REFUSE_FACTOR)
+    {
+        return Err(NoPlace::Overloaded { ttft_us: options.ttft_us, retry_after_us: options.ttft_us - slo.ttft_us });
+    }
+    options.plans.sort_unstable();
+    Ok(decide(&terms, ask, &options.plans))
+}
+
+/// Every plan that is possible, and the best time to the first token among them.
+struct Options {
+    plans: Vec<Plan>,
+    ttft_us: u64,
+}
+
+impl Options {
+    fn of(terms: &[Terms], ask: &Ask) -> Self {
+        let side = |role| terms.iter().filter(move |t| t.role == role);
+        let decodes: Vec<_> = side(Role::Decode).filter(|t| t.fits_whole()).collect();
+        let prefills: Vec<_> = side(Role::Prefill).filter(|t| t.fits_prompt()).collect();
+        let one_token = ask.max_new <= 1; // nothing to decode: no reason to move any KV
+        let mut options = Self { plans: Vec::with_capacity(terms.len()), ttft_us: u64::MAX };
+        decodes.iter().for_each(|node| options.add(node, None, ask));
+        if one_token || decodes.is_empty() {
+            prefills.iter().filter(|t| t.fits_whole()).for_each(|node| options.add(node, None, ask));
+        }
+        if !one_token {
+            let prefills = best_of(prefills, Terms::as_prefill_us);
+            let decodes = best_of(decodes, Terms::as_decode_us);
+            options.plans.reserve(prefills.len() * decodes.len());
+            for prefill in prefills {
+                decodes.iter().for_each(|decode| options.add(prefill, Some(decode), ask));
+            }
+        }
+        options
+    }
+
+    fn add(&mut self, prefill: &Terms, decode: Option<&Terms>, ask: &Ask) {
+        let cost = decode.map_or_else(|| whole(prefill, ask), |decode| pair(prefill, decode, ask));
+        self.ttft_us = self.ttft_us.min(cost.ttft_us);
+        self.plans.push(Plan { cost_us: cost.total_us(), prefill: prefill.node, decode: decode.map(|d| d.node) });
+    }
+}
+
+/// At most [`SIDE_MAX`] of one side, by the part of the cost that does not depend on the other.
+fn best_of(mut side: Vec<&Terms>, partial_us: impl Fn(&Terms) -> u64) -> Vec<&Terms> {
+    if side.len() > SIDE_MAX {
+        side.sort_unstable_by_key(|t| (partial_us(t), t.node));
+        side.truncate(SIDE_MAX);
+    }
+    side
+}
+
+/// Picks among the best of the sorted, non-empty `plans` and explains it.
+fn decide(terms: &[Terms], ask: &Ask, plans: &[Plan]) -> Decision {
+    let band_us = plans[0].cost_us.saturating_add(plans[0].cost_us / 100 * TIE_PERCENT);
+    let ties = plans.partition_point(|plan| plan.cost_us <= band_us);
+    let at = (mix(ask.seed) % ties as u64) as usize;
+    let find = |node| terms.iter().find(|t| t.node == node).expect("plans are made of these terms");
+    let (prefill, decode) = (find(plans[at].prefill), plans[at].decode.map(find));
+    let others = plans.iter().enumerate().filter(|(i, _)| *i != at).take(ALTERNATIVES_MAX);
+    Decision {
+        prefill: prefill.node,
+        decode: decode.map(|d| d.node),
+        prefill_cached_blocks: prefill.cached_blocks,
+        decode_cached_blocks: decode.map_or(0, |d| d.cached_blocks),
+        cost: decode.map_or_else(|| whole(prefill, ask), |decode| pair(prefill, decode, ask)),
+        alternatives: others.map(|(_, plan)| (plan.prefill, plan.decode, plan.cost_us)).collect(),
+        exclusion_ignored: false,
+    }
+}
+
+/// SplitMix64's finaliser: neighbouring seeds pick independently.
+const fn mix(seed: u64) -> u64 {
+    let seed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let seed = (seed ^ (seed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    seed ^ (seed >> 31)
+}
