@@ -1,0 +1,16 @@
+//! `millrace-node` talks: everything that a process of the cluster does with sockets, certificates, signals and logs.
+//!
+//! From the wire up: [`socket`] (UDP, segmentation capped), [`endpoint`] (QUIC with mutual TLS; [`pki`] says who is who),
+//! [`frame`] (bytes to messages), [`link`] (one peer's control messages; [`dial`] keeps one up), [`cells`] (KV beside them).
+//! [`shutdown`] and [`telemetry`] serve every binary. What a message means is decided in `millrace-core`, never here.
+
+pub mod cells;
+pub mod dial;
+pub mod endpoint;
+pub mod frame;
+pub mod link;
+pub mod pki;
+pub mod serve;
+pub mod shutdown;
+pub mod socket;
+pub mod telemetry;

@@ -1,0 +1,167 @@
+//! The shell of a node, the same for prefill and decode: links, engine thread, drive loop. The binaries bring the engine.
+//!
+//! [`serve`] introduces the parts to one another and runs until shutdown. The life of an attempt, seen from here:
+//! `Assign` -> batch -> engine, layer by layer -> streams to the decoder -> first token to the gateway -> `Received` -> release;
+//! or, on the other side, `Open` -> slots reserved -> cells verified one by one -> batch -> tokens to the gateway.
+
+mod compute;
+mod drive;
+mod event;
+mod links;
+mod peers;
+mod rates;
+mod receiving;
+mod sending;
+mod uplink;
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use millrace_core::batch::{Batch, BatchConfig};
+use millrace_core::engine::Engine;
+use millrace_core::ids::{Epoch, NodeId, ReplicaId, Time};
+use millrace_core::message::{Hello, Join, ModelIdentity, Role};
+use millrace_kernels::slab::KvSlab;
+use tokio::sync::{mpsc, watch};
+
+use crate::endpoint::{Endpoint, EndpointConfig, Target};
+use crate::pki::Identity;
+use crate::shutdown::Shutdown;
+
+/// Who a node is and whom it serves.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Prefill or decode.
+    pub role: Role,
+    /// The cluster's name.
+    pub cluster: String,
+    /// The node's name, as in its certificate.
+    pub name: String,
+    /// Where to listen; port 0 takes any.
+    pub listen: SocketAddr,
+    /// Every coordinator replica: raft id and address.
+    pub coordinators: Vec<(ReplicaId, SocketAddr)>,
+    /// What the engine serves.
+    pub model: ModelIdentity,
+    /// Limits of the batch; `slots` is the pool's size.
+    pub batch: BatchConfig,
+}
+
+/// A process's monotonic clock, in the units of `core`.
+#[derive(Clone, Copy)]
+struct Clock(Instant);
+
+impl Clock {
+    fn now(self) -> Time {
+        Time(self.0.elapsed().as_micros() as u64)
+    }
+}
+
+/// A node whose port is bound and whose engine is ready.
+pub struct Node {
+    endpoint: Endpoint,
+    config: NodeConfig,
+    instance: u128,
+}
+
+impl Node {
+    /// Binds the node's port.
+    ///
+    /// # Errors
+    /// The port is taken, or the certificate is not this node's.
+    pub fn bind(config: NodeConfig, identity: Identity) -> Result<Self> {
+        anyhow::ensure!(
+            identity.me.name == config.name && identity.me.role == config.role && identity.me.cluster == config.cluster,
+            "the certificate is for {}, not for {}/{}/{}",
+            identity.me,
+            config.cluster,
+            config.role.as_str(),
+            config.name
+        );
+        let endpoint = Endpoint::bind(config.listen, identity, EndpointConfig::default())?;
+        Ok(Self { endpoint, config, instance: rand::random() })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// The socket is gone.
+    pub fn address(&self) -> Result<SocketAddr> {
+        self.endpoint.local_addr().context("the node's own address")
+    }
+
+    /// Serves until shutdown: joins, computes, hands over, decodes.
+    ///
+    /// # Errors
+    /// The cluster refuses the node, or a thread it cannot do without is gone.
+    pub async fn serve(self, engine: Box<dyn Engine>, slab: Arc<KvSlab>, shutdown: Shutdown) -> Result<()> {
+        let endpoint = self.endpoint.clone();
+        let (hello, join) = (self.hello(), self.join()?);
+        let clock = Clock(Instant::now());
+        let (events_tx, events) = mpsc::channel(event::EVENTS_MAX);
+        let receptions = receiving::Receptions::default();
+        let streams = receiving::StreamContext {
+            receptions: receptions.clone(),
+            slab: Arc::clone(&slab),
+            clock,
+            events: events_tx.clone(),
+        };
+        let links = links::Links::new(streams);
+        let (hello, hellos) = watch::channel(hello);
+        for (replica, addr) in &self.config.coordinators {
+            let target = Target { addr: *addr, role: Role::Coordinator, name: None };
+            let context = (links.clone(), events_tx.clone());
+            let uplink = links::keep_uplink(endpoint.clone(), *replica, target, hellos.clone(), context, shutdown.clone());
+            tokio::spawn(uplink);
+        }
+        tokio::spawn(links::accept_links(endpoint.clone(), hellos, links.clone(), events_tx.clone()));
+        let drive = drive::Drive {
+            batch: Batch::new(self.config.batch.clone()),
+            compute: compute::Compute::start(engine, events_tx.clone()).context("starting the engine's thread")?,
+            sendings: sending::Sendings::new(slab, clock, events_tx.clone()),
+            peers: peers::Peers::new(endpoint.clone(), hello, links, events_tx),
+            uplinks: uplink::Uplinks::new(join),
+            rates: rates::Rates::default(),
+            config: self.config,
+            clock,
+            events,
+            receptions,
+            in_flight: None,
+            gateways: HashMap::new(),
+            asking: HashMap::new(),
+            leaving: HashMap::new(),
+            cancelled: HashSet::new(),
+            generation: 0,
+            stopping_since: None,
+        };
+        let result = drive.run(shutdown).await;
+        endpoint.close("the node has stopped").await;
+        result
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            cluster: self.config.cluster.clone(),
+            name: self.config.name.clone(),
+            instance: self.instance,
+            node: NodeId::default(),
+            epoch: Epoch::default(),
+            model: Some(self.config.model.clone()),
+        }
+    }
+
+    fn join(&self) -> Result<Join> {
+        Ok(Join {
+            name: self.config.name.clone(),
+            role: self.config.role,
+            address: self.address()?.to_string(),
+            instance: self.instance,
+            pid: std::process::id(),
+            model: self.config.model.clone(),
+            slots: self.config.batch.slots,
+        })
+    }
+}
