@@ -9,7 +9,9 @@ use std::ops::Deref;
 use bytemuck::Pod;
 
 use crate::isa::Isa;
-use crate::lanes::{LANES, Lanes, exp, fma, sum};
+use crate::lanes::{LANES, Portable, Simd, exp};
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::{Avx2, Avx512};
 
 /// Query heads computed together, so that their sums stay in registers.
 const GROUP: usize = 4;
@@ -112,9 +114,10 @@ pub fn paged_decode<C: Deref<Target = [u8]>>(
     out: &mut [f32],
 ) -> Result<(), AttentionError> {
     check(shape, query, cells, context, out)?;
+    let ask = Ask { shape, query, cells, context };
     match shape.element {
-        Element::F32 => dispatch::<f32, C>(isa, shape, query, cells, context, out),
-        Element::Bf16 => dispatch::<u16, C>(isa, shape, query, cells, context, out),
+        Element::F32 => dispatch::<f32, C>(isa, &ask, out),
+        Element::Bf16 => dispatch::<u16, C>(isa, &ask, out),
     }
     Ok(())
 }
@@ -146,13 +149,28 @@ fn check<C: Deref<Target = [u8]>>(
     }
 }
 
+/// What to attend to, checked.
+struct Ask<'a, C> {
+    shape: &'a DecodeShape,
+    query: &'a [f32],
+    cells: &'a [C],
+    context: usize,
+}
+
 /// An element that widens to f32.
 trait Load: Pod {
-    /// Its value.
+    /// Sixteen of them, in registers.
+    fn lanes<S: Simd>(s: S, from: &[Self; LANES]) -> S::V;
+    /// One of them.
     fn widen(self) -> f32;
 }
 
 impl Load for f32 {
+    #[inline(always)]
+    fn lanes<S: Simd>(s: S, from: &[Self; LANES]) -> S::V {
+        s.load(from)
+    }
+
     #[inline(always)]
     fn widen(self) -> f32 {
         self
@@ -162,6 +180,11 @@ impl Load for f32 {
 /// The bits of a bfloat16.
 impl Load for u16 {
     #[inline(always)]
+    fn lanes<S: Simd>(s: S, from: &[Self; LANES]) -> S::V {
+        s.load_bf16(from)
+    }
+
+    #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self) << 16)
     }
@@ -170,42 +193,28 @@ impl Load for u16 {
 /// Runs the row on `isa`, or on the portable target where the machine lacks it.
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
-fn dispatch<T: Load, C: Deref<Target = [u8]>>(
-    isa: Isa,
-    shape: &DecodeShape,
-    query: &[f32],
-    cells: &[C],
-    context: usize,
-    out: &mut [f32],
-) {
+fn dispatch<T: Load, C: Deref<Target = [u8]>>(isa: Isa, ask: &Ask<'_, C>, out: &mut [f32]) {
     #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-    fn avx512<T: Load, C: Deref<Target = [u8]>>(shape: &DecodeShape, q: &[f32], cells: &[C], context: usize, out: &mut [f32]) {
-        row::<T, C, true>(shape, q, cells, context, out);
+    fn avx512<T: Load, C: Deref<Target = [u8]>>(s: Avx512, ask: &Ask<'_, C>, out: &mut [f32]) {
+        row::<T, C, Avx512>(s, ask, out);
     }
     #[target_feature(enable = "avx2,fma")]
-    fn avx2<T: Load, C: Deref<Target = [u8]>>(shape: &DecodeShape, q: &[f32], cells: &[C], context: usize, out: &mut [f32]) {
-        row::<T, C, true>(shape, q, cells, context, out);
+    fn avx2<T: Load, C: Deref<Target = [u8]>>(s: Avx2, ask: &Ask<'_, C>, out: &mut [f32]) {
+        row::<T, C, Avx2>(s, ask, out);
     }
-    match isa {
-        // SAFETY: `is_available` has just found all of the features that the function is compiled for; it has no other demand.
-        Isa::Avx512 if isa.is_available() => unsafe { avx512::<T, C>(shape, query, cells, context, out) },
+    match (isa, Avx512::new(), Avx2::new()) {
+        // SAFETY: the token proves all of the features that the function is compiled for; it has no other demand.
+        (Isa::Avx512, Some(s), _) => unsafe { avx512::<T, C>(s, ask, out) },
         // SAFETY: as above.
-        Isa::Avx2 if isa.is_available() => unsafe { avx2::<T, C>(shape, query, cells, context, out) },
-        _ => row::<T, C, false>(shape, query, cells, context, out),
+        (Isa::Avx2, _, Some(s)) => unsafe { avx2::<T, C>(s, ask, out) },
+        _ => row::<T, C, Portable>(Portable, ask, out),
     }
 }
 
 /// Runs the row.
 #[cfg(not(target_arch = "x86_64"))]
-fn dispatch<T: Load, C: Deref<Target = [u8]>>(
-    _isa: Isa,
-    shape: &DecodeShape,
-    query: &[f32],
-    cells: &[C],
-    context: usize,
-    out: &mut [f32],
-) {
-    row::<T, C, false>(shape, query, cells, context, out);
+fn dispatch<T: Load, C: Deref<Target = [u8]>>(_isa: Isa, ask: &Ask<'_, C>, out: &mut [f32]) {
+    row::<T, C, Portable>(Portable, ask, out);
 }
 
 /// The running softmax of one query head: largest score so far, sum of the exponentials relative to it.
@@ -217,24 +226,20 @@ struct Running {
 
 /// The whole row: KV heads, then blocks, then the query heads of the group. `out` holds the weighted sums of V on the way.
 #[inline(always)]
-fn row<T: Load, C: Deref<Target = [u8]>, const FUSED: bool>(
-    shape: &DecodeShape,
-    query: &[f32],
-    cells: &[C],
-    context: usize,
-    out: &mut [f32],
-) {
+fn row<T: Load, C: Deref<Target = [u8]>, S: Simd>(s: S, ask: &Ask<'_, C>, out: &mut [f32]) {
+    let Ask { shape, query, cells, context } = *ask;
     let (dim, block) = (shape.head_dim, shape.block_tokens);
     let group = shape.heads / shape.kv_heads;
     out.fill(0.0);
+    let mut running = vec![Running { max: 0.0, sum: 0.0 }; group];
     let heads = query.chunks_exact(group * dim).zip(out.chunks_exact_mut(group * dim));
     for (kv_head, (query, out)) in heads.enumerate() {
-        let mut running = vec![Running { max: f32::NEG_INFINITY, sum: 0.0 }; group];
+        running.fill(Running { max: f32::NEG_INFINITY, sum: 0.0 });
         for (index, cell) in cells.iter().take(context.div_ceil(block)).enumerate() {
             let tokens = (context - index * block).min(block);
             let (keys, values) = bytemuck::cast_slice::<u8, T>(cell).split_at(shape.kv_heads * block * dim);
             let span = kv_head * block * dim..(kv_head * block + tokens) * dim;
-            group_block::<T, FUSED>(shape, query, &keys[span.clone()], &values[span], &mut running, out);
+            group_block::<T, S>(s, shape, query, &keys[span.clone()], &values[span], &mut running, out);
         }
         for (running, out) in running.iter().zip(out.chunks_exact_mut(dim)) {
             out.iter_mut().for_each(|x| *x /= running.sum);
@@ -244,7 +249,8 @@ fn row<T: Load, C: Deref<Target = [u8]>, const FUSED: bool>(
 
 /// One block of one KV head for all its query heads, `GROUP` at a time, in tiles of `LANES` tokens.
 #[inline(always)]
-fn group_block<T: Load, const FUSED: bool>(
+fn group_block<T: Load, S: Simd>(
+    s: S,
     shape: &DecodeShape,
     query: &[f32],
     keys: &[T],
@@ -252,105 +258,95 @@ fn group_block<T: Load, const FUSED: bool>(
     running: &mut [Running],
     out: &mut [f32],
 ) {
-    let (dim, scale) = (shape.head_dim, shape.scale);
+    let dim = shape.head_dim;
     for (keys, values) in keys.chunks(LANES * dim).zip(values.chunks(LANES * dim)) {
+        let tile = Tile { dim, scale: shape.scale, keys, values };
         let parts = query.chunks(GROUP * dim).zip(running.chunks_mut(GROUP)).zip(out.chunks_mut(GROUP * dim));
         for ((query, running), out) in parts {
             match running.len() {
-                1 => tile::<T, FUSED, 1>(dim, scale, query, keys, values, running, out),
-                2 => tile::<T, FUSED, 2>(dim, scale, query, keys, values, running, out),
-                3 => tile::<T, FUSED, 3>(dim, scale, query, keys, values, running, out),
-                _ => tile::<T, FUSED, GROUP>(dim, scale, query, keys, values, running, out),
+                1 => tile.step::<S, 1>(s, query, running, out),
+                2 => tile.step::<S, 2>(s, query, running, out),
+                3 => tile.step::<S, 3>(s, query, running, out),
+                _ => tile.step::<S, GROUP>(s, query, running, out),
             }
         }
     }
 }
 
-/// One tile of at most `LANES` tokens for `G` query heads: scores, softmax step, weighted sum.
-#[inline(always)]
-fn tile<T: Load, const FUSED: bool, const G: usize>(
+/// At most `LANES` tokens of one KV head: `[tokens, dim]` each.
+struct Tile<'a, T> {
     dim: usize,
     scale: f32,
-    query: &[f32],
-    keys: &[T],
-    values: &[T],
-    running: &mut [Running],
-    out: &mut [f32],
-) {
-    let mut weights = scores::<T, FUSED, G>(dim, scale, query, keys);
-    let mut shrink = [0.0; G];
-    for g in 0..G {
-        let max = weights[g].iter().fold(running[g].max, |max, &score| if score > max { score } else { max });
-        for weight in &mut weights[g] {
-            *weight = exp::<FUSED>(*weight - max);
-        }
-        shrink[g] = exp::<FUSED>(running[g].max - max);
-        running[g] = Running { max, sum: fma::<FUSED>(running[g].sum, shrink[g], sum(&weights[g])) };
-    }
-    weigh::<T, FUSED, G>(dim, &weights, &shrink, values, out);
+    keys: &'a [T],
+    values: &'a [T],
 }
 
-/// `scale * q . k` for each head and token of a tile; minus infinity for the tokens that a short tile lacks.
-#[inline(always)]
-fn scores<T: Load, const FUSED: bool, const G: usize>(dim: usize, scale: f32, query: &[f32], keys: &[T]) -> [Lanes; G] {
-    let mut scores = [[f32::NEG_INFINITY; LANES]; G];
-    let queries: [(&[Lanes], &[f32]); G] = std::array::from_fn(|g| query[g * dim..(g + 1) * dim].as_chunks::<LANES>());
-    for (token, key) in keys.chunks_exact(dim).enumerate().take(LANES) {
-        let (key, key_tail) = key.as_chunks::<LANES>();
-        let mut sums = [[0.0f32; LANES]; G];
-        for (c, key) in key.iter().enumerate() {
-            for g in 0..G {
-                let query = &queries[g].0[c];
-                for i in 0..LANES {
-                    sums[g][i] = fma::<FUSED>(query[i], key[i].widen(), sums[g][i]);
-                }
-            }
-        }
+impl<T: Load> Tile<'_, T> {
+    /// For `G` query heads: scores, softmax step, weighted sum.
+    #[inline(always)]
+    fn step<S: Simd, const G: usize>(&self, s: S, query: &[f32], running: &mut [Running], out: &mut [f32]) {
+        let mut weights = self.scores::<S, G>(s, query);
+        let mut shrink = [0.0; G];
         for g in 0..G {
-            let mut score = sum(&sums[g]);
-            for (query, key) in queries[g].1.iter().zip(key_tail) {
-                score = fma::<FUSED>(*query, key.widen(), score);
-            }
-            scores[g][token] = score * scale;
+            let scores = s.load(&weights[g]);
+            let largest = s.largest(scores);
+            let max = if largest > running[g].max { largest } else { running[g].max };
+            let exponentials = exp(s, s.sub(scores, s.splat(max)));
+            s.store(exponentials, &mut weights[g]);
+            shrink[g] = (running[g].max - max).exp();
+            running[g] = Running { max, sum: running[g].sum * shrink[g] + s.sum(exponentials) };
         }
+        self.weigh::<S, G>(s, &weights, &shrink, out);
     }
-    scores
-}
 
-/// `out = out * shrink + sum over tokens of weight * v`, for each head of a tile.
-#[inline(always)]
-fn weigh<T: Load, const FUSED: bool, const G: usize>(
-    dim: usize,
-    weights: &[Lanes; G],
-    shrink: &[f32; G],
-    values: &[T],
-    out: &mut [f32],
-) {
-    let whole = dim - dim % LANES;
-    for c in (0..whole).step_by(LANES) {
-        let mut sums = [[0.0f32; LANES]; G];
-        for g in 0..G {
-            for i in 0..LANES {
-                sums[g][i] = out[g * dim + c + i] * shrink[g];
-            }
-        }
-        for (token, value) in values.chunks_exact(dim).enumerate().take(LANES) {
-            let value = &value[c..c + LANES];
-            for g in 0..G {
-                for i in 0..LANES {
-                    sums[g][i] = fma::<FUSED>(weights[g][token], value[i].widen(), sums[g][i]);
+    /// `scale * q . k` for each head and token; minus infinity for the tokens that a short tile lacks.
+    #[inline(always)]
+    fn scores<S: Simd, const G: usize>(&self, s: S, query: &[f32]) -> [[f32; LANES]; G] {
+        let dim = self.dim;
+        let mut scores = [[f32::NEG_INFINITY; LANES]; G];
+        let queries: [(&[[f32; LANES]], &[f32]); G] = std::array::from_fn(|g| query[g * dim..][..dim].as_chunks::<LANES>());
+        for (token, key) in self.keys.chunks_exact(dim).enumerate().take(LANES) {
+            let (key, key_tail) = key.as_chunks::<LANES>();
+            let mut sums = [s.splat(0.0); G];
+            for (c, key) in key.iter().enumerate() {
+                let key = T::lanes(s, key);
+                for g in 0..G {
+                    sums[g] = s.fma(s.load(&queries[g].0[c]), key, sums[g]);
                 }
             }
+            for g in 0..G {
+                let tail = queries[g].1.iter().zip(key_tail);
+                scores[g][token] = tail.fold(s.sum(sums[g]), |sum, (q, k)| sum + q * k.widen()) * self.scale;
+            }
+        }
+        scores
+    }
+
+    /// `out = out * shrink + sum over tokens of weight * v`, for each head.
+    #[inline(always)]
+    fn weigh<S: Simd, const G: usize>(&self, s: S, weights: &[[f32; LANES]; G], shrink: &[f32; G], out: &mut [f32]) {
+        let dim = self.dim;
+        for c in 0..dim / LANES {
+            let mut sums = [s.splat(0.0); G];
+            for g in 0..G {
+                sums[g] = s.mul(s.load(&out[g * dim..][..dim].as_chunks().0[c]), s.splat(shrink[g]));
+            }
+            for (token, value) in self.values.chunks_exact(dim).enumerate().take(LANES) {
+                let value = T::lanes(s, &value.as_chunks().0[c]);
+                for g in 0..G {
+                    sums[g] = s.fma(s.splat(weights[g][token]), value, sums[g]);
+                }
+            }
+            for g in 0..G {
+                s.store(sums[g], &mut out[g * dim..][..dim].as_chunks_mut().0[c]);
+            }
         }
         for g in 0..G {
-            out[g * dim + c..][..LANES].copy_from_slice(&sums[g]);
-        }
-    }
-    for g in 0..G {
-        for c in whole..dim {
-            let products = values.chunks_exact(dim).zip(&weights[g]);
-            let start = out[g * dim + c] * shrink[g];
-            out[g * dim + c] = products.fold(start, |sum, (value, weight)| fma::<FUSED>(*weight, value[c].widen(), sum));
+            for c in dim - dim % LANES..dim {
+                let products = self.values.chunks_exact(dim).zip(&weights[g]);
+                let start = out[g * dim + c] * shrink[g];
+                out[g * dim + c] = products.fold(start, |sum, (value, weight)| sum + weight * value[c].widen());
+            }
         }
     }
 }
