@@ -29,7 +29,7 @@ impl Batch {
     /// Admits waiting sequences in order of arrival, until one does not fit.
     pub(super) fn admit(&mut self) {
         while let Some(&serial) = self.waiting.first() {
-            if self.blocked == Some(serial) {
+            if self.blocked == Some(serial) || self.twin_computes(serial) {
                 return;
             }
             if !self.seat(serial) {
@@ -37,6 +37,16 @@ impl Batch {
                 return;
             }
         }
+    }
+
+    /// Whether an older sequence is computing the very block that this one would compute first. Waiting for it costs nothing,
+    /// since older prompts are computed first anyway, and many prompts with one beginning, come at once, compute it once.
+    fn twin_computes(&self, serial: Serial) -> bool {
+        let (block_tokens, waits) = (usize::from(self.config.block_tokens), &self.sequences[&serial]);
+        let hits_max = (waits.tokens.len() - 1) / block_tokens;
+        let hits = self.pool.prefix(&waits.names[..hits_max]);
+        let computes = |s: &Sequence| s.computed <= hits * block_tokens && s.names.get(hits) == Some(&waits.names[hits]);
+        hits < hits_max && self.running.iter().any(|running| computes(&self.sequences[running]))
     }
 
     /// Whether one more sequence may compute.
@@ -95,13 +105,13 @@ impl Batch {
     }
 
     /// Takes a sequence that will be received, with every slot it needs and its headroom in one step, or refuses it:
-    /// half-reserved sequences would wait for one another. Those that wait already come first.
+    /// half-reserved sequences would wait for one another. Whoever waits for room already comes first.
     pub(super) fn reserve(&mut self, now: Time, ticket: Ticket) {
         let attempt = ticket.attempt;
         if let Err((kind, detail)) = self.judge(&ticket) {
             return self.refuse(attempt, kind, detail);
         }
-        if !self.waiting.is_empty() || !self.has_row() {
+        if self.blocked.is_some() || !self.has_row() {
             let detail = format!("{} waiting, {} running, {} receiving", self.waiting.len(), self.running.len(), self.receiving);
             return self.refuse(attempt, FailKind::NoRoom, detail);
         }
