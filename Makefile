@@ -1,6 +1,7 @@
 # The verbs of Millrace. `make` alone lists them.
 #
-# Everything is built with the release profile, tests too, so that nothing compiles twice. CARGO_TARGET_DIR and LIBTORCH
+# Everything is built with the release profile, tests too, and `test` builds all targets in one go (with the features that
+# the tests' own dependencies switch on), so that nothing compiles twice. CARGO_TARGET_DIR and LIBTORCH
 # are honoured when set; MILLRACE_MODEL, or MODEL=path, names a model of your own.
 
 SHELL := /bin/bash
@@ -33,7 +34,7 @@ demo: setup ## build everything, run a whole cluster on this machine and talk to
 
 test: setup ## build everything and run every test
 	cd deploy && python3 -B -m unittest test_fetch
-	cargo build --release --workspace
+	cargo build --release --workspace --all-targets
 	cargo test --release --workspace
 
 check: setup ## formatting and lints; any finding fails
