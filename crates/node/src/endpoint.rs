@@ -112,7 +112,7 @@ pub enum ConnectError {
         waited: Duration,
     },
     /// The handshake failed: certificates, protocol, or the peer closed.
-    #[error("{addr}: {source}")]
+    #[error("{addr}: {}", explain(source))]
     Handshake {
         /// Where to or from.
         addr: SocketAddr,
@@ -363,6 +363,21 @@ impl Settings {
         let mut client = quinn::ClientConfig::new(Arc::new(crypto));
         client.transport_config(transport);
         Ok(Self { client, server: Arc::new(server) })
+    }
+}
+
+/// A connection's end in words, with what the TLS alerts of a foreign authority mean.
+pub(crate) fn explain(error: &quinn::ConnectionError) -> String {
+    // RFC 9001 4.8: alerts are 0x100 + code; 48 is unknown_ca, 51 decrypt_error (an authority of the same name, another key).
+    let foreign = |code: u64| matches!(code, 0x130 | 0x133);
+    match error {
+        quinn::ConnectionError::TransportError(e) if foreign(e.code.into()) => {
+            format!("the peer's certificate is signed by another authority than our ca.pem ({error})")
+        }
+        quinn::ConnectionError::ConnectionClosed(e) if foreign(e.error_code.into()) => {
+            format!("our certificate is signed by another authority than the peer's ca.pem ({error})")
+        }
+        other => other.to_string(),
     }
 }
 

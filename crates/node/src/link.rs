@@ -15,7 +15,7 @@ use quinn::{ConnectionError, RecvStream, SendStream};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use crate::endpoint::{CloseCode, ConnectError, Connection, Endpoint, Target};
+use crate::endpoint::{CloseCode, ConnectError, Connection, Endpoint, Target, explain};
 use crate::frame::{FrameError, FrameReader, encode};
 use crate::pki::PeerIdentity;
 
@@ -66,7 +66,7 @@ impl From<&ConnectionError> for LinkClosed {
             ConnectionError::TimedOut | ConnectionError::Reset => ClosedKind::Lost,
             _ => ClosedKind::Protocol,
         };
-        Self { kind, reason: error.to_string() }
+        Self { kind, reason: explain(error) }
     }
 }
 
@@ -151,6 +151,12 @@ pub struct LinkReceiver {
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Link({})", self.0.connection.peer)
+    }
+}
+
+impl fmt::Debug for LinkReceiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LinkReceiver({})", self.link.peer())
     }
 }
 

@@ -4,11 +4,13 @@
 //! `Assign` -> batch -> engine, layer by layer -> streams to the decoder -> first token to the gateway -> `Received` -> release;
 //! or, on the other side, `Open` -> slots reserved -> cells verified one by one -> batch -> tokens to the gateway.
 
+pub mod args;
 mod compute;
 mod drive;
 mod event;
 mod links;
 mod peers;
+pub mod process;
 mod rates;
 mod receiving;
 mod sending;

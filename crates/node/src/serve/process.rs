@@ -1,0 +1,62 @@
+//! A node's process from start to end: logs, certificates, engine, port, one line on standard output, shutdown.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use millrace_core::engine::Engine;
+use millrace_core::message::{ModelIdentity, Role};
+use millrace_kernels::slab::KvSlab;
+
+use super::Node;
+use super::args::NodeArgs;
+use crate::pki::Identity;
+use crate::shutdown::Shutdown;
+
+/// What the binary brings: an engine and what it serves.
+pub struct Opened {
+    /// Computes.
+    pub engine: Box<dyn Engine>,
+    /// Its KV memory.
+    pub slab: Arc<KvSlab>,
+    /// What the cluster compares.
+    pub identity: ModelIdentity,
+    /// Tokens of context.
+    pub positions: usize,
+}
+
+/// Runs a node until it is told to stop. When it serves, it prints `ready {…}` on standard output; everything else is log.
+/// The exit code is 0 after a shutdown, 1 after an error, which is printed.
+pub fn run(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened>) -> ExitCode {
+    if let Err(error) = crate::telemetry::init(args.log) {
+        eprintln!("{error}");
+        return ExitCode::FAILURE;
+    }
+    match run_to_end(role, args, open) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            eprintln!("{}-node {}: {error:#}", role.as_str(), args.name);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_to_end(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened>) -> Result<()> {
+    let identity = Identity::load(&args.certs).with_context(|| format!("certificates of {}", args.certs.display()))?;
+    let opened = open().with_context(|| format!("model {}", args.model.display()))?;
+    let config = args.config(role, opened.identity, opened.positions)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    let result = runtime.block_on(async {
+        let shutdown = Shutdown::new();
+        shutdown.on_signals().context("signal handlers")?;
+        if args.exit_with_parent {
+            shutdown.on_stdin_end().context("watching standard input")?;
+        }
+        let node = Node::bind(config, identity)?;
+        println!("ready {{\"name\":\"{}\",\"quic\":\"{}\",\"pid\":{}}}", args.name, node.address()?, std::process::id());
+        node.serve(opened.engine, opened.slab, shutdown).await
+    });
+    runtime.shutdown_background();
+    result
+}
