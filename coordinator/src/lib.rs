@@ -1,0 +1,49 @@
+//! One replica of the coordinator: keeps the cluster's state in a replicated log, takes nodes in, and serves clients.
+//!
+//! A replica is a few parts that know each other by name: `raft` keeps the log, `state` applies it, `propose` is the way into
+//! it; `links` talks to `replicas` and `nodes`, `join` takes nodes in, `deltas` batches what their caches say, `duties` is what a
+//! replica does unasked; `dispatch` owns running requests, `http` is the OpenAI gateway over it, `admin` answers operators; `serve`
+//! puts them together. What the rules are is decided in `millrace-core`; no KV byte passes through here, and no LibTorch is linked.
+
+pub mod admin;
+pub mod config;
+pub mod deltas;
+pub mod dispatch;
+pub mod duties;
+pub mod http;
+pub mod join;
+pub mod links;
+pub mod nodes;
+pub mod propose;
+pub mod raft;
+pub mod replicas;
+pub mod serve;
+pub mod state;
+
+use std::sync::Arc;
+
+use millrace_checkpoint::Checkpoint;
+use millrace_core::message::ModelIdentity;
+use millrace_node::shutdown::Shutdown;
+
+/// What the gateway works with. One for each replica, shared by all of its requests.
+pub struct App {
+    /// The command line.
+    pub config: config::Config,
+    /// What is served; its `name` is the public one.
+    pub model: ModelIdentity,
+    /// Text to tokens and back (`text`; `text_absent()` says why there is none), context length (`config.max_positions`), end tokens.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Takes requests.
+    pub dispatcher: dispatch::Dispatcher,
+    /// The applied state of the cluster.
+    pub cluster: state::SharedCluster,
+    /// What is heard of the nodes.
+    pub nodes: Arc<nodes::Nodes>,
+    /// The log.
+    pub raft: raft::RaftHandle,
+    /// Operators' questions, as JSON.
+    pub admin: Arc<admin::Admin>,
+    /// Begins when the process is to end: take no new connections, end the open ones soon.
+    pub shutdown: Shutdown,
+}

@@ -1,0 +1,202 @@
+//! The links of this replica: who may come, who is dialed, and where each message goes.
+//!
+//! Every pair of replicas keeps one link, dialed by the one with the higher number; nodes and operators dial us. A peer is who its
+//! certificate says. Handlers do not wait: what takes time runs in a task of its own, and how many may run is bounded.
+
+mod node;
+
+use std::sync::Arc;
+
+use millrace_core::ids::{Epoch, NodeId, ReplicaId};
+use millrace_core::message::{Hello, Message, ModelIdentity, Role};
+use millrace_node::dial::keep_connected;
+use millrace_node::endpoint::{Connection, Endpoint, Target};
+use millrace_node::frame::FRAME_MAX;
+use millrace_node::link::{Link, LinkReceiver};
+use millrace_node::shutdown::Shutdown;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tracing::{debug, info, warn};
+
+use crate::admin::Admin;
+use crate::config::Config;
+use crate::deltas::Reported;
+use crate::dispatch::Dispatcher;
+use crate::join::JOINS_MAX;
+use crate::nodes::Outbox;
+use crate::propose::Proposer;
+
+/// Commands and queries of peers that are being answered at a time; one more is refused.
+pub const ANSWERING_MAX: usize = 256;
+/// Raft frames that wait for the links; what does not fit is dropped, which raft takes as loss.
+pub const RAFT_FRAMES_MAX: usize = 4096;
+/// Largest raft frame that fits a link's frame with its preamble and archive.
+const RAFT_FRAME_BYTES_MAX: usize = FRAME_MAX - 1024;
+
+/// What the links lead to.
+pub struct Links {
+    /// Who we are.
+    pub config: Config,
+    /// What we serve.
+    pub model: ModelIdentity,
+    /// Our instance.
+    pub instance: u128,
+    /// Commands.
+    pub proposer: Proposer,
+    /// Tokens.
+    pub dispatcher: Dispatcher,
+    /// Operators' questions.
+    pub admin: Arc<Admin>,
+    /// Cache changes.
+    pub reports: mpsc::Sender<Reported>,
+    /// Joins that are being handled.
+    pub joins: Arc<Semaphore>,
+    /// Commands and queries that are being answered.
+    pub answering: Arc<Semaphore>,
+}
+
+impl Links {
+    /// Links that lead nowhere yet.
+    #[must_use]
+    pub fn new(
+        (config, model, instance): (Config, ModelIdentity, u128),
+        proposer: Proposer,
+        dispatcher: Dispatcher,
+        admin: Arc<Admin>,
+        reports: mpsc::Sender<Reported>,
+    ) -> Arc<Self> {
+        let (joins, answering) = (Arc::new(Semaphore::new(JOINS_MAX)), Arc::new(Semaphore::new(ANSWERING_MAX)));
+        Arc::new(Self { config, model, instance, proposer, dispatcher, admin, reports, joins, answering })
+    }
+
+    /// Our first words to a peer of `role`. Replicas compare models at once; a node's is compared when it joins, so that it gets a
+    /// reason that it can act on.
+    fn hello(&self, role: Role) -> Hello {
+        Hello {
+            cluster: self.config.args.cluster.clone(),
+            name: self.config.args.name.clone(),
+            instance: self.instance,
+            node: NodeId(0),
+            epoch: Epoch(0),
+            model: (role == Role::Coordinator).then(|| self.model.clone()),
+        }
+    }
+
+    /// Takes whoever dials us, until the endpoint closes.
+    pub async fn accept(self: Arc<Self>, endpoint: Endpoint) {
+        while let Some(accepting) = endpoint.accept().await {
+            let links = self.clone();
+            tokio::spawn(async move {
+                match accepting.finish().await {
+                    Ok(connection) => links.greet(connection).await,
+                    Err(error) => debug!(%error, "a handshake failed"),
+                }
+            });
+        }
+    }
+
+    async fn greet(self: Arc<Self>, connection: Connection) {
+        let hello = self.hello(connection.peer.role);
+        match Link::accept(connection, &hello).await {
+            Ok((link, receiver)) => self.serve(link, receiver).await,
+            Err(error) => info!(%error, "a peer is refused"),
+        }
+    }
+
+    /// Keeps links to the replicas that are ours to dial, until shutdown.
+    pub fn dial(self: &Arc<Self>, endpoint: &Endpoint, shutdown: &Shutdown) {
+        let (ours, hello) = watch::channel(self.hello(Role::Coordinator));
+        for (&id, &addr) in self.config.others.range(..self.config.me) {
+            let target = Target { addr, role: Role::Coordinator, name: Some(self.config.replica_name(id)) };
+            let (up, mut links) = mpsc::channel(1);
+            tokio::spawn(keep_connected(endpoint.clone(), target, hello.clone(), up, shutdown.clone()));
+            let this = self.clone();
+            tokio::spawn(async move {
+                while let Some((link, receiver)) = links.recv().await {
+                    this.clone().serve(link, receiver).await;
+                }
+            });
+        }
+        // Our words do not change; a closed channel keeps its last value.
+        drop(ours);
+    }
+
+    async fn serve(self: Arc<Self>, link: Link, receiver: LinkReceiver) {
+        match link.peer().role {
+            Role::Coordinator => match self.config.replica_of(&link.peer().name) {
+                Some(id) => self.serve_replica(id, link, receiver).await,
+                None => link.close("no replica of this cluster has that name"),
+            },
+            Role::Prefill | Role::Decode => self.serve_node(link, receiver).await,
+            Role::Admin => self.serve_admin(link, receiver).await,
+        }
+    }
+
+    async fn serve_replica(self: Arc<Self>, id: ReplicaId, link: Link, mut receiver: LinkReceiver) {
+        let replicas = self.proposer.replicas.clone();
+        let attached = replicas.attach(id, outbox(&link));
+        info!(replica = %id, "replica linked");
+        while let Some(message) = receiver.recv().await {
+            match message {
+                Message::Raft(frame) => self.proposer.raft.step(id.0, &frame),
+                Message::Forward { id, command } => self.answer_forward(&link, id, command),
+                Message::Forwarded { id: call, result } => replicas.answered(id, call, result),
+                Message::Query { id, json } => self.answer_query(&link, id, json),
+                Message::Answer { id: call, result } => replicas.answered(id, call, result.map(String::into_bytes)),
+                _ => debug!(replica = %id, "a message without meaning between replicas"),
+            }
+        }
+        replicas.detach(id, attached);
+        info!(replica = %id, closed = ?link.is_closed(), "replica link ended");
+    }
+
+    async fn serve_admin(self: Arc<Self>, link: Link, mut receiver: LinkReceiver) {
+        while let Some(message) = receiver.recv().await {
+            if let Message::Query { id, json } = message {
+                self.answer_query(&link, id, json);
+            }
+        }
+    }
+
+    fn answer_forward(&self, link: &Link, id: u64, command: Vec<u8>) {
+        let (proposer, link) = (self.proposer.clone(), link.clone());
+        let Ok(permit) = self.answering.clone().try_acquire_owned() else {
+            let _ = link.send(&Message::Forwarded { id, result: Err("too many commands are in flight".into()) });
+            return;
+        };
+        tokio::spawn(async move {
+            let result = proposer.forwarded(command).await;
+            let _ = link.send(&Message::Forwarded { id, result });
+            drop(permit);
+        });
+    }
+
+    fn answer_query(&self, link: &Link, id: u64, json: String) {
+        let (admin, link) = (self.admin.clone(), link.clone());
+        let Ok(permit) = self.answering.clone().try_acquire_owned() else {
+            let _ = link.send(&Message::Answer { id, result: Err("too many queries are in flight".into()) });
+            return;
+        };
+        tokio::spawn(async move {
+            let result = admin.query(&json).await;
+            let _ = link.send(&Message::Answer { id, result });
+            drop(permit);
+        });
+    }
+}
+
+/// Hands messages to a link; a link that does not take one has ended or ends by it.
+fn outbox(link: &Link) -> Outbox {
+    let link = link.clone();
+    Arc::new(move |message| link.send(&message).is_ok())
+}
+
+/// Carries raft's frames to the links, until raft stops. A frame for a replica without a link is dropped: raft sends again.
+pub async fn carry_raft(proposer: Proposer, mut frames: mpsc::Receiver<(u64, Vec<u8>)>) {
+    while let Some((to, frame)) = frames.recv().await {
+        if frame.len() > RAFT_FRAME_BYTES_MAX {
+            warn!(to, bytes = frame.len(), "a raft frame is too large for a link and is dropped");
+            continue;
+        }
+        proposer.replicas.send(ReplicaId(to), Message::Raft(frame));
+    }
+}

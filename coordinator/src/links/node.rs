@@ -1,0 +1,132 @@
+//! What nodes say on their links. A node speaks for itself only: what names another node ends the link.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use millrace_core::cluster::Command;
+use millrace_core::ids::{Epoch, NodeId};
+use millrace_core::message::{Join, Load, Message};
+use millrace_node::link::{Link, LinkReceiver};
+use tracing::{debug, info, warn};
+
+use super::{Links, outbox};
+use crate::deltas::{Report, Reported};
+use crate::join::{self, Identity, Outcome};
+use crate::nodes::{LinkId, Outbox};
+
+/// A node's link, while it is served.
+struct Served {
+    who: Identity,
+    link: Link,
+    id: LinkId,
+    outbox: Outbox,
+}
+
+impl Links {
+    pub(super) async fn serve_node(self: Arc<Self>, link: Link, mut receiver: LinkReceiver) {
+        let (peer, hello) = (link.peer(), link.hello());
+        let who = Identity { name: peer.name.clone(), role: peer.role, instance: hello.instance };
+        let outbox = outbox(&link);
+        let nodes = &self.proposer.nodes;
+        let id = nodes.attach(Instant::now(), &who.name, who.instance, outbox.clone());
+        let (number, epoch) = (hello.node, hello.epoch);
+        let served = Served { who, link, id, outbox };
+        if epoch != Epoch(0) && self.speaks_for_itself(&served, number) {
+            nodes.joined(&served.who.name, id, (number, epoch));
+        }
+        info!(node = served.who.name, "node linked");
+        while let Some(message) = receiver.recv().await {
+            self.on_node_message(&served, message);
+        }
+        nodes.detach(&served.who.name, id);
+        info!(node = served.who.name, closed = ?served.link.is_closed(), "node link ended");
+    }
+
+    fn on_node_message(&self, served: &Served, message: Message) {
+        if let Message::Heartbeat { node, epoch, load } = message {
+            return self.on_heartbeat(served, (node, epoch), load);
+        }
+        self.proposer.nodes.heard(Instant::now(), &served.who.name, served.id);
+        match message {
+            Message::Token(token) => self.with_number(served, |node| self.dispatcher.token(node, token)),
+            Message::Failed(failed) => self.with_number(served, |node| self.dispatcher.failed(node, failed)),
+            Message::Handover(stats) => self.with_number(served, |node| self.dispatcher.handover(node, stats)),
+            Message::Delta(delta) => self.on_report(served, delta.node, Report::Delta(delta)),
+            Message::Snapshot(page) => self.on_report(served, page.node, Report::Page(page)),
+            Message::Join(join) => self.on_join(served, join),
+            Message::Leave { node, epoch } => self.on_leave(served, node, epoch),
+            _ => debug!(node = served.who.name, "a message without meaning from a node"),
+        }
+    }
+
+    fn with_number(&self, served: &Served, act: impl FnOnce(NodeId)) {
+        if let Some((node, _)) = self.proposer.nodes.who(&served.who.name, served.id) {
+            act(node);
+        }
+    }
+
+    /// Whether this link's node may be number `node`, as far as is applied here; ends the link if not.
+    fn speaks_for_itself(&self, served: &Served, node: NodeId) -> bool {
+        let owner = self.proposer.cluster.read().node(node).map(|n| n.name.clone());
+        let own = owner.as_ref().is_none_or(|name| *name == served.who.name);
+        if !own {
+            warn!(node = served.who.name, claimed = ?owner, "a node speaks for another");
+            served.link.close("you speak for another node");
+        }
+        own
+    }
+
+    fn on_heartbeat(&self, served: &Served, who: (NodeId, Epoch), load: Load) {
+        if self.speaks_for_itself(served, who.0) {
+            self.proposer.nodes.heartbeat(Instant::now(), &served.who.name, served.id, who, load);
+        }
+    }
+
+    fn on_report(&self, served: &Served, node: NodeId, report: Report) {
+        if !self.speaks_for_itself(served, node) {
+            return;
+        }
+        let reported = Reported { report, reply: served.outbox.clone() };
+        if self.reports.try_send(reported).is_err() {
+            debug!(node = served.who.name, "cache changes are dropped: too many wait");
+        }
+    }
+
+    fn on_join(&self, served: &Served, join: Join) {
+        let Ok(permit) = self.joins.clone().try_acquire_owned() else {
+            let reason = "too many joins at a time".into();
+            (served.outbox)(Outcome::Refused { reason, retry: true }.message());
+            return;
+        };
+        let (proposer, model) = (self.proposer.clone(), self.model.clone());
+        let (who, id, outbox) = (served.who.clone(), served.id, served.outbox.clone());
+        tokio::spawn(async move {
+            let outcome = join::join(&proposer, &who, join, &model).await;
+            match &outcome {
+                Outcome::Joined(node, epoch) => {
+                    proposer.nodes.joined(&who.name, id, (*node, *epoch));
+                    info!(node = who.name, number = %node, %epoch, "node joined");
+                }
+                Outcome::Refused { reason, retry } => info!(node = who.name, reason, retry, "node refused"),
+            }
+            outbox(outcome.message());
+            drop(permit);
+        });
+    }
+
+    fn on_leave(&self, served: &Served, node: NodeId, epoch: Epoch) {
+        let Ok(permit) = self.answering.clone().try_acquire_owned() else { return };
+        if !self.speaks_for_itself(served, node) {
+            return;
+        }
+        let (proposer, name) = (self.proposer.clone(), served.who.name.clone());
+        tokio::spawn(async move {
+            // If this fails, the lease ends by itself.
+            match proposer.propose(&Command::Leave { node, epoch }).await {
+                Ok(_) => info!(node = name, "node left"),
+                Err(error) => warn!(node = name, %error, "a node's leave is not in the log"),
+            }
+            drop(permit);
+        });
+    }
+}

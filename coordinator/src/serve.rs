@@ -1,0 +1,171 @@
+//! Puts a replica together, says when it serves, and takes it apart again.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use millrace_checkpoint::Checkpoint;
+use millrace_core::cluster::ReplicaInfo;
+use millrace_core::message::{ModelIdentity, Role};
+use millrace_node::endpoint::{Endpoint, EndpointConfig};
+use millrace_node::pki::Identity;
+use millrace_node::shutdown::Shutdown;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::App;
+use crate::admin::Admin;
+use crate::config::Config;
+use crate::deltas::{self, REPORTS_MAX};
+use crate::dispatch::Dispatcher;
+use crate::duties::Duties;
+use crate::http;
+use crate::links::{Links, RAFT_FRAMES_MAX, carry_raft};
+use crate::nodes::Nodes;
+use crate::propose::Proposer;
+use crate::raft::{self, RaftConfig, RaftHandle};
+use crate::replicas::Replicas;
+use crate::state::{Replicated, SharedCluster};
+
+/// How long each part may take to stop.
+const STOP_WAIT_MAX: Duration = Duration::from_secs(2);
+/// How long a stopping leader waits for another to take over.
+const HANDOVER_WAIT_MAX: Duration = Duration::from_millis(500);
+
+/// What is known before anything is shared.
+struct Opened {
+    checkpoint: Arc<Checkpoint>,
+    model: ModelIdentity,
+    endpoint: Endpoint,
+    listener: TcpListener,
+    http: SocketAddr,
+}
+
+/// A replica that serves.
+struct Replica {
+    app: Arc<App>,
+    endpoint: Endpoint,
+    proposer: Proposer,
+}
+
+/// Runs a replica until shutdown.
+///
+/// # Errors
+/// What keeps it from starting, or why its log stopped.
+pub async fn run(config: Config, shutdown: Shutdown) -> Result<()> {
+    let opened = open(&config).await?;
+    let (http, quic) = (opened.http, opened.endpoint.local_addr()?);
+    let (replica, listener) = start(config, opened, shutdown.clone())?;
+    let app = replica.app.clone();
+    let mut gateway = tokio::spawn(http::serve(app.clone(), listener));
+    let name = &app.config.args.name;
+    println!("ready {}", json!({"name": name, "http": http.to_string(), "quic": quic.to_string(), "pid": std::process::id()}));
+    info!(name, %http, %quic, model = app.model.name, "serving");
+    let failure = tokio::select! {
+        reason = shutdown.wait() => {
+            info!(reason, "stopping");
+            None
+        }
+        () = app.raft.stopped() => {
+            let failure = app.raft.status().failure.map_or_else(|| "it was stopped".into(), |failure| failure.to_string());
+            shutdown.begin("the log stopped");
+            Some(failure)
+        }
+    };
+    app.dispatcher.stop();
+    if tokio::time::timeout(STOP_WAIT_MAX, &mut gateway).await.is_err() {
+        gateway.abort();
+    }
+    replica.stop().await;
+    failure.map_or(Ok(()), |failure| Err(anyhow::anyhow!("the replicated log stopped: {failure}")))
+}
+
+/// Opens everything that can be refused.
+async fn open(config: &Config) -> Result<Opened> {
+    let args = &config.args;
+    let identity = Identity::load(&args.certs).with_context(|| format!("certificates in {}", args.certs.display()))?;
+    let me = &identity.me;
+    ensure!(me.cluster == args.cluster, "the certificate is of cluster {:?}, --cluster says {:?}", me.cluster, args.cluster);
+    ensure!(me.role == Role::Coordinator, "the certificate is a {}'s, not a coordinator's", me.role.as_str());
+    ensure!(me.name == args.name, "the certificate is {:?}'s, --name says {:?}", me.name, args.name);
+    let endpoint = Endpoint::bind(args.listen, identity, EndpointConfig::default()).context("--listen")?;
+    let listener = TcpListener::bind(args.http).await.with_context(|| format!("--http {}", args.http))?;
+    let http = listener.local_addr()?;
+    let (path, name, dtype, block_tokens) = (args.model.clone(), args.model_name.clone(), args.dtype, args.block_tokens);
+    let opening = tokio::task::spawn_blocking(move || open_model(&path, name, dtype, block_tokens));
+    let (checkpoint, model) = opening.await?.with_context(|| format!("--model {}", args.model.display()))?;
+    Ok(Opened { checkpoint, model, endpoint, listener, http })
+}
+
+fn open_model(
+    path: &Path,
+    name: Option<String>,
+    dtype: millrace_core::layout::KvDtype,
+    block_tokens: u16,
+) -> Result<(Arc<Checkpoint>, ModelIdentity)> {
+    let checkpoint = Checkpoint::open(path)?;
+    let name = name.unwrap_or_else(|| checkpoint.default_name());
+    let model = checkpoint.identity(&name, dtype, block_tokens);
+    if let Some(reason) = checkpoint.text_absent() {
+        warn!(reason, "only token-id prompts are served");
+    }
+    Ok((Arc::new(checkpoint), model))
+}
+
+/// Starts the log and every task.
+fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica, TcpListener)> {
+    let Opened { checkpoint, model, endpoint, listener, http } = opened;
+    let (cluster, nodes, replicas) = (SharedCluster::default(), Arc::new(Nodes::default()), Arc::new(Replicas::default()));
+    let (raft, frames) = start_raft(&config, cluster.clone())?;
+    let proposer = Proposer { me: config.me, raft: raft.clone(), replicas, nodes: nodes.clone(), cluster: cluster.clone() };
+    let dispatcher = Dispatcher::new(config.me, model.clone(), cluster.clone(), nodes.clone(), raft.watch_status());
+    let admin = Admin::new(config.clone(), proposer.clone(), dispatcher.clone(), checkpoint.clone(), http.to_string());
+    let (admin, instance) = (Arc::new(admin), rand::random());
+    let (reports, inbox) = mpsc::channel(REPORTS_MAX);
+    let (who, about) = ((config.clone(), model.clone(), instance), admin.clone());
+    let links = Links::new(who, proposer.clone(), dispatcher.clone(), about, reports);
+    let (http_address, quic_address, pid) = (http.to_string(), config.quic().to_string(), std::process::id());
+    let duties = Duties::new(proposer.clone(), ReplicaInfo { http_address, quic_address, pid, instance });
+    tokio::spawn(carry_raft(proposer.clone(), frames));
+    tokio::spawn(deltas::run(proposer.clone(), inbox));
+    tokio::spawn(duties.run(shutdown.clone()));
+    links.dial(&endpoint, &shutdown);
+    tokio::spawn(links.accept(endpoint.clone()));
+    let app = App { config, model, checkpoint, dispatcher, cluster, nodes, raft, admin, shutdown };
+    Ok((Replica { app: Arc::new(app), endpoint, proposer }, listener))
+}
+
+fn start_raft(config: &Config, cluster: SharedCluster) -> Result<(RaftHandle, mpsc::Receiver<(u64, Vec<u8>)>)> {
+    let dir = config.args.dir.clone();
+    let raft_config = RaftConfig::new(config.me.0, config.voters(), dir.clone(), config.args.cluster.as_str());
+    let (outgoing, frames) = mpsc::channel(RAFT_FRAMES_MAX);
+    let raft = raft::start(raft_config, Replicated::new(cluster), outgoing).with_context(|| format!("--dir {}", dir.display()))?;
+    Ok((raft, frames))
+}
+
+impl Replica {
+    async fn stop(self) {
+        self.hand_leadership_over().await;
+        self.endpoint.close("the replica stops").await;
+        self.app.raft.shutdown();
+        if tokio::time::timeout(STOP_WAIT_MAX, self.app.raft.stopped()).await.is_err() {
+            warn!("the log did not stop in time");
+        }
+    }
+
+    /// Spares the cluster an election by time-out.
+    async fn hand_leadership_over(&self) {
+        let raft = &self.app.raft;
+        let mut status = raft.watch_status();
+        let heir = self.app.config.others.keys().copied().find(|id| self.proposer.replicas.linked(*id));
+        let (raft::Role::Leader, Some(heir)) = (raft.status().role, heir) else { return };
+        raft.transfer_leader(heir.0);
+        let handed = status.wait_for(|status| status.role != raft::Role::Leader);
+        // If nobody takes it, the others elect a leader a moment later.
+        let _ = tokio::time::timeout(HANDOVER_WAIT_MAX, handed).await;
+    }
+}
