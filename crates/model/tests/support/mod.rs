@@ -1,0 +1,166 @@
+//! What the golden tests share: the reference rows, and a small scheduler that drives an engine through them.
+#![allow(dead_code, missing_docs, clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+
+use millrace_core::engine::{Row, Step};
+use millrace_core::ids::{AttemptId, RequestId, Slot, TokenId};
+use millrace_core::sampling::Sampling;
+use millrace_model::{LlamaEngine, sampler};
+use serde_json::Value;
+
+/// A position whose first two reference log-probabilities are closer than this may differ.
+pub const NEAR_TIE: f32 = 0.002;
+
+/// One prompt and what transformers answered, greedily, in f32.
+#[derive(Clone, Debug)]
+pub struct Golden {
+    pub name: String,
+    pub prompt: Vec<TokenId>,
+    pub output: Vec<TokenId>,
+    /// For each output position the likeliest tokens with their log-probabilities.
+    pub top: Vec<Vec<(TokenId, f32)>>,
+    /// Logits of the first output position; empty where the file has none.
+    pub logits_first: Vec<f32>,
+}
+
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+pub fn read_golden(file: &Path) -> Vec<Golden> {
+    let text = std::fs::read_to_string(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    let rows: Vec<Golden> = text.lines().map(|line| golden(&serde_json::from_str(line).unwrap())).collect();
+    assert!(!rows.is_empty(), "{} is empty", file.display());
+    rows
+}
+
+fn golden(row: &Value) -> Golden {
+    let ids = |key: &str| row[key].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as TokenId).collect();
+    let pair = |pair: &Value| (pair[0].as_u64().unwrap() as TokenId, pair[1].as_f64().unwrap() as f32);
+    let top = |position: &Value| position.as_array().unwrap().iter().map(pair).collect();
+    let floats = |value: &Value| value.as_array().map(|xs| xs.iter().map(|x| x.as_f64().unwrap() as f32).collect());
+    Golden {
+        name: row["name"].as_str().unwrap_or("unnamed").into(),
+        prompt: ids("prompt_ids"),
+        output: ids("output_ids"),
+        top: row["top5"].as_array().unwrap().iter().map(top).collect(),
+        logits_first: floats(&row["logits_first"]).unwrap_or_default(),
+    }
+}
+
+impl Golden {
+    /// Whether the reference itself could have gone two ways at this output position.
+    pub fn near_tie(&self, position: usize) -> bool {
+        self.top[position][0].1 - self.top[position][1].1 < NEAR_TIE
+    }
+
+    /// Tokens up to which `got` must equal the reference: all, or up to a near tie that went the other way.
+    pub fn assert_same(&self, got: &[TokenId], note: &str) {
+        assert_eq!(got.len(), self.output.len());
+        let differs = (0..got.len()).find(|&i| got[i] != self.output[i]);
+        if let Some(i) = differs {
+            assert!(self.near_tie(i), "{} {note}: token {i} is {}, the reference has {:?}", self.name, got[i], self.top[i]);
+        }
+    }
+}
+
+/// A sequence on its way.
+pub struct Sequence {
+    pub golden: Golden,
+    pub table: Vec<Slot>,
+    /// Tokens whose KV stands in the cells.
+    pub done: usize,
+    /// Drawn tokens.
+    pub output: Vec<TokenId>,
+    pub logits_first: Vec<f32>,
+    /// Feed the reference's tokens, whatever was drawn.
+    pub forced: bool,
+}
+
+/// Hands out slots in an order that is not the order of positions.
+pub struct Slots {
+    next: usize,
+    count: usize,
+}
+
+impl Slots {
+    pub fn new(count: usize) -> Self {
+        Self { next: 0, count }
+    }
+
+    pub fn take(&mut self) -> Slot {
+        let step = (1..).step_by(2).find(|step| step * 2 > self.count && gcd(*step, self.count) == 1).unwrap();
+        self.next += 1;
+        assert!(self.next <= self.count, "out of slots");
+        Slot((self.next * step % self.count) as u32)
+    }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+impl Sequence {
+    /// A cold sequence, or one whose first blocks are those of `prefix`.
+    pub fn new(golden: &Golden, engine: &LlamaEngine, slots: &mut Slots, prefix: &[Slot]) -> Self {
+        let blocks = engine.layout().blocks(golden.prompt.len() + golden.output.len());
+        let mut table = prefix.to_vec();
+        table.resize_with(blocks, || slots.take());
+        let done = prefix.len() * usize::from(engine.layout().block_tokens);
+        assert!(done < golden.prompt.len());
+        Self { golden: golden.clone(), table, done, output: vec![], logits_first: vec![], forced: false }
+    }
+
+    fn finished(&self) -> bool {
+        self.output.len() == self.golden.output.len()
+    }
+
+    fn row(&self, index: usize, chunk: usize) -> Row {
+        let tokens = match self.output.len() {
+            0 => self.golden.prompt[self.done..].iter().copied().take(chunk).collect(),
+            n if self.forced => vec![self.golden.output[n - 1]],
+            n => vec![self.output[n - 1]],
+        };
+        let last = self.done + tokens.len() >= self.golden.prompt.len();
+        Row {
+            attempt: AttemptId { request: RequestId(index as u128), attempt: 0 },
+            tokens,
+            start: self.done as u32,
+            table: self.table.clone(),
+            sample: last.then(greedy),
+        }
+    }
+}
+
+pub fn greedy() -> Sampling {
+    Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, max_new: 1, eos: vec![], ignore_eos: true }
+}
+
+/// Runs all sequences together to their ends: each step has one row of each, a chunk or one token.
+pub fn run(engine: &mut LlamaEngine, sequences: &mut [Sequence], chunk: usize) {
+    while sequences.iter().any(|s| !s.finished()) {
+        let live: Vec<usize> = (0..sequences.len()).filter(|&i| !sequences[i].finished()).collect();
+        let step = Step { rows: live.iter().map(|&i| sequences[i].row(i, chunk)).collect() };
+        let mut layers = Vec::new();
+        let logits = engine.logits(&step, &mut |layer| layers.push(layer)).unwrap();
+        assert!(layers.iter().copied().eq(0..engine.layout().layers), "each layer is told once, in order: {layers:?}");
+        let mut logits = logits.into_iter();
+        for (&i, row) in live.iter().zip(&step.rows) {
+            sequences[i].done = row.end() as usize;
+            if row.sample.is_some() {
+                take(&mut sequences[i], logits.next().unwrap());
+            }
+        }
+        assert_eq!(logits.next(), None);
+    }
+}
+
+fn take(sequence: &mut Sequence, logits: Vec<f32>) {
+    let position = sequence.output.len();
+    let draw = sampler::draw(&logits, &greedy(), sequence.done as u32).unwrap();
+    sequence.output.push(draw.token);
+    if position == 0 {
+        sequence.logits_first = logits;
+    }
+}

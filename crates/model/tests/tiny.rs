@@ -1,0 +1,137 @@
+//! The tiny Llama models against transformers: every chunk size, alone and batched, cold and on cached prefixes.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::path::PathBuf;
+
+use millrace_checkpoint::Checkpoint;
+use millrace_core::engine::{Engine, Step};
+use millrace_core::ids::Slot;
+use millrace_model::{Dtype, LlamaEngine};
+use support::{Golden, Sequence, Slots, read_golden, repository, run};
+
+const SLOTS: usize = 256;
+const CHUNKS: [usize; 4] = [1, 7, 16, 64];
+const LOGITS_TOLERANCE: f32 = 2e-3;
+
+/// The tiny models beside the repository; without them the one inside it.
+fn models() -> Vec<PathBuf> {
+    let beside = repository().join("../shared/golden/tiny");
+    let names = ["tiny-llama-mha", "tiny-llama-gqa-tied", "tiny-llama-mqa", "tiny-llama3-rope"];
+    let found = match beside.is_dir() {
+        true => names.iter().map(|name| beside.join(name)).collect(),
+        false => vec![repository().join("tests/data/tiny-llama-gqa-tied")],
+    };
+    for model in &found {
+        assert!(model.join("model.safetensors").is_file(), "{} is not there", model.display());
+    }
+    found
+}
+
+fn load(model: &std::path::Path, dtype: Dtype) -> (LlamaEngine, Vec<Golden>) {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let (engine, slab, layout) = LlamaEngine::load(&checkpoint, dtype, SLOTS, 16, 1).unwrap();
+    assert_eq!((slab.cell_bytes(), slab.slots()), (layout.cell_bytes(), SLOTS));
+    (engine, read_golden(&model.join("golden.jsonl")))
+}
+
+fn check(sequence: &Sequence, note: &str) {
+    let golden = &sequence.golden;
+    golden.assert_same(&sequence.output, note);
+    assert_eq!(sequence.logits_first.len(), golden.logits_first.len());
+    for (i, (got, want)) in sequence.logits_first.iter().zip(&golden.logits_first).enumerate() {
+        assert!((got - want).abs() <= LOGITS_TOLERANCE, "{note}, prompt of {}: logit {i} {got} {want}", golden.prompt.len());
+    }
+}
+
+#[test]
+fn batched_and_alone_in_any_chunks() {
+    for model in models() {
+        let (mut engine, goldens) = load(&model, Dtype::F32);
+        for chunk in CHUNKS {
+            let mut slots = Slots::new(SLOTS);
+            let mut together: Vec<_> = goldens.iter().map(|g| Sequence::new(g, &engine, &mut slots, &[])).collect();
+            run(&mut engine, &mut together, chunk);
+            together.iter().for_each(|s| check(s, &format!("{} batched, chunks of {chunk}", model.display())));
+            for golden in &goldens {
+                let mut alone = [Sequence::new(golden, &engine, &mut Slots::new(SLOTS), &[])];
+                run(&mut engine, &mut alone, chunk);
+                check(&alone[0], &format!("{} alone, chunks of {chunk}", model.display()));
+            }
+        }
+    }
+}
+
+#[test]
+fn cached_prefixes_give_the_same() {
+    for model in models() {
+        let (mut engine, goldens) = load(&model, Dtype::F32);
+        for golden in goldens.iter().filter(|g| g.prompt.len() > 16) {
+            for cached in 1..=(golden.prompt.len() - 1) / 16 {
+                let mut slots = Slots::new(SLOTS);
+                let mut first = [Sequence::new(golden, &engine, &mut slots, &[])];
+                run(&mut engine, &mut first, 64);
+                let prefix: Vec<Slot> = first[0].table[..cached].to_vec();
+                let mut second = [
+                    Sequence::new(golden, &engine, &mut slots, &prefix),
+                    Sequence::new(&goldens[0], &engine, &mut slots, &[]),
+                ];
+                run(&mut engine, &mut second, 64);
+                second.iter().for_each(|s| check(s, &format!("{} on {cached} cached blocks", model.display())));
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_stays_near() {
+    for model in models() {
+        let (mut engine, goldens) = load(&model, Dtype::Bf16);
+        for chunk in [1, 16, 64] {
+            let mut slots = Slots::new(SLOTS);
+            let mut together: Vec<_> = goldens.iter().map(|g| Sequence::new(g, &engine, &mut slots, &[])).collect();
+            run(&mut engine, &mut together, chunk);
+            for sequence in &together {
+                let pairs = sequence.logits_first.iter().zip(&sequence.golden.logits_first);
+                let (error, size) = pairs.fold((0.0f32, 0.0f32), |(e, s), (a, b)| (e + (a - b).powi(2), s + b.powi(2)));
+                assert!(error < 0.01 * size, "{} in chunks of {chunk}: relative error {}", model.display(), (error / size).sqrt());
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_steps_are_errors_and_the_engine_lives_on() {
+    let model = &models()[0];
+    let (mut engine, goldens) = load(model, Dtype::F32);
+    let mut slots = Slots::new(SLOTS);
+    let mut good = Sequence::new(&goldens[1], &engine, &mut slots, &[]);
+    assert_eq!(engine.step(&Step::default(), &mut |_| ()).unwrap(), []);
+    let row = millrace_core::engine::Row {
+        attempt: Default::default(),
+        tokens: vec![300],
+        start: 0,
+        table: vec![Slot(0)],
+        sample: Some(support::greedy()),
+    };
+    let mut refuse = |row: &millrace_core::engine::Row, word: &str| {
+        let error = engine.step(&Step { rows: vec![row.clone()] }, &mut |_| panic!("nothing is computed")).unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+    };
+    refuse(&row, "token 300");
+    refuse(&millrace_core::engine::Row { tokens: vec![], ..row.clone() }, "no tokens");
+    refuse(&millrace_core::engine::Row { tokens: vec![1; 17], ..row.clone() }, "table of 1");
+    refuse(&millrace_core::engine::Row { tokens: vec![1], table: vec![Slot(SLOTS as u32)], ..row.clone() }, "slot 256");
+    refuse(&millrace_core::engine::Row { tokens: vec![1], start: 512, ..row.clone() }, "position 513");
+    run(&mut engine, std::slice::from_mut(&mut good), 64);
+    check(&good, "after wrong steps");
+}
+
+#[test]
+fn settings_that_do_not_fit_are_refused() {
+    let checkpoint = Checkpoint::open(&models()[0]).unwrap();
+    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 0, 16, 1).is_err());
+    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 4, 24, 1).is_err());
+    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, usize::MAX, 16, 1).is_err());
+}
