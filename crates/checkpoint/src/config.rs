@@ -86,11 +86,11 @@ impl ModelConfig {
                 return Err(CheckpointError::limit(file, field, found as u64, max as u64));
             }
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             let reason = format!("{} does not divide num_attention_heads {}", self.kv_heads, self.heads);
             return Err(CheckpointError::malformed(file, "num_key_value_heads", reason));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(CheckpointError::malformed(file, "head_dim", format!("{} is odd", self.head_dim)));
         }
         if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {

@@ -75,25 +75,43 @@ impl TensorView<'_> {
 
     /// The numbers in single precision, exact for every type but the rounding of `d * q + m` to f32.
     pub fn to_f32(&self) -> Vec<f32> {
-        let mut out = Vec::with_capacity(self.len());
-        let blocks = self.bytes.chunks_exact(self.dtype.block().1);
-        match self.dtype {
-            TensorType::F32 => out.extend(blocks.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
-            TensorType::F16 => out.extend(blocks.map(|b| half_at(b, 0))),
-            TensorType::BF16 => out.extend(blocks.map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())),
-            TensorType::Q8_0 => blocks.for_each(|b| push_q8_0(b, &mut out)),
-            TensorType::Q4_0 => blocks.for_each(|b| push_q4(half_at(b, 0), -8, 0.0, &b[2..], &mut out)),
-            TensorType::Q4_1 => blocks.for_each(|b| push_q4(half_at(b, 0), 0, half_at(b, 2), &b[4..], &mut out)),
-        }
+        let mut out = vec![0.0; self.len()];
+        decode(self.dtype, &self.bytes, &mut out);
         out
     }
 
     /// The numbers in bfloat16: those of [`Self::to_f32`] rounded to nearest, ties to even.
     pub fn to_bf16(&self) -> Vec<bf16> {
-        if self.dtype == TensorType::BF16 {
-            return self.bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]])).collect();
+        // By pieces that stay in the cache: a whole embedding in f32 would be written to memory only to be read once.
+        let piece_bytes = PIECE_BLOCKS * self.dtype.block().1;
+        let mut numbers = vec![0.0; PIECE_BLOCKS * self.dtype.block().0];
+        let mut out = Vec::with_capacity(self.len());
+        for piece in self.bytes.chunks(piece_bytes) {
+            let count = piece.len() / self.dtype.block().1 * self.dtype.block().0;
+            decode(self.dtype, piece, &mut numbers[..count]);
+            out.extend(numbers[..count].iter().map(|&x| rounded(x)));
         }
-        self.to_f32().into_iter().map(bf16::from_f32).collect()
+        out
+    }
+}
+
+/// Blocks that [`TensorView::to_bf16`] decodes at a time.
+const PIECE_BLOCKS: usize = 256;
+
+/// Numbers of whole blocks; `out` has room for exactly them. Plain loops over fixed lengths, so that they become vector code.
+fn decode(dtype: TensorType, bytes: &[u8], out: &mut [f32]) {
+    let (numbers, size) = dtype.block();
+    let blocks = bytes.chunks_exact(size).zip(out.chunks_exact_mut(numbers));
+    match dtype {
+        TensorType::F32 => blocks.for_each(|(b, o)| o[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        TensorType::F16 => blocks.for_each(|(b, o)| o[0] = half_at(b, 0)),
+        TensorType::BF16 => blocks.for_each(|(b, o)| o[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+        TensorType::Q8_0 => blocks.for_each(|(b, o)| {
+            let scale = half_at(b, 0);
+            b[2..].iter().zip(o).for_each(|(&q, x)| *x = f32::from(q as i8) * scale);
+        }),
+        TensorType::Q4_0 => blocks.for_each(|(b, o)| decode_q4(half_at(b, 0), 8.0, 0.0, &b[2..], o)),
+        TensorType::Q4_1 => blocks.for_each(|(b, o)| decode_q4(half_at(b, 0), 0.0, half_at(b, 2), &b[4..], o)),
     }
 }
 
@@ -101,16 +119,22 @@ fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-fn push_q8_0(block: &[u8], out: &mut Vec<f32>) {
-    let scale = half_at(block, 0);
-    out.extend(block[2..].iter().map(|&q| f32::from(q as i8) * scale));
+/// Low nibbles are the first 16 numbers of the block, high nibbles the last 16. `q - zero` is exact.
+fn decode_q4(scale: f32, zero: f32, min: f32, nibbles: &[u8], out: &mut [f32]) {
+    let number = |q: u8| (f32::from(q) - zero) * scale + min;
+    let (first, last) = out.split_at_mut(QUANT_BLOCK / 2);
+    for ((&pair, low), high) in nibbles.iter().zip(first).zip(last) {
+        *low = number(pair & 0x0f);
+        *high = number(pair >> 4);
+    }
 }
 
-/// Low nibbles are the first 16 numbers of the block, high nibbles the last 16.
-fn push_q4(scale: f32, bias: i8, min: f32, nibbles: &[u8], out: &mut Vec<f32>) {
-    let number = |q: u8| f32::from(q as i8 + bias) * scale + min;
-    out.extend(nibbles.iter().map(|&pair| number(pair & 0x0f)));
-    out.extend(nibbles.iter().map(|&pair| number(pair >> 4)));
+/// `bf16::from_f32` without a branch, which keeps the loop around it from becoming vector code.
+fn rounded(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet_nan = (bits >> 16) | 0x40;
+    bf16::from_bits(if x.is_nan() { quiet_nan } else { nearest } as u16)
 }
 
 #[cfg(test)]
@@ -171,6 +195,27 @@ mod tests {
         let bytes = bf16::from_f32(-7.25).to_le_bytes().to_vec();
         assert_eq!(view(TensorType::BF16, bytes.clone()).to_f32(), [-7.25]);
         assert_eq!(view(TensorType::BF16, bytes).to_bf16(), [bf16::from_f32(-7.25)]);
+    }
+
+    #[test]
+    fn rounding_is_that_of_half() {
+        let mut bits = 0u32;
+        for _ in 0..200_000 {
+            bits = bits.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            for x in [f32::from_bits(bits), f32::from_bits(bits & 0xffff_8000), f32::from_bits(bits | 0x7f80_0000)] {
+                assert_eq!(rounded(x).to_bits(), bf16::from_f32(x).to_bits(), "{x}");
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_of_a_long_tensor_join() {
+        let blocks = 2 * PIECE_BLOCKS + 3;
+        let bytes: Vec<u8> = (0..blocks).flat_map(|i| [half(i as f32).as_slice(), &[1; 32]].concat()).collect();
+        let long = view(TensorType::Q8_0, bytes);
+        let expected: Vec<bf16> = long.to_f32().into_iter().map(bf16::from_f32).collect();
+        assert_eq!(expected[32 * (blocks - 1)].to_f32(), bf16::from_f32((blocks - 1) as f32).to_f32());
+        assert!(long.to_bf16() == expected);
     }
 
     #[test]
