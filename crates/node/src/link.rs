@@ -127,7 +127,8 @@ struct Queue {
     /// Messages and bytes not yet taken by QUIC: those in `frames` and those that the writer holds.
     messages: usize,
     bytes: usize,
-    draining: bool,
+    /// Send what waits, take no more, then close for this reason.
+    draining: Option<String>,
 }
 
 struct Inner {
@@ -228,6 +229,9 @@ impl Link {
             Err(e) => return Err(self.end(ClosedKind::Protocol, CloseCode::BadFrame, None, format!("cannot send: {e}"))),
         };
         let mut queue = self.0.queue.lock();
+        if let Some(reason) = &queue.draining {
+            return Err(LinkClosed { kind: ClosedKind::Local, reason: reason.clone() });
+        }
         queue.messages += 1;
         queue.bytes += frame.len();
         if queue.messages > LINK_QUEUE_MAX || queue.bytes > LINK_QUEUE_BYTES_MAX {
@@ -277,9 +281,9 @@ impl Link {
         self.end(ClosedKind::Local, CloseCode::Done, None, reason.to_owned());
     }
 
-    /// Sends what waits, then closes; gives up after `patience`.
+    /// Takes no more messages, sends those that wait, then closes; gives up after `patience`.
     pub async fn drain(&self, patience: Duration, reason: &str) {
-        self.0.queue.lock().draining = true;
+        self.0.queue.lock().draining = Some(reason.to_owned());
         self.0.wake.notify_one();
         let _ = timeout(patience, self.closed()).await;
         self.close(reason);
@@ -365,13 +369,13 @@ impl Drop for LinkReceiver {
 
 /// Sends what waits, all of it in one write, until the link ends.
 async fn write_loop(link: Link, mut stream: SendStream) {
-    loop {
+    let reason = loop {
         let (mut batch, draining) = {
             let mut queue = link.0.queue.lock();
-            (std::mem::take(&mut queue.frames), queue.draining)
+            (std::mem::take(&mut queue.frames), queue.draining.clone())
         };
-        if batch.is_empty() && draining {
-            break;
+        if let (true, Some(reason)) = (batch.is_empty(), draining) {
+            break reason;
         }
         if batch.is_empty() {
             tokio::select! {
@@ -387,10 +391,10 @@ async fn write_loop(link: Link, mut stream: SendStream) {
         let mut queue = link.0.queue.lock();
         queue.messages -= messages;
         queue.bytes -= bytes;
-    }
+    };
     let _ = stream.finish();
     let _ = stream.stopped().await;
-    link.close("finished");
+    link.close(&reason);
 }
 
 async fn say(connection: &Connection, stream: &mut SendStream, message: &Message) -> Result<(), LinkError> {

@@ -97,3 +97,17 @@ impl AsyncUdpSocket for CappedSocket {
         self.inner.may_fragment()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn super_packets_stay_below_the_kernels_limit() {
+        for mtu in [1200u16, 1452, 6500, 8952, 65_000] {
+            let socket = CappedSocket::bind(([127, 0, 0, 1], 0).into(), mtu).unwrap();
+            let segments = socket.max_transmit_segments();
+            assert!(segments >= 1 && segments * usize::from(mtu) <= SUPER_PACKET_MAX, "{segments} of {mtu}");
+        }
+    }
+}

@@ -59,6 +59,9 @@ async fn sixty_four_mebibytes_arrive_byte_equal() {
     };
     let ((), received) = tokio::join!(send, receive);
     assert!(received == slab, "bytes differ");
+    // Were super-packets too large for the kernel, most would be lost and only repeats would get through.
+    let path = sender.quic().stats().path;
+    assert!(path.lost_packets * 4 < path.sent_packets, "lost {} of {} packets", path.lost_packets, path.sent_packets);
 }
 
 #[tokio::test]

@@ -2,6 +2,9 @@
 
 mod common;
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
@@ -13,6 +16,8 @@ use millrace_node::dial::keep_connected;
 use millrace_node::endpoint::{BindError, ConnectError, Endpoint, EndpointConfig};
 use millrace_node::link::{ClosedKind, LINK_QUEUE_BYTES_MAX, Link, LinkError};
 use millrace_node::shutdown::Shutdown;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::{mpsc, watch};
 
 fn heartbeat(n: u64) -> Message {
@@ -71,6 +76,44 @@ async fn another_authority_is_refused() {
     let text = accepted.unwrap_err().to_string();
     assert!(text.contains("our certificate is signed by another authority"), "{text}");
     assert_eq!(replica.counters().refused.load(Relaxed), 1);
+}
+
+/// A client of our own making that believes our authority, with `leaf`'s certificate or none: past its own checks, not past ours.
+async fn dial_with(world: &World, leaf: Option<PathBuf>, addr: SocketAddr) -> quinn::ConnectionError {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(world.dir("c1").join("ca.pem")).unwrap()).unwrap();
+    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots);
+    let mut tls = match leaf {
+        None => builder.with_no_client_auth(),
+        Some(dir) => {
+            let chain = vec![CertificateDer::from_pem_file(dir.join("cert.pem")).unwrap()];
+            builder.with_client_auth_cert(chain, PrivateKeyDer::from_pem_file(dir.join("cert.key")).unwrap()).unwrap()
+        }
+    };
+    tls.alpn_protocols = vec![millrace_node::pki::ALPN.to_vec()];
+    let config = quinn::ClientConfig::new(Arc::new(quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap()));
+    let client = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    match client.connect_with(config, addr, "millrace").unwrap().await {
+        Ok(connection) => connection.closed().await,
+        Err(error) => error,
+    }
+}
+
+#[tokio::test]
+async fn a_stranger_who_believes_our_authority_is_refused() {
+    let (world, stranger) = (World::new(), World::new());
+    let replica = world.endpoint(Role::Coordinator, "c1");
+    stranger.identity(Role::Coordinator, "c2");
+    for leaf in [None, Some(stranger.dir("c2"))] {
+        let accept = async { replica.accept().await.unwrap().finish().await };
+        let (ended, accepted) = tokio::join!(dial_with(&world, leaf, replica.local_addr().unwrap()), accept);
+        assert!(matches!(ended, quinn::ConnectionError::ConnectionClosed(_)), "{ended}");
+        assert!(matches!(accepted, Err(ConnectError::Handshake { .. })));
+    }
+    assert_eq!(replica.counters().accepted.load(Relaxed), 0);
 }
 
 #[tokio::test]
@@ -153,7 +196,7 @@ async fn a_peer_that_does_not_read_is_dropped() {
 #[test]
 fn a_killed_peer_is_noticed() {
     let world = World::new();
-    let config = EndpointConfig { idle_timeout: Duration::from_millis(600), keep_alive: Duration::from_millis(100), ..Default::default() };
+    let config = EndpointConfig { idle_timeout: Duration::from_millis(1500), ..Default::default() };
     let (ours, theirs) = (tokio::runtime::Runtime::new().unwrap(), tokio::runtime::Runtime::new().unwrap());
     let replica = ours.block_on(async { world.endpoint_with(Role::Coordinator, "c1", config) });
     let node = theirs.block_on(async { world.endpoint(Role::Decode, "d1") });

@@ -1,6 +1,8 @@
 //! A small cluster's certificates and endpoints on loopback, for the tests of this package.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+use std::path::PathBuf;
+
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_core::layout::{KvDtype, KvLayout};
 use millrace_core::message::{Hello, ModelIdentity, Role};
@@ -23,9 +25,14 @@ impl World {
     }
 
     pub fn identity(&self, role: Role, name: &str) -> Identity {
-        let dir = self.dir.path().join(name);
+        let dir = self.dir(name);
         self.authority.issue(role, name, &dir).unwrap();
         Identity::load(&dir).unwrap()
+    }
+
+    /// Where the certificates of `name` are, once it has an identity or an endpoint.
+    pub fn dir(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
     }
 
     pub fn endpoint(&self, role: Role, name: &str) -> Endpoint {
