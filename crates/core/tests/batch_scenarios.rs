@@ -6,7 +6,7 @@ use batch_common::{BLOCK, Rig, answer, attempt, config, expected, split, steady,
 use millrace_core::batch::{BatchConfig, Input, Output};
 use millrace_core::engine::EngineError;
 use millrace_core::ids::Time;
-use millrace_core::message::{FailKind, Finish};
+use millrace_core::message::{BlockOp, FailKind, Finish};
 
 fn refused(outputs: &[Output]) -> Option<FailKind> {
     outputs.iter().find_map(|o| if let Output::Refused { kind, .. } = o { Some(*kind) } else { None })
@@ -32,6 +32,8 @@ fn a_prompt_is_computed_in_aligned_chunks_and_decoded() {
     assert_eq!(rows[..3], prompt, "chunks end at block boundaries, the last at the prompt's end");
     assert_eq!(rows[3..], [(21, 1, true), (22, 1, true), (23, 1, true), (24, 1, true), (25, 1, true)]);
     assert_eq!(answer(&outputs, attempt(1), 0), (expected(&t, 1000), Some(Finish::Length)));
+    let Some(Output::Token(first)) = outputs.iter().find(|o| matches!(o, Output::Token(_))) else { panic!() };
+    assert_eq!(first.prefill.as_ref().unwrap().compute_us, 300, "three steps");
     assert!(rig.batch.is_idle());
     assert_eq!((rig.batch.pool_stats().in_use, rig.batch.pool_stats().cached), (0, 6), "26 computed tokens fill 6 blocks");
 }
@@ -266,11 +268,12 @@ fn a_run_whose_cached_twin_was_evicted_is_offered_again() {
     }
     rig.give(Input::Arrived { attempt: attempt(1), first_token: tokens[0], finished: true });
     rig.give(Input::Arrived { attempt: attempt(2), first_token: tokens[0], finished: false });
-    rig.give(Input::Add(steady(3, (40..76).collect(), 1)));
-    rig.run();
+    let outputs = rig.give(Input::Add(steady(3, (40..72).collect(), 1)));
+    assert!(matches!(outputs[..], [Output::Block(BlockOp::Evicted(_))]), "the cached second block goes: {outputs:?}");
+    assert_eq!(answer(&rig.run(), attempt(2), 1).0, tokens[1..]);
     let known: Vec<_> = (1..=8).chain(tokens[..8].iter().copied()).collect();
     let outputs = rig.give(Input::Reserve(steady(4, known, 1)));
-    let [.., Output::Reserved { have_blocks, .. }] = &outputs[..] else { panic!("{outputs:?}") };
+    let Output::Reserved { have_blocks, .. } = &outputs[0] else { panic!("{outputs:?}") };
     assert_eq!(*have_blocks, 4);
 }
 
@@ -286,6 +289,21 @@ fn the_youngest_gives_way_and_loses_nothing() {
     }
     let last = |n| outputs.iter().rposition(|o| matches!(o, Output::Token(t) if t.attempt == attempt(n)));
     assert!(last(1) < last(2), "the elder was never the victim");
+}
+
+#[test]
+fn a_prompt_that_is_being_sent_is_never_preempted() {
+    let mut rig = Rig::new(BatchConfig { headroom_blocks: 0, step_tokens_max: 5, ..config(8) });
+    let elder = steady(1, vec![1; 3], 20);
+    rig.give(Input::Add(elder.clone()));
+    let mut outputs = rig.step().unwrap().1;
+    rig.give(Input::Add(split(steady(2, vec![2; 24], 5))));
+    outputs.extend(rig.run());
+    let stats = rig.batch.stats();
+    assert_eq!((stats.held, stats.waiting, stats.preemptions), (1, 1, 1), "the elder made way for itself");
+    rig.give(Input::Release(attempt(2)));
+    outputs.extend(rig.run());
+    assert_eq!(answer(&outputs, attempt(1), 0).0, expected(&elder, 1000));
 }
 
 #[test]
