@@ -30,7 +30,7 @@ impl Default for Backoff {
 
 impl Backoff {
     /// The next wait.
-    pub fn next(&mut self) -> Duration {
+    pub fn wait(&mut self) -> Duration {
         let wait = self.next.mul_f64(rand::rng().random_range(0.5..=1.0));
         self.next = (self.next * 2).min(BACKOFF_MAX);
         wait
@@ -73,7 +73,7 @@ pub async fn keep_connected(
                 }
                 Err(error) => report(&target, &error, &mut last_error),
             }
-            tokio::time::sleep(backoff.next()).await;
+            tokio::time::sleep(backoff.wait()).await;
         }
     };
     tokio::select! {

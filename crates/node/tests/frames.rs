@@ -1,4 +1,5 @@
 //! The frame decoder believes nothing: whatever the bytes, an error or a message, never a panic, never memory for what has not come.
+#![allow(clippy::unwrap_used, reason = "a test may stop at what it did not expect")]
 
 mod common;
 

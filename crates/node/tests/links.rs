@@ -1,4 +1,5 @@
 //! Endpoints and links over loopback: who may talk, what ends a link, and that nothing else does.
+#![allow(clippy::unwrap_used, reason = "a test may stop at what it did not expect")]
 
 mod common;
 
