@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use millrace_core::cluster::Cluster;
 use millrace_core::identity::{Chain, TenantKey, block_names};
-use millrace_core::ids::{NodeId, TokenId};
+use millrace_core::ids::{BlockHash, NodeId, TokenId};
 use millrace_core::message::{Message, Peer, Ticket};
 use millrace_core::route::{self, Ask, CostModel, Decision, NoPlace, NodeView, View};
 
@@ -66,20 +66,22 @@ impl Inner {
     pub(super) fn place(&self, now: Instant, request: &mut Request) -> Result<(), NotPlaced> {
         let prompt = request.prompt();
         let avoid: Vec<NodeId> = request.avoid().iter().copied().collect();
-        let (decision, prefill, decode, ticket) = {
+        let key = self.cluster.read().tenant(&prompt.tenant).copied();
+        let key = key.ok_or_else(|| NotPlaced::NoTenant(prompt.tenant.clone()))?;
+        let tokens = request.tokens();
+        let names = self.names(&key, &prompt.cache_salt, &tokens);
+        let max_new = prompt.sampling.max_new.saturating_sub(request.delivered()).max(1);
+        let seed = (request.id().0 as u64).wrapping_add(u64::from(request.next_attempt().attempt));
+        let (decision, prefill, decode) = {
             let cluster = self.cluster.read();
-            let key = *cluster.tenant(&prompt.tenant).ok_or_else(|| NotPlaced::NoTenant(prompt.tenant.clone()))?;
-            let tokens = request.tokens();
-            let views = self.views(now, &cluster, &key, &prompt.cache_salt, &tokens);
-            let max_new = prompt.sampling.max_new.saturating_sub(request.delivered()).max(1);
-            let seed = (request.id().0 as u64).wrapping_add(u64::from(request.next_attempt().attempt));
+            let views = self.views(now, &cluster, &names);
             let decision = self.decide(&views, tokens.len(), max_new, seed, &avoid).map_err(NotPlaced::NoPlace)?;
             let gone = || NotPlaced::NoPlace(NoPlace::NoNodes);
             let prefill = cluster.peer(decision.prefill).ok_or_else(gone)?;
             let decode = decision.decode.map(|node| cluster.peer(node).ok_or_else(gone)).transpose()?;
-            let ticket = self.ticket(now, request, tokens, key, decode.clone());
-            (decision, prefill, decode, ticket)
+            (decision, prefill, decode)
         };
+        let ticket = self.ticket(now, request, tokens, key, decode.clone());
         self.registry.placed(request.id(), self.placement(now, &decision, ticket.tokens.len()));
         tracing::debug!(
             attempt = %ticket.attempt, prefill = prefill.name, decode = decode.as_ref().map(|peer| peer.name.as_str()),
@@ -134,11 +136,15 @@ impl Inner {
         route::place(&View { nodes, costs: CostModel::default() }, &ask)
     }
 
-    /// What is known of each live node, with a view to these tokens. O(tokens + nodes x requests in flight).
-    fn views(&self, now: Instant, cluster: &Cluster, key: &TenantKey, salt: &[u8], tokens: &[TokenId]) -> Vec<NodeView> {
+    /// The names of the full blocks of `tokens`. O(tokens): not to be done under the state's lock.
+    fn names(&self, key: &TenantKey, salt: &[u8], tokens: &[TokenId]) -> Vec<BlockHash> {
         let full = tokens.len() / self.block_tokens() * self.block_tokens();
-        let names = block_names(&Chain::new(*key, &self.fingerprint, salt), &tokens[..full], self.block_tokens());
-        let prefixes = cluster.holders().prefix_lengths(&names);
+        block_names(&Chain::new(*key, &self.fingerprint, salt), &tokens[..full], self.block_tokens())
+    }
+
+    /// What is known of each live node, with a view to these blocks. O(blocks + nodes x requests in flight).
+    fn views(&self, now: Instant, cluster: &Cluster, names: &[BlockHash]) -> Vec<NodeView> {
+        let prefixes = cluster.holders().prefix_lengths(names);
         let placements = self.registry.placements();
         let live = cluster.nodes().filter(|n| n.state.alive());
         live.map(|n| {
@@ -161,9 +167,11 @@ impl Inner {
     }
 
     pub(super) fn explain(&self, now: Instant, tenant: &str, tokens: &[TokenId], max_new: u32) -> Result<Explanation, SubmitError> {
+        let key = self.cluster.read().tenant(tenant).copied();
+        let key = key.ok_or_else(|| SubmitError::NotReady(format!("tenant {tenant:?} is not known here")))?;
+        let names = self.names(&key, &[], tokens);
         let cluster = self.cluster.read();
-        let key = cluster.tenant(tenant).ok_or_else(|| SubmitError::NotReady(format!("tenant {tenant:?} is not known here")))?;
-        let views = self.views(now, &cluster, key, &[], tokens);
+        let views = self.views(now, &cluster, &names);
         let cached = |view: &NodeView| CachedAt {
             node: view.node,
             name: cluster.node(view.node).map(|n| n.name.clone()).unwrap_or_default(),

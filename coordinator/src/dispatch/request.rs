@@ -210,12 +210,17 @@ impl Request {
         match &self.running {
             None if now >= self.pause.retry => self.effects.push_back(Effect::Place),
             Some(running) if now >= running.progress + self.patience(running) => {
-                let slow = running.decode.as_ref().filter(|_| self.delivered() > running.first);
-                let slow = slow.map_or(running.prefill.node, |peer| peer.node);
+                let slow = self.owes_next(running);
                 self.broken(now, Some(slow), "no token in time");
             }
             _ => {}
         }
+    }
+
+    /// Whose the next token is: the first one is the prefill node's.
+    fn owes_next(&self, running: &Running) -> NodeId {
+        let decode = running.decode.as_ref().filter(|_| self.delivered() > running.first);
+        decode.map_or(running.prefill.node, |peer| peer.node)
     }
 
     /// The ticket is on its way.
@@ -268,7 +273,8 @@ impl Request {
             }
         }
         if self.early.len() > EARLY_TOKENS_MAX {
-            self.broken(now, Some(from), "a token is missing");
+            let slow = self.running.as_ref().map(|running| self.owes_next(running));
+            self.broken(now, slow, "a token is missing");
         }
     }
 
@@ -301,7 +307,8 @@ impl Request {
         if let (None, Some(stats)) = (&prefill, stats) {
             // What a later attempt finds cached is this request's own work.
             self.usage.cached_tokens = stats.cached_tokens.min(self.usage.prompt_tokens);
-            *prefill = Some(stats);
+            *prefill = Some(stats.clone());
+            self.effects.push_back(Effect::Deliver(Event::Prefilled(Box::new(stats))));
         }
     }
 

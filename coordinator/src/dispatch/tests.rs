@@ -111,6 +111,7 @@ async fn tokens(running: &mut Running) -> Vec<u32> {
                 assert_eq!(token, 50 + index);
                 indices.push(index);
             }
+            Event::Prefilled(_) => assert!(indices.is_empty(), "what the prompt took is known before the first token"),
             Event::Finished { .. } => return indices,
             Event::Failed { kind, detail } => panic!("{kind:?}: {detail}"),
         }

@@ -35,6 +35,8 @@ pub struct Prompt {
 /// What happens to a running request, in order. `Finished` or `Failed` is the last.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// The prompt of the first attempt is computed; comes once, before the first token.
+    Prefilled(Box<PrefillStats>),
     /// The next token of the answer; indices count from 0 without a gap. An end-of-text token is delivered too, as the last.
     Token {
         /// Its place in the answer.

@@ -32,9 +32,9 @@ impl Checkpoint {
         }
     }
 
-    /// The public name when the operator gives none: the file or folder name without its ending.
+    /// The public name when the operator gives none.
     #[must_use]
     pub fn default_name(&self) -> String {
-        self.path().file_stem().map_or_else(|| "model".to_owned(), |stem| stem.to_string_lossy().into_owned())
+        self.config.name.clone()
     }
 }

@@ -186,7 +186,8 @@ impl Cluster {
             assemblies: image.assemblies.into_iter().map(|a| (a.node, a)).collect::<BTreeMap<_, _>>(),
             holders,
         };
-        let kept = [cluster.nodes.len(), cluster.tenants.len(), cluster.replicas.len(), cluster.assemblies.len(), cluster.holders.nodes().count()];
+        let (nodes, tenants, replicas) = (cluster.nodes.len(), cluster.tenants.len(), cluster.replicas.len());
+        let kept = [nodes, tenants, replicas, cluster.assemblies.len(), cluster.holders.nodes().count()];
         if listed != kept {
             return Err(CodecError::Inconsistent("something is listed twice"));
         }

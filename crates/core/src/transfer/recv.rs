@@ -169,6 +169,12 @@ impl Receiver {
         self.outputs.pop_front()
     }
 
+    /// Whether [`Self::poll`] would give something.
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        !self.outputs.is_empty()
+    }
+
     /// When to come back with a `Tick`.
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {

@@ -1,0 +1,204 @@
+//! All metric names of the gateway, in one place, and the meter behind `/metrics`.
+//!
+//! Names follow OpenTelemetry's conventions for generative AI where there is one (`gen_ai.*`); the rest begins with `millrace`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use millrace_core::cluster::Node;
+use millrace_core::message::Load;
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::{Counter, Histogram, Meter, MeterProvider};
+use opentelemetry_sdk::metrics::SdkMeterProvider;
+use prometheus::{Registry, TextEncoder};
+
+use crate::App;
+use crate::dispatch::Usage;
+use crate::raft::Role;
+
+/// From arrival to the first token, seconds.
+pub const TIME_TO_FIRST_TOKEN: &str = "gen_ai.server.time_to_first_token";
+/// Between two tokens after the first, seconds.
+pub const TIME_PER_OUTPUT_TOKEN: &str = "gen_ai.server.time_per_output_token";
+/// From arrival to the end, seconds.
+pub const REQUEST_DURATION: &str = "gen_ai.server.request.duration";
+/// Tokens, by `gen_ai.token.type`: input, cached, output.
+pub const TOKENS: &str = "millrace.tokens";
+/// Requests that ended, by `outcome`: ok or the error's code.
+pub const REQUESTS: &str = "millrace.requests";
+/// Requests that a second ticket was made for.
+pub const MIGRATIONS: &str = "millrace.migrations";
+/// KV bytes that moved for requests of this gateway.
+pub const KV_BYTES: &str = "millrace.kv.bytes_moved";
+/// Time of hand-overs that compute did not hide, seconds.
+pub const KV_EXPOSED: &str = "millrace.kv.exposed_time";
+/// Requests running on this gateway.
+pub const RUNNING: &str = "millrace.requests.running";
+/// Entry of the log that this replica has applied.
+pub const RAFT_APPLIED: &str = "millrace.raft.applied";
+/// This replica's raft term.
+pub const RAFT_TERM: &str = "millrace.raft.term";
+/// 1 on the leader.
+pub const RAFT_LEADER: &str = "millrace.raft.is_leader";
+/// Blocks of a node's pool, by `node` and `state`: free, evictable, in_use.
+pub const NODE_BLOCKS: &str = "millrace.node.blocks";
+
+const LATENCY_BOUNDS: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+
+/// The gateway's instruments.
+pub struct Metrics {
+    registry: Registry,
+    first_token: Histogram<f64>,
+    next_token: Histogram<f64>,
+    duration: Histogram<f64>,
+    exposed: Histogram<f64>,
+    tokens: Counter<u64>,
+    requests: Counter<u64>,
+    migrations: Counter<u64>,
+    kv_bytes: Counter<u64>,
+    /// Keeps the readers of the gauges alive.
+    _provider: SdkMeterProvider,
+}
+
+impl Metrics {
+    /// Sets up the meter; gauges read the state of `app` when they are asked for.
+    ///
+    /// # Errors
+    /// Two metrics of one name.
+    pub fn new(app: &Arc<App>) -> Result<Arc<Self>, String> {
+        let registry = Registry::new();
+        let exporter = opentelemetry_prometheus::exporter()
+            .with_registry(registry.clone())
+            .scope_info_enabled(false)
+            .build()
+            .map_err(|e| e.to_string())?;
+        let provider = SdkMeterProvider::builder().with_reader(exporter).build();
+        let meter = provider.meter("millrace");
+        let seconds = |name| meter.f64_histogram(name).with_unit("s").with_boundaries(LATENCY_BOUNDS.to_vec()).build();
+        let count = |name| meter.u64_counter(name).build();
+        let metrics = Self {
+            first_token: seconds(TIME_TO_FIRST_TOKEN),
+            next_token: seconds(TIME_PER_OUTPUT_TOKEN),
+            duration: seconds(REQUEST_DURATION),
+            exposed: seconds(KV_EXPOSED),
+            tokens: count(TOKENS),
+            requests: count(REQUESTS),
+            migrations: count(MIGRATIONS),
+            kv_bytes: meter.u64_counter(KV_BYTES).with_unit("By").build(),
+            registry,
+            _provider: provider.clone(),
+        };
+        gauges(&meter, app);
+        Ok(Arc::new(metrics))
+    }
+
+    /// The Prometheus text.
+    ///
+    /// # Errors
+    /// A metric that cannot be written.
+    pub fn text(&self) -> Result<String, String> {
+        TextEncoder::new().encode_to_string(&self.registry.gather()).map_err(|e| e.to_string())
+    }
+
+    /// A request that never ran.
+    pub fn refused(&self, code: &'static str) {
+        self.requests.add(1, &[KeyValue::new("outcome", code)]);
+    }
+}
+
+/// Values that are read, not counted. The application outlives the meter only through this weak reference.
+fn gauges(meter: &Meter, app: &Arc<App>) {
+    let gauge = |name: &'static str, read: fn(&App) -> u64| {
+        let app = Arc::downgrade(app);
+        let observe = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+            if let Some(app) = app.upgrade() {
+                observer.observe(read(&app), &[]);
+            }
+        };
+        meter.u64_observable_gauge(name).with_callback(observe).build();
+    };
+    gauge(RUNNING, |app| app.dispatcher.running() as u64);
+    gauge(RAFT_APPLIED, |app| app.raft.status().applied);
+    gauge(RAFT_TERM, |app| app.raft.status().term);
+    gauge(RAFT_LEADER, |app| u64::from(app.raft.status().role == Role::Leader));
+    let app = Arc::downgrade(app);
+    let blocks = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+        let Some(app) = app.upgrade() else { return };
+        for (name, load) in loads(&app) {
+            let in_use = load.total_blocks.saturating_sub(load.free_blocks + load.evictable_blocks);
+            for (state, count) in [("free", load.free_blocks), ("evictable", load.evictable_blocks), ("in_use", in_use)] {
+                observer.observe(u64::from(count), &[KeyValue::new("node", name.clone()), KeyValue::new("state", state)]);
+            }
+        }
+    };
+    meter.u64_observable_gauge(NODE_BLOCKS).with_callback(blocks).build();
+}
+
+/// What each node that is heard of last said of itself.
+fn loads(app: &App) -> Vec<(String, Load)> {
+    let (now, cluster) = (Instant::now(), app.cluster.read());
+    let load = |node: &Node| Some((node.name.clone(), app.nodes.seen(now, &node.name, node.epoch)?.load));
+    cluster.nodes().filter_map(load).collect()
+}
+
+/// Measures one choice. A choice that is dropped before its end counts as cancelled.
+pub struct Watch {
+    metrics: Arc<Metrics>,
+    started: Instant,
+    last_token: Option<Instant>,
+    over: bool,
+}
+
+impl Watch {
+    /// From now.
+    #[must_use]
+    pub fn start(metrics: &Arc<Metrics>) -> Self {
+        Self { metrics: metrics.clone(), started: Instant::now(), last_token: None, over: false }
+    }
+
+    /// A token came.
+    pub fn token(&mut self) {
+        let now = Instant::now();
+        match self.last_token.replace(now) {
+            None => self.metrics.first_token.record((now - self.started).as_secs_f64(), &[]),
+            Some(last) => self.metrics.next_token.record((now - last).as_secs_f64(), &[]),
+        }
+    }
+
+    /// The choice is whole.
+    pub fn end(&mut self, usage: &Usage) {
+        self.close("ok");
+        for (kind, tokens) in
+            [("input", usage.prompt_tokens), ("cached", usage.cached_tokens), ("output", usage.completion_tokens)]
+        {
+            self.metrics.tokens.add(u64::from(tokens), &[KeyValue::new("gen_ai.token.type", kind)]);
+        }
+        if usage.timings.attempts > 1 {
+            self.metrics.migrations.add(1, &[]);
+        }
+        if let Some(handover) = &usage.timings.handover {
+            self.metrics.kv_bytes.add(handover.bytes, &[]);
+            self.metrics.exposed.record(handover.exposed_us as f64 / 1e6, &[]);
+        }
+    }
+
+    /// It failed.
+    pub fn failed(&mut self, code: &'static str) {
+        self.close(code);
+    }
+
+    fn close(&mut self, outcome: &'static str) {
+        self.over = true;
+        self.metrics.duration.record(self.started.elapsed().as_secs_f64(), &[]);
+        self.metrics.requests.add(1, &[KeyValue::new("outcome", outcome)]);
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if !self.over {
+            self.close("cancelled");
+        }
+    }
+}
