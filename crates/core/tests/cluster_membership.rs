@@ -200,6 +200,17 @@ fn pages_out_of_order_start_again() {
 }
 
 #[test]
+fn no_snapshot_is_assembled_from_two_incarnations() {
+    let mut log = Log::new();
+    let old = log.join("a", 1);
+    assert_eq!(log.page(old, 3, 0, 2, &[1]), SnapshotVerdict::Wanted { page: 1 });
+    let new = log.join("a", 2);
+    assert_eq!(log.page(old, 3, 1, 2, &[2]), SnapshotVerdict::StaleEpoch);
+    assert_eq!(log.page(new, 3, 1, 2, &[2]), SnapshotVerdict::Restart);
+    assert_eq!(log.blocks(new.0), 0);
+}
+
+#[test]
 fn oversized_commands_are_refused_by_name() {
     let ops = vec![BlockOp::Stored(BlockHash([1; 16])); DELTA_OPS_MAX + 1];
     let delta = |ops| Delta { node: NodeId(1), epoch: Epoch(1), base_seq: 0, seq: 1, ops };

@@ -195,3 +195,46 @@ impl Cluster {
         Ok(cluster)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{LEASE_US, NodeState};
+    use crate::layout::{KvDtype, KvLayout};
+    use crate::message::Role;
+    use alloc::vec;
+
+    #[test]
+    fn refused_blocks_are_remembered_and_duplicates_are_not_a_state() {
+        let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+        let model = ModelIdentity { name: "m".into(), weights: [0; 32], tokenizer: [0; 32], layout };
+        let (id, epoch, state) = (NodeId(1), Epoch(1), NodeState::Up);
+        let node = |name: &str| Node {
+            node: id,
+            name: name.into(),
+            role: Role::Decode,
+            address: "a".into(),
+            instance: 1,
+            pid: 1,
+            model: model.clone(),
+            slots: 2,
+            epoch,
+            state,
+            cordoned: false,
+            lease_until_us: LEASE_US,
+        };
+        let held = || Held { node: id, seq: 4, refused: 3, blocks: vec![BlockHash([1; 16])] };
+        let image = |nodes, holders| {
+            let (tenants, replicas, assemblies) = (Vec::new(), Vec::new(), Vec::new());
+            Image { applied: 9, now_us: 0, last_epoch: epoch, model: Some(model.clone()), nodes, tenants, replicas, assemblies, holders }
+        };
+        let bytes = to_bytes(&image(vec![node("x")], vec![held()]));
+        let cluster = Cluster::restore(&bytes).unwrap();
+        assert_eq!(cluster.holders().tally(id).unwrap().refused, 3);
+        assert_eq!(cluster.snapshot(), bytes);
+        let twice = [image(vec![node("x"), node("y")], vec![held()]), image(vec![node("x")], vec![held(), held()])];
+        for image in twice {
+            assert!(matches!(Cluster::restore(&to_bytes(&image)), Err(CodecError::Inconsistent(_))));
+        }
+    }
+}
