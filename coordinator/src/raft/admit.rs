@@ -1,0 +1,72 @@
+//! Which messages of peers may reach raft-rs.
+//!
+//! raft-rs trusts its peers: a commit index past the end of the log, or a vote of term 0, is a panic there. Replicas
+//! hold certificates, but one bad replica must not take the others down, so what no correct peer could send in
+//! the present state is dropped here. This guards against crashes and runaway counters; against a member that lies within
+//! the rules (say, acknowledges entries it does not hold) Raft has no defence, and neither has this.
+
+use std::cmp::Ordering;
+
+use raft::RawNode;
+use raft::eraftpb::{Message, MessageType};
+
+use super::StateMachine;
+use super::message::CONTEXT_BYTES;
+use super::storage::Store;
+
+/// A message may be at most this many terms ahead: half a year of one election a second, while the counter cannot be
+/// driven to its end.
+const TERM_LEAP_MAX: u64 = 1 << 24;
+/// Reads of one follower round trip that wait for a quorum on the leader.
+const READS_MAX: usize = 4096;
+
+/// Whether a decoded message that `peer` sent is one that a correct replica could have sent.
+pub(super) fn admits(node: &RawNode<Store>, machine: &dyn StateMachine, peer: u64, message: &Message) -> bool {
+    let members = node.store().voters();
+    let addressed = message.from == peer && message.to == node.raft.id && peer != node.raft.id;
+    if !addressed || members.binary_search(&peer).is_err() || message.term > node.raft.term + TERM_LEAP_MAX {
+        return false;
+    }
+    let last = node.raft.raft_log.last_index();
+    match message.get_msg_type() {
+        MessageType::MsgAppend => one_leader(node, message),
+        MessageType::MsgHeartbeat => {
+            one_leader(node, message) && (message.term < node.raft.term || message.commit <= last)
+        }
+        MessageType::MsgSnapshot => one_leader(node, message) && snapshot_is_ours(node, machine, message),
+        MessageType::MsgAppendResponse => message.index <= last && message.reject_hint <= last || !leads(node, message),
+        MessageType::MsgTimeoutNow | MessageType::MsgReadIndexResp => {
+            message.term == node.raft.term && message.from == node.raft.leader_id
+        }
+        MessageType::MsgReadIndex => {
+            let context = &message.entries[0].data;
+            debug_assert_eq!(context.len(), CONTEXT_BYTES, "decode checked it");
+            node.raft.state == raft::StateRole::Leader
+                && node.raft.pending_read_count() < READS_MAX
+                && context.starts_with(&peer.to_le_bytes())
+        }
+        _ => true,
+    }
+}
+
+/// A term has one leader: nobody else may speak as leader of the present term.
+fn one_leader(node: &RawNode<Store>, message: &Message) -> bool {
+    message.term != node.raft.term || [raft::INVALID_ID, message.from].contains(&node.raft.leader_id)
+}
+
+fn leads(node: &RawNode<Store>, message: &Message) -> bool {
+    node.raft.state == raft::StateRole::Leader && message.term == node.raft.term
+}
+
+/// Membership is fixed, so a snapshot with other voters is not of this cluster. What is committed here has one term, so a
+/// snapshot that ends at the commit index names it. The data is looked at only when raft would take the snapshot.
+fn snapshot_is_ours(node: &RawNode<Store>, machine: &dyn StateMachine, message: &Message) -> bool {
+    let (snapshot, log) = (message.get_snapshot(), &node.raft.raft_log);
+    let meta = snapshot.get_metadata();
+    let data_is_ours = || match meta.index.cmp(&log.committed) {
+        Ordering::Less => true,
+        Ordering::Equal => log.match_term(meta.index, meta.term),
+        Ordering::Greater => machine.check_snapshot(&snapshot.data).is_ok(),
+    };
+    meta.get_conf_state().voters == node.store().voters() && (message.term < node.raft.term || data_is_ours())
+}

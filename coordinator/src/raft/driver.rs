@@ -1,0 +1,417 @@
+//! The replica's thread: waits, steps raft, and carries out each `Ready` in the order raft-rs documents.
+//!
+//! Order within a round: all waiting input up to a bound (so one sync serves many proposals), at most one tick, then
+//! per `Ready`: a leader's messages (they may overtake the local write), a snapshot, committed entries, one synced
+//! write, and only then the messages that promise something (votes, acknowledgements). Then `advance`. The
+//! status is published before any waiter is answered.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use raft::eraftpb::{Entry, Message, MessageType, Snapshot};
+use raft::{Config, INVALID_ID, ProgressState, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole};
+use tokio::sync::{mpsc, watch};
+
+use super::clients::{Clients, Reply};
+use super::handle::{Input, Shared};
+use super::storage::Store;
+use super::wal::{Identity, LogPoint};
+use super::{DiskError, ProposeError, RaftConfig, RaftFailure, RaftStartError, RaftStatus, Role, StateMachine};
+use super::{admit, message};
+
+/// Inputs taken in one round at most, and the bytes after which it is closed.
+const ROUND_INPUTS_MAX: usize = 4096;
+const ROUND_BYTES_MAX: usize = 8 << 20;
+/// Entry bytes of one append message, as raft-rs counts them before it batches.
+const APPEND_BYTES_MAX: u64 = 1 << 20;
+/// Append messages in flight to one follower.
+const INFLIGHT_MAX: usize = 256;
+/// Proposed bytes that may be uncommitted; further proposals are answered `Dropped`.
+const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
+/// Committed bytes applied in one round.
+const APPLY_BYTES_MAX: u64 = 16 << 20;
+/// A snapshot that a follower has not confirmed after so many ticks counts as lost and is sent again.
+const SNAPSHOT_TICKS_MAX: u32 = 200;
+
+/// One replica; see the module.
+pub(super) struct Driver {
+    // Dropped first: the directory is released before `status`, the last field, closes.
+    node: RawNode<Store>,
+    machine: Box<dyn StateMachine>,
+    config: RaftConfig,
+    inputs: Receiver<Input>,
+    outgoing: mpsc::Sender<(u64, Vec<u8>)>,
+    shared: Arc<Shared>,
+    clients: Clients,
+    applied: u64,
+    /// Ticks so far, and when the next is due.
+    ticks: u64,
+    tick_due: Instant,
+    /// The term this replica leads, while it does.
+    reign: Option<u64>,
+    /// Sends that failed since raft was last told: peer, and whether a snapshot was lost.
+    failed_sends: Vec<(u64, bool)>,
+    sends_dropped: u64,
+    /// Ticks since a follower was sent a snapshot that it has not confirmed.
+    snapshots_sent: HashMap<u64, u32>,
+    status: watch::Sender<RaftStatus>,
+}
+
+impl Driver {
+    /// Opens the log, restores the state machine from the snapshot, and gives the status to watch.
+    pub fn open(
+        config: RaftConfig,
+        mut machine: Box<dyn StateMachine>,
+        inputs: Receiver<Input>,
+        outgoing: mpsc::Sender<(u64, Vec<u8>)>,
+        shared: Arc<Shared>,
+    ) -> Result<(Self, watch::Receiver<RaftStatus>), RaftStartError> {
+        let owner =
+            Identity { cluster_id: config.cluster_id.clone(), node: config.id, voters: config.voters.clone() };
+        let (store, snapshot) = Store::open(&config.dir, owner)?;
+        if let Some(data) = snapshot {
+            machine.restore(&data)?;
+        }
+        let applied = store.snapshot_index();
+        let logger = slog::Logger::root(slog::Discard, slog::o!());
+        let node = RawNode::new(&raft_config(&config, applied), store, &logger)?;
+        let (status, watched) = watch::channel(observe(&node, applied));
+        let mut driver = Self {
+            node,
+            machine,
+            inputs,
+            outgoing,
+            shared,
+            clients: Clients::new(config.id),
+            applied,
+            ticks: 0,
+            tick_due: Instant::now() + config.tick,
+            reign: None,
+            failed_sends: Vec::new(),
+            sends_dropped: 0,
+            snapshots_sent: HashMap::new(),
+            status,
+            config,
+        };
+        driver.publish();
+        Ok((driver, watched))
+    }
+
+    /// Serves until told to stop or broken; says which in the last status.
+    pub fn run(mut self) {
+        let failure = match catch_unwind(AssertUnwindSafe(|| self.serve())) {
+            Ok(Ok(())) => None,
+            Ok(Err(failure)) => Some(failure),
+            Err(panic) => Some(RaftFailure::Invariant(panic_text(panic.as_ref()))),
+        };
+        if let Some(failure) = &failure {
+            tracing::error!(id = self.config.id, %failure, "the replica stops");
+        }
+        self.status.send_modify(|status| {
+            status.role = Role::Stopped;
+            status.leader = None;
+            status.failure = failure;
+        });
+    }
+
+    fn serve(&mut self) -> Result<(), RaftFailure> {
+        while self.take_inputs() {
+            self.tick_if_due();
+            self.begin_reads();
+            while self.node.has_ready() && !self.halted() {
+                let ready = self.node.ready();
+                self.handle(ready)?;
+                self.report_failed_sends();
+            }
+            self.watch_leadership();
+            self.clients.settle_reads(self.applied, self.ticks);
+            self.compact_if_due()?;
+            self.publish();
+            self.clients.answer();
+        }
+        Ok(())
+    }
+
+    /// Waits for input or the next tick, then steps what has gathered. False: stop.
+    fn take_inputs(&mut self) -> bool {
+        let wait = self.tick_due.saturating_duration_since(Instant::now());
+        let mut next = match self.inputs.recv_timeout(wait) {
+            Ok(input) => Some(input),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => return false,
+        };
+        let (mut taken, mut bytes) = (0, 0);
+        while let Some(input) = next {
+            bytes += self.accept(input);
+            taken += 1;
+            self.watch_leadership();
+            let full = taken >= ROUND_INPUTS_MAX || bytes >= ROUND_BYTES_MAX;
+            next = if full { None } else { self.inputs.try_recv().ok() };
+        }
+        !self.halted()
+    }
+
+    fn halted(&self) -> bool {
+        self.shared.halted.load(Ordering::Acquire)
+    }
+
+    /// Takes one input; gives its size in bytes.
+    fn accept(&mut self, input: Input) -> usize {
+        match input {
+            Input::Peer { peer, message, bytes } => {
+                self.step(peer, message);
+                return bytes.num_permits();
+            }
+            Input::Propose { command, reply } => {
+                let bytes = command.len();
+                self.propose(command, reply);
+                return bytes;
+            }
+            Input::Read { reply } => self.clients.wait_for_read(reply),
+            Input::Transfer { to } if self.node.raft.state == StateRole::Leader => self.node.transfer_leader(to),
+            Input::Transfer { .. } | Input::Wake => {}
+        }
+        0
+    }
+
+    fn step(&mut self, peer: u64, message: Message) {
+        let admitted = admit::admits(&self.node, self.machine.as_ref(), peer, &message);
+        if !admitted || self.node.step(message).is_err() {
+            self.shared.frames_refused.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn propose(&mut self, command: Vec<u8>, reply: Reply<Vec<u8>>) {
+        if self.node.raft.state != StateRole::Leader {
+            let leader = self.leader();
+            return self.clients.refuse(reply, ProposeError::NotLeader { leader });
+        }
+        let (seq, context) = self.clients.wait_for_commit(reply);
+        if self.node.propose(context, command).is_err() {
+            self.clients.refuse_proposal(seq, ProposeError::Dropped);
+        }
+    }
+
+    fn leader(&self) -> Option<u64> {
+        Some(self.node.raft.leader_id).filter(|id| *id != INVALID_ID)
+    }
+
+    /// Starts the round trip of the reads that have gathered, if a leader could answer it.
+    fn begin_reads(&mut self) {
+        let Some(leader) = self.leader() else {
+            return self.clients.refuse_reads(&ProposeError::NotLeader { leader: None });
+        };
+        // A leader knows the commit index only once it has committed an entry of its own term; raft drops reads before.
+        if leader == self.config.id && !self.node.raft.commit_to_current_term() {
+            return self.clients.refuse_reads(&ProposeError::Dropped);
+        }
+        let expires = self.ticks + self.config.election_ticks as u64;
+        if let Some(context) = self.clients.begin_reads(expires) {
+            self.node.read_index(context);
+        }
+    }
+
+    /// At most one tick a round, however late: a process that was paused must not depose its leader on waking.
+    fn tick_if_due(&mut self) {
+        let now = Instant::now();
+        if now < self.tick_due {
+            return;
+        }
+        self.tick_due = next_due(self.tick_due, now, self.config.tick);
+        self.ticks += 1;
+        self.node.tick();
+        self.watch_snapshots();
+    }
+
+    /// A snapshot frame that was lost on the way would leave its follower waiting for ever.
+    fn watch_snapshots(&mut self) {
+        let leads = self.node.raft.state == StateRole::Leader;
+        let progress = self.node.raft.prs().iter();
+        let waiting = progress.filter(|(_, p)| leads && p.state == ProgressState::Snapshot).map(|(id, _)| *id);
+        let sent = &self.snapshots_sent;
+        self.snapshots_sent = waiting.map(|id| (id, sent.get(&id).map_or(1, |ticks| ticks + 1))).collect();
+        let overdue = self.snapshots_sent.iter().filter(|(_, ticks)| **ticks >= SNAPSHOT_TICKS_MAX);
+        for peer in overdue.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.snapshots_sent.remove(&peer);
+            self.node.report_snapshot(peer, SnapshotStatus::Failure);
+        }
+    }
+
+    /// When leadership is lost, or lost and regained, what was proposed before has an unknown outcome.
+    fn watch_leadership(&mut self) {
+        let raft = &self.node.raft;
+        let reign = (raft.state == StateRole::Leader).then_some(raft.term);
+        if reign != self.reign {
+            tracing::info!(id = self.config.id, term = raft.term, role = ?raft.state, "raft leadership changed here");
+            self.clients.lose_proposals();
+            self.reign = reign;
+        }
+    }
+
+    fn handle(&mut self, mut ready: Ready) -> Result<(), RaftFailure> {
+        self.send(ready.take_messages());
+        for read in ready.take_read_states() {
+            self.clients.confirm_read(&read.request_ctx, read.index);
+        }
+        if !ready.snapshot().is_empty() {
+            self.install(&ready)?;
+        }
+        self.apply(ready.take_committed_entries());
+        let (must_sync, entries) = (ready.must_sync(), ready.take_entries());
+        if must_sync {
+            self.node.mut_store().persist(entries, ready.hs()).map_err(disk_failure)?;
+        } else if let Some(hard) = ready.hs() {
+            self.node.mut_store().note_commit(hard.commit);
+        }
+        self.send(ready.take_persisted_messages());
+        let mut light = self.node.advance(ready);
+        if let Some(commit) = light.commit_index() {
+            self.node.mut_store().note_commit(commit);
+        }
+        self.send(light.take_messages());
+        self.apply(light.take_committed_entries());
+        self.node.advance_apply();
+        Ok(())
+    }
+
+    fn install(&mut self, ready: &Ready) -> Result<(), RaftFailure> {
+        let snapshot: &Snapshot = ready.snapshot();
+        let meta = snapshot.get_metadata();
+        let at = LogPoint { index: meta.index, term: meta.term };
+        self.node.mut_store().install(at, &snapshot.data, ready.hs()).map_err(disk_failure)?;
+        self.machine.restore(&snapshot.data).map_err(|e| RaftFailure::Restore(e.to_string()))?;
+        self.applied = at.index;
+        Ok(())
+    }
+
+    fn apply(&mut self, entries: Vec<Entry>) {
+        for entry in entries {
+            assert_eq!(entry.index, self.applied + 1, "entries are applied in order, once each");
+            self.applied = entry.index;
+            // Entries without a context are the empty ones with which leaders begin their terms.
+            if !entry.context.is_empty() {
+                let answer = self.machine.apply(entry.index, &entry.data);
+                self.clients.applied(&entry.context, answer);
+            }
+        }
+    }
+
+    fn send(&mut self, messages: Vec<Message>) {
+        for message in messages.into_iter().flat_map(message::split) {
+            if self.outgoing.try_send((message.to, message::encode(&message))).is_err() {
+                self.sends_dropped += 1;
+                self.failed_sends.push((message.to, message.get_msg_type() == MessageType::MsgSnapshot));
+            }
+        }
+    }
+
+    /// Between rounds, because raft must not be stepped while a `Ready` is being handled.
+    fn report_failed_sends(&mut self) {
+        let mut failed = std::mem::take(&mut self.failed_sends);
+        failed.sort_unstable();
+        failed.dedup();
+        for (peer, was_snapshot) in failed {
+            self.node.report_unreachable(peer);
+            if was_snapshot {
+                self.node.report_snapshot(peer, SnapshotStatus::Failure);
+            }
+        }
+    }
+
+    fn compact_if_due(&mut self) -> Result<(), RaftFailure> {
+        let limits = self.config.log;
+        if !self.node.store().wants_snapshot(self.applied, &limits) {
+            return Ok(());
+        }
+        let data = self.machine.snapshot();
+        tracing::info!(id = self.config.id, applied = self.applied, bytes = data.len(), "raft log compacted");
+        let applied = self.applied;
+        self.node.mut_store().compact(applied, &data, limits.entries_kept).map_err(disk_failure)
+    }
+
+    fn publish(&mut self) {
+        let mut now = observe(&self.node, self.applied);
+        now.frames_refused = self.shared.frames_refused.load(Ordering::Relaxed);
+        now.sends_dropped = self.sends_dropped;
+        self.status.send_if_modified(|status| {
+            let changed = *status != now;
+            *status = now;
+            changed
+        });
+    }
+}
+
+fn raft_config(config: &RaftConfig, applied: u64) -> Config {
+    Config {
+        id: config.id,
+        election_tick: config.election_ticks,
+        heartbeat_tick: config.heartbeat_ticks,
+        applied,
+        max_size_per_msg: APPEND_BYTES_MAX,
+        max_inflight_msgs: INFLIGHT_MAX,
+        max_uncommitted_size: UNCOMMITTED_BYTES_MAX,
+        max_committed_size_per_ready: APPLY_BYTES_MAX,
+        check_quorum: true,
+        pre_vote: true,
+        batch_append: true,
+        read_only_option: ReadOnlyOption::Safe,
+        ..Config::default()
+    }
+}
+
+fn observe(node: &RawNode<Store>, applied: u64) -> RaftStatus {
+    let (raft, store) = (&node.raft, node.store());
+    RaftStatus {
+        id: raft.id,
+        term: raft.term,
+        role: match raft.state {
+            StateRole::Follower => Role::Follower,
+            StateRole::PreCandidate => Role::PreCandidate,
+            StateRole::Candidate => Role::Candidate,
+            StateRole::Leader => Role::Leader,
+        },
+        leader: Some(raft.leader_id).filter(|id| *id != INVALID_ID),
+        applied,
+        committed: raft.raft_log.committed,
+        last_index: raft.raft_log.last_index(),
+        first_index: store.first_index(),
+        snapshot_index: store.snapshot_index(),
+        voters: store.voters().into(),
+        frames_refused: 0,
+        sends_dropped: 0,
+        failure: None,
+    }
+}
+
+fn next_due(due: Instant, now: Instant, tick: Duration) -> Instant {
+    let regular = due + tick;
+    if regular > now { regular } else { now + tick }
+}
+
+fn disk_failure(error: DiskError) -> RaftFailure {
+    RaftFailure::Disk(error.to_string())
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("a panic without text").to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_paused_replica_ticks_once_on_waking() {
+        let (start, tick) = (Instant::now(), Duration::from_millis(50));
+        let on_time = start + Duration::from_millis(3);
+        assert_eq!(next_due(start, on_time, tick), start + tick);
+        let late = start + Duration::from_secs(60);
+        assert_eq!(next_due(start, late, tick), late + tick);
+    }
+}

@@ -1,0 +1,160 @@
+//! The way in: starts a replica's thread and gives handles to it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc as std_mpsc};
+
+use raft::eraftpb::Message;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+use super::clients::Reply;
+use super::driver::Driver;
+use super::{
+    CLUSTER_ID_BYTES_MAX, COMMAND_BYTES_MAX, FRAME_BYTES_MAX, ProposeError, RaftConfig, RaftStartError, RaftStatus,
+    StateMachine, VOTERS_MAX, message,
+};
+
+/// Proposals and reads that may wait at once; more are answered [`ProposeError::Busy`].
+const WAITING_MAX: usize = 8192;
+/// Bytes of frames that may wait for the thread; more are dropped, which raft takes as loss.
+const FRAMES_QUEUED_BYTES_MAX: usize = FRAME_BYTES_MAX + (32 << 20);
+
+/// What the thread is told.
+pub(super) enum Input {
+    /// A message from a peer, and its share of the queue's bytes.
+    Peer { peer: u64, message: Message, bytes: OwnedSemaphorePermit },
+    Propose { command: Vec<u8>, reply: Reply<Vec<u8>> },
+    Read { reply: Reply<u64> },
+    Transfer { to: u64 },
+    /// Look at [`Shared::halted`].
+    Wake,
+}
+
+/// What handles and the thread both touch.
+#[derive(Default)]
+pub(super) struct Shared {
+    pub halted: AtomicBool,
+    pub frames_refused: AtomicU64,
+}
+
+/// One replica, as seen by the rest of the process. Clones are handles to the same replica; it stops when
+/// [`RaftHandle::shutdown`] is called or the last handle is gone.
+#[derive(Clone)]
+pub struct RaftHandle {
+    inbox: std_mpsc::Sender<Input>,
+    status: watch::Receiver<RaftStatus>,
+    shared: Arc<Shared>,
+    waiting: Arc<Semaphore>,
+    frame_bytes: Arc<Semaphore>,
+}
+
+/// Starts a replica on its own thread, with the state machine brought up to its snapshot; the log behind the snapshot is
+/// applied again as raft finds it committed. `outgoing` takes `(peer, frame)`; what does not fit it is dropped.
+///
+/// # Errors
+/// The configuration is impossible, the directory is in use, or its data is another's or damaged.
+pub fn start(
+    config: RaftConfig,
+    state_machine: impl StateMachine + 'static,
+    outgoing: mpsc::Sender<(u64, Vec<u8>)>,
+) -> Result<RaftHandle, RaftStartError> {
+    let config = checked(config)?;
+    let shared = Arc::new(Shared::default());
+    let (inbox, inputs) = std_mpsc::channel();
+    let name = format!("raft-{}", config.id);
+    let (driver, status) = Driver::open(config, Box::new(state_machine), inputs, outgoing, Arc::clone(&shared))?;
+    let spawned = std::thread::Builder::new().name(name).spawn(move || driver.run());
+    spawned.map_err(|error| RaftStartError::Config(format!("no thread for the replica: {error}")))?;
+    let waiting = Arc::new(Semaphore::new(WAITING_MAX));
+    let frame_bytes = Arc::new(Semaphore::new(FRAMES_QUEUED_BYTES_MAX));
+    Ok(RaftHandle { inbox, status, shared, waiting, frame_bytes })
+}
+
+/// The configuration with its voters sorted, if it is possible.
+fn checked(mut config: RaftConfig) -> Result<RaftConfig, RaftStartError> {
+    let refuse = |what: &str| Err(RaftStartError::Config(what.into()));
+    config.voters.sort_unstable();
+    config.voters.dedup();
+    if config.voters.contains(&0) || !config.voters.contains(&config.id) || config.voters.len() > VOTERS_MAX {
+        return refuse("voters must be 1 to 9 non-zero ids, this replica's among them");
+    }
+    if config.cluster_id.is_empty() || config.cluster_id.len() > CLUSTER_ID_BYTES_MAX {
+        return refuse("the cluster id must have 1 to 64 bytes");
+    }
+    if config.tick.is_zero() || config.log.entries_max == 0 {
+        return refuse("the tick and the log's limits must not be zero");
+    }
+    Ok(config)
+}
+
+impl RaftHandle {
+    /// A raft frame that the peer `from`, already authenticated, has sent. Malformed frames are dropped and counted,
+    /// and so is everything while the queue is full.
+    pub fn step(&self, from: u64, frame: &[u8]) {
+        let len = u32::try_from(frame.len()).unwrap_or(u32::MAX);
+        let Ok(bytes) = Arc::clone(&self.frame_bytes).try_acquire_many_owned(len) else { return };
+        match message::decode(frame) {
+            Ok(message) => drop(self.inbox.send(Input::Peer { peer: from, message, bytes })),
+            Err(error) => {
+                self.shared.frames_refused.fetch_add(1, Ordering::Relaxed);
+                tracing::debug!(from, %error, "raft frame refused");
+            }
+        }
+    }
+
+    /// Proposes a command; resolves with the state machine's answer once it is committed and applied here.
+    ///
+    /// # Errors
+    /// See [`ProposeError`]; only `Lost` and `Stopped` leave open whether the command took effect.
+    pub async fn propose(&self, command: Vec<u8>) -> Result<Vec<u8>, ProposeError> {
+        if command.len() > COMMAND_BYTES_MAX {
+            return Err(ProposeError::TooLarge { bytes: command.len() });
+        }
+        self.ask(|reply| Input::Propose { command, reply }).await
+    }
+
+    /// A point for linearizable reads: everything acknowledged anywhere before this call is applied on this replica
+    /// when it resolves. Works on any replica that has a leader. Gives the applied index.
+    ///
+    /// # Errors
+    /// See [`ProposeError`]; a read has no effect, so all but `Stopped` may be tried again.
+    pub async fn read_index(&self) -> Result<u64, ProposeError> {
+        self.ask(|reply| Input::Read { reply }).await
+    }
+
+    async fn ask<T>(&self, input: impl FnOnce(Reply<T>) -> Input) -> Result<T, ProposeError> {
+        let slot = Arc::clone(&self.waiting).try_acquire_owned().map_err(|_| ProposeError::Busy)?;
+        let (to, answer) = oneshot::channel();
+        self.inbox.send(input(Reply { to, _slot: slot })).map_err(|_| ProposeError::Stopped)?;
+        answer.await.unwrap_or(Err(ProposeError::Stopped))
+    }
+
+    /// State as of the thread's last round.
+    pub fn status(&self) -> RaftStatus {
+        self.status.borrow().clone()
+    }
+
+    /// Follows the state; the channel closes when the replica has stopped and released its directory.
+    pub fn watch_status(&self) -> watch::Receiver<RaftStatus> {
+        self.status.clone()
+    }
+
+    /// Asks this replica, if it leads, to hand leadership to `to`. Proposals are dropped meanwhile. The outcome shows in
+    /// the status.
+    pub fn transfer_leader(&self, to: u64) {
+        // A stopped replica has no leadership to hand over.
+        let _ = self.inbox.send(Input::Transfer { to });
+    }
+
+    /// Stops the replica at once. There is nothing to flush: whatever was acknowledged is already on disk, so a
+    /// shutdown is a crash that nobody minds.
+    pub fn shutdown(&self) {
+        self.shared.halted.store(true, Ordering::Release);
+        let _ = self.inbox.send(Input::Wake);
+    }
+
+    /// Resolves when the replica has stopped and released its directory.
+    pub async fn stopped(&self) {
+        let mut status = self.watch_status();
+        while status.changed().await.is_ok() {}
+    }
+}

@@ -1,0 +1,292 @@
+//! Consensus: a replicated log of opaque commands, kept by three or five replicas, that survives `kill -9` of any of them.
+//!
+//! One thread per replica drives `raft` (raft-rs) and owns its log on disk. The rest of the coordinator talks to
+//! it through a [`RaftHandle`]; what commands mean is the [`StateMachine`]'s business, and how frames travel is the
+//! network's: the driver only emits `(peer, frame)` pairs and takes frames that came from an authenticated peer.
+//!
+//! What this module does not do: it does not forward proposals (a follower answers
+//! [`ProposeError::NotLeader`]), it does not change membership (the voters are fixed when the log is created), and it
+//! does not continue after a failed write: the page cache can no longer be trusted then (fsyncgate), so the replica
+//! stops and says so in its [`RaftStatus`].
+//!
+//! Files: `driver` the thread and the handling of a `Ready` in documented order; `clients` who waits for an answer;
+//! `admit` which peer messages may reach raft-rs, which panics on impossible ones; `message` frames; `storage` the log
+//! in memory and on disk; `wal` and `snapshot` the two files; `codec` their bytes; `bench` commits a second.
+
+mod admit;
+mod bench;
+mod clients;
+mod codec;
+mod driver;
+mod handle;
+mod message;
+mod snapshot;
+mod storage;
+mod wal;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use bench::{BenchError, CommitBench, bench_commits};
+pub use handle::{RaftHandle, start};
+
+/// Largest command of one proposal, in bytes; a larger one is refused with [`ProposeError::TooLarge`].
+pub const COMMAND_BYTES_MAX: usize = 1 << 20;
+/// Largest state machine snapshot that is sent to a lagging replica, in bytes. A larger one is kept on disk, but a
+/// replica that needs it stays behind until snapshots travel in chunks.
+pub const SNAPSHOT_BYTES_MAX: usize = 128 << 20;
+/// Largest frame that the driver emits or accepts, in bytes; only snapshots come near it, others stay under 3 MiB.
+pub const FRAME_BYTES_MAX: usize = SNAPSHOT_BYTES_MAX + (1 << 20);
+/// Longest cluster id, in bytes.
+pub const CLUSTER_ID_BYTES_MAX: usize = 64;
+/// Most voters of one cluster.
+pub const VOTERS_MAX: usize = 9;
+
+/// When the log is compacted into a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogLimits {
+    /// A snapshot is taken when this many entries were applied since the last one.
+    pub entries_max: u64,
+    /// A snapshot is taken when this many bytes were appended since the last one.
+    pub bytes_max: u64,
+    /// Applied entries kept behind a snapshot, so that a replica that is a little behind needs no snapshot.
+    pub entries_kept: u64,
+}
+
+impl Default for LogLimits {
+    fn default() -> Self {
+        Self { entries_max: 100_000, bytes_max: 256 << 20, entries_kept: 4_096 }
+    }
+}
+
+/// What one replica is and where it keeps its log.
+#[derive(Clone, Debug)]
+pub struct RaftConfig {
+    /// This replica; non-zero and one of `voters`.
+    pub id: u64,
+    /// All replicas of the cluster; the same list on each. Fixed when the log is created.
+    pub voters: Vec<u64>,
+    /// Directory of the log and the snapshot, created if absent; one process at a time may hold it.
+    pub dir: PathBuf,
+    /// Names the cluster; data of another cluster is refused. At most [`CLUSTER_ID_BYTES_MAX`] bytes.
+    pub cluster_id: String,
+    /// Length of raft's unit of time.
+    pub tick: Duration,
+    /// A follower that hears nothing for `election_ticks..2 * election_ticks` ticks campaigns.
+    pub election_ticks: usize,
+    /// The leader sends a heartbeat every so many ticks.
+    pub heartbeat_ticks: usize,
+    /// When the log is compacted.
+    pub log: LogLimits,
+}
+
+impl RaftConfig {
+    /// The usual timing: ticks of 50 ms and elections after 10 to 19 of them, so that a dead leader is replaced in
+    /// about 0.5 to 1 s.
+    pub fn new(id: u64, voters: Vec<u64>, dir: PathBuf, cluster_id: impl Into<String>) -> Self {
+        Self {
+            id,
+            voters,
+            dir,
+            cluster_id: cluster_id.into(),
+            tick: Duration::from_millis(50),
+            election_ticks: 10,
+            heartbeat_ticks: 2,
+            log: LogLimits::default(),
+        }
+    }
+}
+
+/// What the log is for: the committed commands are applied to it, in order, once each, on every replica.
+pub trait StateMachine: Send {
+    /// Applies the command of log entry `index`; the answer goes to whoever proposed it, if it waits on this replica.
+    /// Must be a function of the state and the command alone: every replica has to come to the same state.
+    fn apply(&mut self, index: u64, command: &[u8]) -> Vec<u8>;
+
+    /// The whole state as bytes, from which [`StateMachine::restore`] makes it again.
+    fn snapshot(&self) -> Vec<u8>;
+
+    /// Replaces the whole state.
+    ///
+    /// # Errors
+    /// The bytes are no snapshot of this machine; the replica then stops.
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), RestoreError>;
+
+    /// Whether [`StateMachine::restore`] would take these bytes. Asked of a snapshot that came from a peer before raft
+    /// sees it, so that a hostile one is dropped where a failed restore would stop the replica.
+    ///
+    /// # Errors
+    /// The bytes are no snapshot of this machine.
+    fn check_snapshot(&self, _bytes: &[u8]) -> Result<(), RestoreError> {
+        Ok(())
+    }
+}
+
+/// Bytes that are no snapshot of the state machine, and why.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a snapshot of this state machine: {0}")]
+pub struct RestoreError(pub String);
+
+/// Why a proposal or a read was not answered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// This replica does not lead; nothing was proposed. Ask `leader`, if one is known.
+    #[error("not the leader (leader: {leader:?})")]
+    NotLeader {
+        /// The leader this replica follows.
+        leader: Option<u64>,
+    },
+    /// Not taken up: leadership is being handed over, too much is uncommitted, or a read found no quorum in time.
+    /// It had no effect and may be tried again.
+    #[error("dropped without effect; try again")]
+    Dropped,
+    /// Leadership was lost while it was in flight: it may or may not be committed.
+    #[error("leadership lost; the outcome is unknown")]
+    Lost,
+    /// The replica has stopped; a proposal in flight may or may not be committed.
+    #[error("the replica has stopped")]
+    Stopped,
+    /// Too many proposals and reads are waiting already; this one had no effect.
+    #[error("too many proposals are waiting")]
+    Busy,
+    /// The command is longer than [`COMMAND_BYTES_MAX`].
+    #[error("a command of {bytes} bytes is over the limit of {COMMAND_BYTES_MAX}")]
+    TooLarge {
+        /// Its length.
+        bytes: usize,
+    },
+}
+
+/// Why a replica did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RaftStartError {
+    /// The configuration makes no sense.
+    #[error("raft configuration: {0}")]
+    Config(String),
+    /// Another process holds the directory.
+    #[error("{} is in use by another process", .dir.display())]
+    Locked {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The directory holds the data of another cluster.
+    #[error("data of cluster {found:?} found where cluster {expected:?} was expected")]
+    OtherCluster {
+        /// Cluster id on disk.
+        found: String,
+        /// Cluster id of the configuration.
+        expected: String,
+    },
+    /// The directory holds the data of another replica.
+    #[error("data of replica {found} found where replica {expected} was expected")]
+    OtherNode {
+        /// Replica id on disk.
+        found: u64,
+        /// Replica id of the configuration.
+        expected: u64,
+    },
+    /// The log was made by another set of voters.
+    #[error("the log belongs to voters {found:?}, not to {expected:?}; membership is fixed when the log is created")]
+    OtherVoters {
+        /// Voters on disk.
+        found: Vec<u64>,
+        /// Voters of the configuration.
+        expected: Vec<u64>,
+    },
+    /// Damaged data that is not the torn end of the last write. The replica must be rebuilt from the others.
+    #[error("{} is corrupt at byte {offset}: {what}", .file.display())]
+    Corrupt {
+        /// The damaged file.
+        file: PathBuf,
+        /// Where in it.
+        offset: u64,
+        /// What is wrong there.
+        what: &'static str,
+    },
+    /// The disk failed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The state machine did not take its own snapshot.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// raft-rs refused the configuration or the stored state.
+    #[error("raft: {0}")]
+    Raft(#[from] raft::Error),
+}
+
+/// A file operation that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {op} {}: {source}", .path.display())]
+pub struct DiskError {
+    /// What was tried.
+    pub op: &'static str,
+    /// On which file.
+    pub path: PathBuf,
+    /// The answer of the operating system.
+    #[source]
+    pub source: std::io::Error,
+}
+
+/// Why a running replica stopped by itself.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RaftFailure {
+    /// A write, fsync or rename failed. Nothing after the last successful fsync was promised to anybody.
+    #[error("disk: {0}")]
+    Disk(String),
+    /// The state machine refused a snapshot that it had accepted when asked.
+    #[error("restore: {0}")]
+    Restore(String),
+    /// An invariant of raft or of this driver broke.
+    #[error("invariant: {0}")]
+    Invariant(String),
+}
+
+/// What a replica is at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Follows a leader, or waits for one.
+    Follower,
+    /// Asks whether an election would succeed (PreVote).
+    PreCandidate,
+    /// Campaigns.
+    Candidate,
+    /// Leads its term.
+    Leader,
+    /// The thread has ended; see [`RaftStatus::failure`].
+    Stopped,
+}
+
+/// State of one replica, as of the last round of its thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RaftStatus {
+    /// This replica.
+    pub id: u64,
+    /// Current term.
+    pub term: u64,
+    /// Current role.
+    pub role: Role,
+    /// The leader of the term, if known.
+    pub leader: Option<u64>,
+    /// Last entry applied to the state machine.
+    pub applied: u64,
+    /// Last entry known to be committed.
+    pub committed: u64,
+    /// Last entry of the log.
+    pub last_index: u64,
+    /// First entry of the log; those before it live on only in the snapshot.
+    pub first_index: u64,
+    /// Last entry inside the newest snapshot on disk; 0 without one.
+    pub snapshot_index: u64,
+    /// All voters.
+    pub voters: Arc<[u64]>,
+    /// Frames from peers that were malformed or impossible and did not reach raft.
+    pub frames_refused: u64,
+    /// Messages to peers dropped because the outgoing queue was full.
+    pub sends_dropped: u64,
+    /// Why the replica stopped, if it did so by itself.
+    pub failure: Option<RaftFailure>,
+}

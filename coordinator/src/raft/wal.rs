@@ -1,0 +1,416 @@
+//! The log file: checksummed records that are durable when [`Wal::append`] returns.
+//!
+//! A segment is `header | record*`, followed by zeros written ahead so that a sync does not have to change the file's
+//! size. One record is everything one `Ready` has to persist, and each is synced before the next is written: after a crash
+//! only the last record can be incomplete. So a bad record with a good one behind it is damage, and is refused;
+//! a bad record at the end is a torn write that was never acknowledged, and is cut. Record heads are bound to their
+//! segment and offset by a salted checksum, so bytes inside a command can never pass for a record.
+//!
+//! What the records mean is decided in `storage`.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::codec::{Reader, put_bytes, put_u64};
+use super::{DiskError, RaftStartError};
+
+/// Largest body of one record, in bytes; far above what one `Ready` can hold.
+const RECORD_BYTES_MAX: usize = 1 << 30;
+/// Zeros are written ahead in steps of this many bytes.
+const CHUNK_BYTES: usize = 1 << 20;
+const MAGIC: &[u8; 8] = b"MRRAFTWL";
+const VERSION: u8 = 1;
+/// `body length | checksum of the body | checksum of salt, offset and the two before`, four bytes each.
+const HEAD_BYTES: usize = 12;
+
+/// Whose data a file holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub cluster_id: String,
+    pub node: u64,
+    /// Sorted.
+    pub voters: Vec<u64>,
+}
+
+impl Identity {
+    /// Appends the identity to a file header.
+    pub fn put(&self, out: &mut Vec<u8>) {
+        put_bytes(out, self.cluster_id.as_bytes());
+        put_u64(out, self.node);
+        let voters: Vec<u8> = self.voters.iter().flat_map(|v| v.to_le_bytes()).collect();
+        put_bytes(out, &voters);
+    }
+
+    /// Reads what [`Identity::put`] wrote.
+    pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
+        let cluster_id = String::from_utf8(reader.bytes()?.to_vec()).ok()?;
+        let node = reader.u64()?;
+        let mut ids = Reader(reader.bytes()?);
+        let mut voters = Vec::new();
+        while let Some(id) = ids.u64() {
+            voters.push(id);
+        }
+        Some(Self { cluster_id, node, voters })
+    }
+
+    /// Refuses data of another cluster, another replica, or another set of voters.
+    pub fn expect(&self, found: Self) -> Result<(), RaftStartError> {
+        if found.cluster_id != self.cluster_id {
+            return Err(RaftStartError::OtherCluster { found: found.cluster_id, expected: self.cluster_id.clone() });
+        }
+        if found.node != self.node {
+            return Err(RaftStartError::OtherNode { found: found.node, expected: self.node });
+        }
+        if found.voters != self.voters {
+            return Err(RaftStartError::OtherVoters { found: found.voters, expected: self.voters.clone() });
+        }
+        Ok(())
+    }
+}
+
+/// Place of an entry in the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct LogPoint {
+    pub index: u64,
+    pub term: u64,
+}
+
+/// One open segment, written at its end.
+pub(super) struct Wal {
+    file: File,
+    path: PathBuf,
+    seq: u64,
+    salt: u64,
+    /// Where the next record goes.
+    end: u64,
+    /// Zeros reach to here.
+    zeroed: u64,
+    buffer: Vec<u8>,
+    /// A write failed: what is on disk is unknown from here on.
+    broken: bool,
+}
+
+/// What a directory's newest segment held.
+pub(super) struct Recovered {
+    pub wal: Wal,
+    /// The entry before the segment's first.
+    pub base: LogPoint,
+    /// Record bodies, oldest first.
+    pub bodies: Vec<Vec<u8>>,
+}
+
+impl Wal {
+    /// Makes segment `seq` with the given records, durably and all at once: a crash leaves all of it or nothing.
+    pub fn create(dir: &Path, seq: u64, owner: &Identity, base: LogPoint, bodies: &[Vec<u8>]) -> Result<Self, DiskError> {
+        let path = dir.join(format!("wal-{seq:016x}.log"));
+        let salt = rand::random();
+        let mut bytes = encode_header(seq, salt, owner, base);
+        for body in bodies {
+            let at = bytes.len() as u64;
+            push_record(&mut bytes, at, salt, body);
+        }
+        write_durably(dir, &path, &[&bytes])?;
+        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(disk("open", &path))?;
+        let end = bytes.len() as u64;
+        Ok(Self { file, path, seq, salt, end, zeroed: end, buffer: Vec::new(), broken: false })
+    }
+
+    /// Opens the newest segment, cuts a torn last record, and removes what a crash left over. `None` if there is none.
+    pub fn recover(dir: &Path, owner: &Identity) -> Result<Option<Recovered>, RaftStartError> {
+        let mut segments = list_segments(dir)?;
+        let Some((seq, path)) = segments.pop() else { return Ok(None) };
+        let bytes = fs::read(&path).map_err(disk("read", &path))?;
+        let header = decode_header(&path, &bytes)?;
+        owner.expect(header.owner)?;
+        if header.seq != seq {
+            return Err(corrupt(&path, 0, "the file name and the header name different segments"));
+        }
+        let (bodies, end) = scan(&path, &bytes, header.len, header.salt)?;
+        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(disk("open", &path))?;
+        file.set_len(end as u64).and_then(|()| file.sync_all()).map_err(disk("truncate", &path))?;
+        for (_, old) in segments {
+            fs::remove_file(&old).map_err(disk("remove", &old))?;
+        }
+        let end = end as u64;
+        let wal = Self { file, path, seq, salt: header.salt, end, zeroed: end, buffer: Vec::new(), broken: false };
+        Ok(Some(Recovered { wal, base: header.base, bodies }))
+    }
+
+    /// Appends one record and syncs it. After an error the segment refuses every later append.
+    pub fn append(&mut self, body: &[u8]) -> Result<(), DiskError> {
+        assert!(!body.is_empty() && body.len() <= RECORD_BYTES_MAX, "a record holds 1 byte to 1 GiB");
+        if self.broken {
+            let source = std::io::Error::other("an earlier write failed");
+            return Err(disk("append to", &self.path)(source));
+        }
+        let written = self.write_and_sync(body);
+        self.broken = written.is_err();
+        written
+    }
+
+    fn write_and_sync(&mut self, body: &[u8]) -> Result<(), DiskError> {
+        self.buffer.clear();
+        push_record(&mut self.buffer, self.end, self.salt, body);
+        let end = self.end + self.buffer.len() as u64;
+        while self.zeroed < end {
+            self.file.write_all_at(&[0; CHUNK_BYTES], self.zeroed).map_err(disk("extend", &self.path))?;
+            self.zeroed += CHUNK_BYTES as u64;
+        }
+        self.file.write_all_at(&self.buffer, self.end).map_err(disk("append to", &self.path))?;
+        self.file.sync_data().map_err(disk("sync", &self.path))?;
+        self.end = end;
+        Ok(())
+    }
+
+    /// Replaces this segment by a new one that holds `bodies`; the old file goes only when the new one is durable.
+    pub fn rotate(&mut self, owner: &Identity, base: LogPoint, bodies: &[Vec<u8>]) -> Result<(), DiskError> {
+        let dir = self.path.parent().expect("a segment lies in a directory").to_path_buf();
+        let next = Self::create(&dir, self.seq + 1, owner, base, bodies)?;
+        let old = std::mem::replace(self, next);
+        fs::remove_file(&old.path).map_err(disk("remove", &old.path))
+    }
+}
+
+/// Writes a file under a temporary name, syncs it, renames it into place and syncs the directory.
+pub(super) fn write_durably(dir: &Path, path: &Path, parts: &[&[u8]]) -> Result<(), DiskError> {
+    let temporary = path.with_extension("tmp");
+    let mut file = File::create(&temporary).map_err(disk("create", &temporary))?;
+    for part in parts {
+        file.write_all(part).map_err(disk("write", &temporary))?;
+    }
+    file.sync_all().map_err(disk("sync", &temporary))?;
+    fs::rename(&temporary, path).map_err(disk("rename", &temporary))?;
+    sync_dir(dir)
+}
+
+/// Makes the names in a directory durable.
+pub(super) fn sync_dir(dir: &Path) -> Result<(), DiskError> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(disk("sync", dir))
+}
+
+/// Turns an I/O error into one that names the operation and the file.
+pub(super) fn disk(op: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> DiskError {
+    let path = path.to_path_buf();
+    move |source| DiskError { op, path, source }
+}
+
+/// A refusal to start on damaged data.
+pub(super) fn corrupt(file: &Path, offset: usize, what: &'static str) -> RaftStartError {
+    RaftStartError::Corrupt { file: file.to_path_buf(), offset: offset as u64, what }
+}
+
+struct Header {
+    seq: u64,
+    salt: u64,
+    owner: Identity,
+    base: LogPoint,
+    len: usize,
+}
+
+fn encode_header(seq: u64, salt: u64, owner: &Identity, base: LogPoint) -> Vec<u8> {
+    let mut body = Vec::new();
+    for value in [seq, salt, base.index, base.term] {
+        put_u64(&mut body, value);
+    }
+    owner.put(&mut body);
+    let mut out = MAGIC.to_vec();
+    out.push(VERSION);
+    put_bytes(&mut out, &body);
+    let crc = crc32fast::hash(&out);
+    out.extend_from_slice(&crc.to_le_bytes());
+    out
+}
+
+fn decode_header(path: &Path, bytes: &[u8]) -> Result<Header, RaftStartError> {
+    let damaged = || corrupt(path, 0, "the segment header is damaged");
+    let mut reader = Reader(bytes);
+    if reader.take(MAGIC.len()) != Some(MAGIC) {
+        return Err(corrupt(path, 0, "not a raft log segment"));
+    }
+    if reader.u8() != Some(VERSION) {
+        return Err(corrupt(path, MAGIC.len(), "a format version this program does not know"));
+    }
+    let mut body = Reader(reader.bytes().ok_or_else(damaged)?);
+    let checked = bytes.len() - reader.0.len();
+    if reader.u32() != Some(crc32fast::hash(&bytes[..checked])) {
+        return Err(damaged());
+    }
+    let mut next = || body.u64().ok_or_else(damaged);
+    let (seq, salt, index, term) = (next()?, next()?, next()?, next()?);
+    let owner = Identity::read(&mut body).ok_or_else(damaged)?;
+    Ok(Header { seq, salt, owner, base: LogPoint { index, term }, len: checked + 4 })
+}
+
+fn push_record(out: &mut Vec<u8>, offset: u64, salt: u64, body: &[u8]) {
+    let len = u32::try_from(body.len()).expect("records are bounded below 4 GiB");
+    let body_crc = crc32fast::hash(body);
+    out.extend_from_slice(&len.to_le_bytes());
+    out.extend_from_slice(&body_crc.to_le_bytes());
+    out.extend_from_slice(&head_crc(salt, offset, len, body_crc).to_le_bytes());
+    out.extend_from_slice(body);
+}
+
+fn head_crc(salt: u64, offset: u64, len: u32, body_crc: u32) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&salt.to_le_bytes());
+    hasher.update(&offset.to_le_bytes());
+    hasher.update(&len.to_le_bytes());
+    hasher.update(&body_crc.to_le_bytes());
+    hasher.finalize()
+}
+
+/// Whether the head at `offset` was written there, and then the body it promises (`None` inside: damaged or cut off).
+fn record_at(bytes: &[u8], offset: usize, salt: u64) -> Option<Option<&[u8]>> {
+    let mut reader = Reader(bytes.get(offset..)?);
+    let len = reader.u32().filter(|len| *len != 0 && *len as usize <= RECORD_BYTES_MAX)?;
+    let (body_crc, head) = (reader.u32()?, reader.u32()?);
+    if head != head_crc(salt, offset as u64, len, body_crc) {
+        return None;
+    }
+    Some(reader.take(len as usize).filter(|body| crc32fast::hash(body) == body_crc))
+}
+
+/// All records from `start`, and where the good ones end. A bad record that any head follows is damage: the head
+/// behind it was written only after the bad record had been synced.
+fn scan(path: &Path, bytes: &[u8], start: usize, salt: u64) -> Result<(Vec<Vec<u8>>, usize), RaftStartError> {
+    let (mut bodies, mut at) = (Vec::new(), start);
+    while let Some(Some(body)) = record_at(bytes, at, salt) {
+        bodies.push(body.to_vec());
+        at += HEAD_BYTES + body.len();
+    }
+    let behind = at + 1..bytes.len().saturating_sub(HEAD_BYTES);
+    if behind.into_iter().any(|offset| record_at(bytes, offset, salt).is_some()) {
+        return Err(corrupt(path, at, "a damaged record with intact records behind it"));
+    }
+    Ok((bodies, at))
+}
+
+/// Segments by number, oldest first; unfinished temporary files are removed.
+fn list_segments(dir: &Path) -> Result<Vec<(u64, PathBuf)>, RaftStartError> {
+    let mut segments = Vec::new();
+    for item in fs::read_dir(dir).map_err(disk("list", dir))? {
+        let path = item.map_err(disk("list", dir))?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if name.ends_with(".tmp") {
+            fs::remove_file(&path).map_err(disk("remove", &path))?;
+        } else if let Some(seq) = name.strip_prefix("wal-").and_then(|n| n.strip_suffix(".log")) {
+            let seq = u64::from_str_radix(seq, 16).map_err(|_| corrupt(&path, 0, "not the name of a log segment"))?;
+            segments.push((seq, path));
+        }
+    }
+    segments.sort_unstable();
+    Ok(segments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner() -> Identity {
+        Identity { cluster_id: "c".into(), node: 1, voters: vec![1, 2, 3] }
+    }
+
+    fn wal_with(dir: &Path, bodies: &[Vec<u8>]) -> Wal {
+        let mut wal = Wal::create(dir, 1, &owner(), LogPoint::default(), &[]).unwrap();
+        for body in bodies {
+            wal.append(body).unwrap();
+        }
+        wal
+    }
+
+    fn reopen(bytes: &[u8]) -> Result<Vec<Vec<u8>>, RaftStartError> {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("wal-0000000000000001.log"), bytes).unwrap();
+        Ok(Wal::recover(dir.path(), &owner())?.unwrap().bodies)
+    }
+
+    fn sample() -> Vec<Vec<u8>> {
+        (1..=6u8).map(|i| vec![i; usize::from(i) * 37]).collect()
+    }
+
+    #[test]
+    fn every_prefix_opens_to_a_prefix_of_the_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let wal = wal_with(dir.path(), &sample());
+        let bytes = fs::read(&wal.path).unwrap()[..wal.end as usize].to_vec();
+        let header_bytes = encode_header(1, wal.salt, &owner(), LogPoint::default()).len();
+        for cut in 0..=bytes.len() {
+            let mut zero_tail = bytes[..cut].to_vec();
+            zero_tail.resize(bytes.len() + 100, 0);
+            let Ok(found) = reopen(&bytes[..cut]) else {
+                assert!(cut < header_bytes, "a torn tail at {cut} was refused");
+                continue;
+            };
+            let mut end = header_bytes;
+            let mut whole = sample();
+            whole.retain(|b| {
+                end += HEAD_BYTES + b.len();
+                end <= cut
+            });
+            assert_eq!(found, whole, "cut at {cut}");
+            assert_eq!(reopen(&zero_tail).unwrap(), found, "zeros after {cut}");
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_is_refused_in_the_middle_and_cut_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let wal = wal_with(dir.path(), &sample());
+        let bytes = fs::read(&wal.path).unwrap()[..wal.end as usize].to_vec();
+        let last = bytes.len() - sample()[5].len() - HEAD_BYTES;
+        for at in 0..bytes.len() {
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 1 << (at % 8);
+            match reopen(&flipped) {
+                Err(RaftStartError::Corrupt { .. }) => assert!(at < last, "flip at {at}"),
+                Ok(found) => assert!(at >= last && found == sample()[..5], "flip at {at}"),
+                Err(other) => panic!("flip at {at}: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_torn_record_is_cut_for_good_and_records_inside_commands_are_not_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut wal = wal_with(dir.path(), &sample());
+        let mut forged = Vec::new();
+        push_record(&mut forged, wal.end, wal.salt ^ 1, b"forged");
+        wal.append(&forged.repeat(40)).unwrap();
+        let mut torn = fs::read(&wal.path).unwrap();
+        torn[wal.end as usize - 1] ^= 1;
+        fs::write(&wal.path, &torn).unwrap();
+        let mut recovered = Wal::recover(dir.path(), &owner()).unwrap().unwrap();
+        assert_eq!(recovered.bodies, sample());
+        recovered.wal.append(b"after").unwrap();
+        let bodies = Wal::recover(dir.path(), &owner()).unwrap().unwrap().bodies;
+        assert_eq!(bodies.last().unwrap(), b"after");
+        assert_eq!(bodies.len(), 7);
+    }
+
+    #[test]
+    fn rotation_leaves_one_segment_and_a_half_made_one_is_ignored() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut wal = wal_with(dir.path(), &sample());
+        let base = LogPoint { index: 9, term: 2 };
+        wal.rotate(&owner(), base, &[vec![1], vec![2]]).unwrap();
+        wal.append(&[3]).unwrap();
+        fs::write(dir.path().join("wal-0000000000000003.tmp"), b"half").unwrap();
+        let found = Wal::recover(dir.path(), &owner()).unwrap().unwrap();
+        assert_eq!((found.base, found.bodies), (base, vec![vec![1], vec![2], vec![3]]));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error_and_the_segment_stays_broken() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut wal = wal_with(dir.path(), &sample());
+        let good = std::mem::replace(&mut wal.file, OpenOptions::new().write(true).open("/dev/full").unwrap());
+        let error = wal.append(b"lost").unwrap_err();
+        assert_eq!(error.source.kind(), std::io::ErrorKind::StorageFull);
+        wal.file = good;
+        assert!(wal.append(b"never after a failure").is_err());
+        assert_eq!(Wal::recover(dir.path(), &owner()).unwrap().unwrap().bodies, sample());
+    }
+}
