@@ -30,9 +30,7 @@ pub(super) fn admits(node: &RawNode<Store>, machine: &dyn StateMachine, peer: u6
     let last = node.raft.raft_log.last_index();
     match message.get_msg_type() {
         MessageType::MsgAppend => one_leader(node, message),
-        MessageType::MsgHeartbeat => {
-            one_leader(node, message) && (message.term < node.raft.term || message.commit <= last)
-        }
+        MessageType::MsgHeartbeat => one_leader(node, message) && (message.term < node.raft.term || message.commit <= last),
         MessageType::MsgSnapshot => one_leader(node, message) && snapshot_is_ours(node, machine, message),
         MessageType::MsgAppendResponse => message.index <= last && message.reject_hint <= last || !leads(node, message),
         MessageType::MsgTimeoutNow | MessageType::MsgReadIndexResp => {

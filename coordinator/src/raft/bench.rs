@@ -121,12 +121,7 @@ async fn find_leader(replicas: &[RaftHandle]) -> Result<RaftHandle, BenchError> 
 }
 
 /// Latencies of all commits, in microseconds.
-async fn propose_all(
-    leader: &RaftHandle,
-    outstanding: usize,
-    count: usize,
-    bytes: usize,
-) -> Result<Vec<u64>, BenchError> {
+async fn propose_all(leader: &RaftHandle, outstanding: usize, count: usize, bytes: usize) -> Result<Vec<u64>, BenchError> {
     let left = Arc::new(AtomicUsize::new(count));
     let mut proposers = JoinSet::new();
     for _ in 0..outstanding.max(1) {

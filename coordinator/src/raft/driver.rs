@@ -71,8 +71,7 @@ impl Driver {
         outgoing: mpsc::Sender<(u64, Vec<u8>)>,
         shared: Arc<Shared>,
     ) -> Result<(Self, watch::Receiver<RaftStatus>), RaftStartError> {
-        let owner =
-            Identity { cluster_id: config.cluster_id.clone(), node: config.id, voters: config.voters.clone() };
+        let owner = Identity { cluster_id: config.cluster_id.clone(), node: config.id, voters: config.voters.clone() };
         let (store, snapshot) = Store::open(&config.dir, owner)?;
         if let Some(data) = snapshot {
             machine.restore(&data)?;

@@ -9,8 +9,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use super::clients::Reply;
 use super::driver::Driver;
 use super::{
-    CLUSTER_ID_BYTES_MAX, COMMAND_BYTES_MAX, FRAME_BYTES_MAX, ProposeError, RaftConfig, RaftStartError, RaftStatus,
-    StateMachine, VOTERS_MAX, message,
+    CLUSTER_ID_BYTES_MAX, COMMAND_BYTES_MAX, FRAME_BYTES_MAX, ProposeError, RaftConfig, RaftStartError, RaftStatus, StateMachine,
+    VOTERS_MAX, message,
 };
 
 /// Proposals and reads that may wait at once; more are answered [`ProposeError::Busy`].
@@ -21,10 +21,21 @@ const FRAMES_QUEUED_BYTES_MAX: usize = FRAME_BYTES_MAX + (32 << 20);
 /// What the thread is told.
 pub(super) enum Input {
     /// A message from a peer, and its share of the queue's bytes.
-    Peer { peer: u64, message: Message, bytes: OwnedSemaphorePermit },
-    Propose { command: Vec<u8>, reply: Reply<Vec<u8>> },
-    Read { reply: Reply<u64> },
-    Transfer { to: u64 },
+    Peer {
+        peer: u64,
+        message: Message,
+        bytes: OwnedSemaphorePermit,
+    },
+    Propose {
+        command: Vec<u8>,
+        reply: Reply<Vec<u8>>,
+    },
+    Read {
+        reply: Reply<u64>,
+    },
+    Transfer {
+        to: u64,
+    },
     /// Look at [`Shared::halted`].
     Wake,
 }

@@ -221,13 +221,7 @@ impl raft::Storage for Store {
         Ok(RaftState::new(self.hard.clone(), self.conf_state()))
     }
 
-    fn entries(
-        &self,
-        low: u64,
-        high: u64,
-        max_size: impl Into<Option<u64>>,
-        _: GetEntriesContext,
-    ) -> raft::Result<Vec<Entry>> {
+    fn entries(&self, low: u64, high: u64, max_size: impl Into<Option<u64>>, _: GetEntriesContext) -> raft::Result<Vec<Entry>> {
         if low <= self.base.index {
             return Err(StorageError::Compacted.into());
         }

@@ -1,8 +1,8 @@
 //! Frames that no correct replica would send, from a peer with a valid certificate.
 
+use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 
 use super::*;
 use crate::raft::message::{decode, encode};
