@@ -7,6 +7,7 @@
 
 pub mod admin;
 pub mod config;
+pub mod ctl;
 pub mod deltas;
 pub mod dispatch;
 pub mod duties;

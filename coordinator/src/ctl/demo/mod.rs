@@ -1,0 +1,229 @@
+//! `millctl demo`: runs a cluster, holds a conversation with it, kills the leader of its coordinator in the middle of an answer, and
+//! stops everything. Every step is checked and has a deadline; the first that fails ends the show with a message and exit code 1.
+
+mod screen;
+mod script;
+mod talk;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use millrace_node::shutdown::Shutdown;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use self::screen::Screen;
+use self::talk::{Answer, Talk};
+use super::local::{Dtype, Kind, Local, Say, UpArgs};
+
+/// Time for the cluster to serve.
+const START_WAIT_MAX: Duration = Duration::from_secs(180);
+/// Time for one answer.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(90);
+/// Time for the others to agree on a new leader.
+const ELECTION_WAIT_MAX: Duration = Duration::from_secs(20);
+/// Tokens of an answer in the conversation.
+const TURN_TOKENS: u32 = 80;
+/// Tokens of the answer that survives.
+const LONG_TOKENS: u32 = 120;
+/// After so many tokens of it the leader dies.
+const KILL_AT: u32 = 20;
+
+/// What to show.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Example:\n  millctl demo --model model.gguf")]
+pub struct DemoArgs {
+    /// Model directory or GGUF file: an instruct model
+    #[arg(long)]
+    model: PathBuf,
+    /// Element type of weights, activations and cached KV
+    #[arg(long, default_value = "bf16", value_enum)]
+    dtype: Dtype,
+    /// Threads of each node's engine; 0 takes all processors
+    #[arg(long, default_value_t = 0)]
+    threads: u16,
+}
+
+/// Shows it.
+///
+/// # Errors
+/// The first step that failed.
+pub async fn run(args: DemoArgs) -> Result<()> {
+    let shutdown = Shutdown::new();
+    shutdown.on_signals().context("signal handlers")?;
+    let screen = Screen::new();
+    let began = Instant::now();
+    screen.title(&args.model, args.dtype);
+    let progress = screen.clone();
+    let say: Say = Arc::new(move |line| progress.dim(line));
+    let up = UpArgs {
+        model: args.model,
+        coordinators: 3,
+        prefill: 2,
+        decode: 2,
+        http: ([127, 0, 0, 1], 0).into(),
+        dtype: args.dtype,
+        dir: None,
+        kv_blocks: None,
+        threads: args.threads,
+        no_restart: false,
+        wait: START_WAIT_MAX.as_secs(),
+        exit_with_parent: false,
+        checksum_engine: None,
+    };
+    let mut local = Local::launch(&up, say).await?;
+    let shown = tokio::select! {
+        shown = show(&mut local, &screen) => shown,
+        reason = shutdown.wait() => Err(anyhow::anyhow!("{reason}: stopped before the end")),
+    };
+    screen.section("Stopping");
+    local.stop().await;
+    let seen = shown?;
+    screen.summary(&seen, began.elapsed());
+    Ok(())
+}
+
+/// What the end says was shown.
+#[derive(Clone, Debug, Default)]
+struct Seen {
+    turns: usize,
+    prompt_tokens: u64,
+    cached_tokens: u64,
+    moved_bytes: u64,
+    killed: String,
+    leader: String,
+    election: Duration,
+    survived_tokens: u64,
+}
+
+async fn show(local: &mut Local, screen: &Screen) -> Result<Seen> {
+    local.ready(START_WAIT_MAX).await.context("starting the cluster")?;
+    let talk = Talk::new(local.http()).await.context("asking for the model's name")?;
+    let leader = local.view().borrow().leader.clone().unwrap_or_default();
+    screen.picture(&local.states(), &leader, local.http());
+    let mut seen = Seen::default();
+    converse(&talk, screen, &mut seen).await?;
+    survive(local, &talk, screen, &mut seen).await?;
+    Ok(seen)
+}
+
+/// Three turns over one system prompt; each carries the conversation so far.
+async fn converse(talk: &Talk, screen: &Screen, seen: &mut Seen) -> Result<()> {
+    let mut messages = vec![json!({"role": "system", "content": script::SYSTEM})];
+    for (i, question) in script::QUESTIONS.iter().enumerate() {
+        screen.section(&format!("Turn {} of {}", i + 1, script::QUESTIONS.len()));
+        screen.question(question);
+        messages.push(json!({"role": "user", "content": question}));
+        let body = json!({"messages": messages, "max_tokens": TURN_TOKENS});
+        let answer = spoken(talk, screen, body).await.with_context(|| format!("turn {}", i + 1))?;
+        ensure!(answer.usage["completion_tokens"].as_u64() > Some(0), "turn {}: the answer is empty", i + 1);
+        let cached = answer.usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or_default();
+        ensure!(i == 0 || cached > 0, "turn {}: nothing of the conversation was cached", i + 1);
+        screen.figures(&answer);
+        seen.turns += 1;
+        seen.prompt_tokens += answer.usage["prompt_tokens"].as_u64().unwrap_or_default();
+        seen.cached_tokens += cached;
+        seen.moved_bytes += answer.timings["handover"]["bytes"].as_u64().unwrap_or_default();
+        messages.push(json!({"role": "assistant", "content": answer.text}));
+    }
+    Ok(())
+}
+
+/// An answer, printed as it comes.
+async fn spoken(talk: &Talk, screen: &Screen, body: Value) -> Result<Answer> {
+    let mut running = talk.ask(body).await?;
+    let speak = async {
+        while let Some(text) = running.next().await? {
+            screen.speak(&text);
+        }
+        Ok::<_, anyhow::Error>(())
+    };
+    let spoken = timeout(ANSWER_WAIT_MAX, speak).await;
+    screen.end_speech();
+    spoken.with_context(|| format!("no end after {} s", ANSWER_WAIT_MAX.as_secs()))??;
+    Ok(running.answer())
+}
+
+/// The leader dies in the middle of an answer; the answer, checked against an undisturbed one, does not.
+async fn survive(local: &Local, talk: &Talk, screen: &Screen, seen: &mut Seen) -> Result<()> {
+    screen.section("The leader dies");
+    screen.question(script::LONG_QUESTION);
+    // Each of the two computes its prompt afresh, so that both take the very same steps and may be compared to the letter.
+    let body = |salt: &str| json!({"messages": [{"role": "user", "content": script::LONG_QUESTION}], "max_tokens": LONG_TOKENS, "cache_salt": salt});
+    let mut running = talk.ask(body("disturbed")).await?;
+    let mut killed = None;
+    let speak = async {
+        while let Some(text) = running.next().await? {
+            screen.speak(&text);
+            if running.tokens() >= KILL_AT && killed.is_none() {
+                killed = Some(kill_leader(local, screen).await?);
+            }
+        }
+        Ok::<_, anyhow::Error>(())
+    };
+    let spoken = timeout(ANSWER_WAIT_MAX, speak).await;
+    screen.end_speech();
+    spoken.with_context(|| format!("no end after {} s", ANSWER_WAIT_MAX.as_secs()))?.context("the answer did not survive")?;
+    let Some((dead, when)) = killed else { bail!("the answer ended after {} tokens, before the leader died", running.tokens()) };
+    let disturbed = running.answer();
+    let (leader, term) = new_leader(local, &dead).await?;
+    seen.election = when.elapsed();
+    screen.note(&format!("The answer reached its end. {leader} leads now (term {term})."));
+    screen.figures(&disturbed);
+    let undisturbed = timeout(ANSWER_WAIT_MAX, talk.ask_whole(body("undisturbed"))).await.context("asking again")??;
+    compare(&disturbed.text, &undisturbed.text)?;
+    screen.note("Asked again without any trouble, the model says the same, to the letter.");
+    (seen.killed, seen.leader) = (dead, leader);
+    seen.survived_tokens = disturbed.usage["completion_tokens"].as_u64().unwrap_or_default();
+    Ok(())
+}
+
+fn compare(disturbed: &str, undisturbed: &str) -> Result<()> {
+    let same = disturbed.chars().zip(undisturbed.chars()).take_while(|(a, b)| a == b).count();
+    ensure!(
+        disturbed == undisturbed,
+        "the disturbed answer differs from the undisturbed one after {same} characters:\n{undisturbed}"
+    );
+    Ok(())
+}
+
+async fn kill_leader(local: &Local, screen: &Screen) -> Result<(String, Instant)> {
+    let leader = local.view().borrow().leader.clone().context("nobody leads")?;
+    let pid = local
+        .states()
+        .iter()
+        .find(|state| state.name == leader)
+        .and_then(|state| state.pid)
+        .context("the leader has no process")?;
+    local.kill(&leader).await?;
+    screen.aside(&format!("kill -9 {pid}: {leader}, the leader, is dead"));
+    Ok((leader, Instant::now()))
+}
+
+/// Waits until another leads than `dead` did in the term it died in; a restarted process may win again, in a later term.
+async fn new_leader(local: &Local, dead: &str) -> Result<(String, u64)> {
+    let mut view = local.view();
+    let found = view.wait_for(|view| view.leader.as_ref().is_some_and(|leader| leader != dead));
+    let found = timeout(ELECTION_WAIT_MAX, found)
+        .await
+        .with_context(|| format!("no new leader after {} s", ELECTION_WAIT_MAX.as_secs()))?;
+    let view = found.context("nobody watches the cluster")?.clone();
+    debug_assert!(local.states().iter().any(|state| state.kind == Kind::Coordinator));
+    Ok((view.leader.unwrap_or_default(), view.term))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_different_answer_is_a_failure_that_says_where() {
+        assert!(compare("the same", "the same").is_ok());
+        let error = compare("the river", "the rivet").unwrap_err().to_string();
+        assert!(error.contains("after 8 characters") && error.contains("the rivet"), "{error}");
+        assert!(compare("a", "ab").is_err());
+    }
+}

@@ -1,0 +1,361 @@
+//! `millctl local up`: a whole cluster on one machine, in the foreground.
+//!
+//! `place` is its folder, `process` keeps each process running, `watcher` knows how they all are, `crate::ctl::front` is its door.
+//! Here they are put together and, in the reverse order, taken apart: door, nodes, coordinators, folder.
+
+mod place;
+mod process;
+mod watcher;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use millrace_node::shutdown::Shutdown;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+pub use self::place::Place;
+use self::process::{Board, Keeper, Spec, log_tail};
+pub use self::process::{Kind, Order, State};
+pub use self::watcher::View;
+use self::watcher::{Watcher, missing};
+use super::exit::Exit;
+use super::front;
+
+/// Time that open answers have when the door closes.
+const FRONT_WAIT_MAX: Duration = Duration::from_secs(1);
+/// Orders to one process that wait.
+const ORDERS_MAX: usize = 4;
+
+/// Where progress is told, one line at a time.
+pub type Say = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// Element type of the model's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// 16 bits, for speed.
+    Bf16,
+    /// 32 bits, for exactness.
+    F32,
+}
+
+impl Dtype {
+    /// Its word on command lines.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+        }
+    }
+}
+
+/// What to run.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "Example:\n  millctl local up --model model.gguf --coordinators 3 --prefill 2 --decode 2 --http 127.0.0.1:8080"
+)]
+pub struct UpArgs {
+    /// Model directory or GGUF file
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Replicas of the coordinator
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=7))]
+    pub coordinators: u16,
+    /// Prefill nodes
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub prefill: u16,
+    /// Decode nodes
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub decode: u16,
+    /// Where the OpenAI API is served; port 0 takes a free one
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    pub http: SocketAddr,
+    /// Element type of weights, activations and cached KV
+    #[arg(long, default_value = "bf16", value_enum)]
+    pub dtype: Dtype,
+    /// Folder for certificates, logs and state, kept afterwards; a temporary one, removed afterwards, if absent
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// Blocks of each node's KV pool
+    #[arg(long)]
+    pub kv_blocks: Option<u32>,
+    /// Threads of each node's engine; 0 takes all processors
+    #[arg(long, default_value_t = 0)]
+    pub threads: u16,
+    /// Leave a process that dies dead
+    #[arg(long)]
+    pub no_restart: bool,
+    /// Seconds that the cluster may take until it serves
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    pub wait: u64,
+    /// Stop when standard input ends
+    #[arg(long, hide = true)]
+    pub exit_with_parent: bool,
+    /// Compute checksums instead of the model, with this delay for each token: for tests
+    #[arg(long, hide = true, value_name = "MICROSECONDS")]
+    pub checksum_engine: Option<u64>,
+}
+
+/// Runs a cluster until a signal.
+///
+/// # Errors
+/// Why it does not serve; it is stopped then.
+pub async fn up(args: UpArgs) -> Result<()> {
+    let shutdown = Shutdown::new();
+    shutdown.on_signals().context("signal handlers")?;
+    if args.exit_with_parent {
+        shutdown.on_stdin_end().context("watching standard input")?;
+    }
+    let mut local = Local::launch(&args, Arc::new(|line| eprintln!("{line}"))).await?;
+    let result = tokio::select! {
+        ready = local.ready(Duration::from_secs(args.wait)) => ready,
+        _ = shutdown.wait() => Ok(()),
+    };
+    if result.is_ok() && !shutdown.has_begun() {
+        announce(local.http());
+        let reason = shutdown.wait().await;
+        eprintln!("{reason}: stopping");
+    }
+    local.stop().await;
+    result
+}
+
+/// The one line on standard output. Nobody may be reading it.
+fn announce(http: SocketAddr) {
+    use std::io::Write;
+    let mut out = std::io::stdout();
+    let _ = writeln!(out, "ready http://{http}").and_then(|()| out.flush());
+}
+
+struct Kept {
+    name: String,
+    kind: Kind,
+    orders: mpsc::Sender<Order>,
+    task: JoinHandle<()>,
+}
+
+/// A running cluster. [`Local::stop`] ends it; when it is merely dropped, its processes are killed.
+pub struct Local {
+    http: SocketAddr,
+    dir: PathBuf,
+    logs: Vec<(String, PathBuf)>,
+    kept: Vec<Kept>,
+    board: Board,
+    view: watch::Receiver<View>,
+    watching: JoinHandle<Place>,
+    stop_watching: Shutdown,
+    front: JoinHandle<std::io::Result<()>>,
+    stop_front: Shutdown,
+    say: Say,
+}
+
+impl Local {
+    /// Takes the port, makes the folder, starts all processes. They do not serve yet.
+    ///
+    /// # Errors
+    /// The port is taken, a binary or the model is missing, or the folder cannot be used; nothing is left then.
+    pub async fn launch(args: &UpArgs, say: Say) -> Result<Self> {
+        let model =
+            args.model.canonicalize().map_err(|error| Exit::Usage.error(format!("--model {}: {error}", args.model.display())))?;
+        let args = UpArgs { model, ..args.clone() };
+        let bin = binaries()?;
+        let listener = TcpListener::bind(args.http).await.with_context(|| format!("--http {}", args.http))?;
+        let http = listener.local_addr().context("the front's own address")?;
+        let place = Place::open(&args, http).await?;
+        say(&format!("folder {}", place.dir.display()));
+        let specs = specs(&args, &place, &bin);
+        let state = |spec: &Spec| State {
+            name: spec.name.clone(),
+            kind: spec.kind,
+            pid: None,
+            serves: false,
+            http: None,
+            starts: 0,
+            failed: None,
+        };
+        let board = Board::new(specs.iter().map(state).collect());
+        let logs = specs.iter().map(|spec| (spec.name.clone(), spec.log.clone())).collect();
+        let keep = |(index, spec): (usize, Spec)| {
+            let (orders, inbox) = mpsc::channel(ORDERS_MAX);
+            let (name, kind) = (spec.name.clone(), spec.kind);
+            let task = tokio::spawn(Keeper::new(spec, index, board.clone(), inbox, say.clone()).run());
+            Kept { name, kind, orders, task }
+        };
+        let kept = specs.into_iter().enumerate().map(keep).collect();
+        let (stop_watching, stop_front) = (Shutdown::new(), Shutdown::new());
+        let dir = place.dir.clone();
+        let (watcher, view, gateways) = Watcher::new(place, board.subscribe())?;
+        let watching = tokio::spawn(watcher.run(stop_watching.clone()));
+        let stopping = stop_front.clone();
+        let front = tokio::spawn(front::serve(listener, gateways, async move { drop(stopping.wait().await) }));
+        Ok(Self { http, dir, logs, kept, board, view, watching, stop_watching, front, stop_front, say })
+    }
+
+    /// Where clients are served.
+    #[must_use]
+    pub fn http(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// The cluster's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// How the processes are.
+    #[must_use]
+    pub fn states(&self) -> Vec<State> {
+        self.board.borrow().clone()
+    }
+
+    /// What the cluster says of itself.
+    #[must_use]
+    pub fn view(&self) -> watch::Receiver<View> {
+        self.view.clone()
+    }
+
+    /// Kills a process, as `kill -9` would. It is started again, unless `--no-restart` says otherwise.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub async fn kill(&self, name: &str) -> Result<()> {
+        let kept = self.kept.iter().find(|kept| kept.name == name);
+        let kept = kept.ok_or_else(|| Exit::NotFound.error(format!("no process {name:?}")))?;
+        kept.orders.send(Order::Kill).await.with_context(|| format!("{name} is not kept any more"))
+    }
+
+    /// Waits until every gateway is ready, a leader is known and every node has joined; tells of each.
+    ///
+    /// # Errors
+    /// [`Exit::Timeout`] with what is missing; [`Exit::Failed`] with the last words of a process that cannot be started.
+    pub async fn ready(&mut self, wait: Duration) -> Result<()> {
+        let (mut board, mut view) = (self.board.subscribe(), self.view.clone());
+        let (mut told, began) = (Vec::new(), Instant::now());
+        let deadline = tokio::time::sleep(wait);
+        tokio::pin!(deadline);
+        loop {
+            let (states, seen) = (board.borrow_and_update().clone(), view.borrow_and_update().clone());
+            if let Some(failed) = states.iter().find(|state| state.failed.is_some()) {
+                return Err(self.gave_up(failed));
+            }
+            for state in states.iter().filter(|state| seen.has(state)) {
+                if !told.contains(&state.name) {
+                    told.push(state.name.clone());
+                    (self.say)(&progress(state, began));
+                }
+            }
+            let missing = missing(&states, &seen);
+            if missing.is_empty() {
+                return Ok(());
+            }
+            tokio::select! {
+                _ = board.changed() => {}
+                _ = view.changed() => {}
+                () = &mut deadline => return Err(self.too_slow(&missing, wait)),
+            }
+        }
+    }
+
+    fn gave_up(&self, state: &State) -> anyhow::Error {
+        let why = state.failed.as_deref().unwrap_or_default();
+        Exit::Failed.error(format!("{} {why}; its last words:{}", state.name, self.tail(&state.name)))
+    }
+
+    fn too_slow(&self, missing: &[String], wait: Duration) -> anyhow::Error {
+        let tails: String = missing.iter().map(|name| format!("\n  {name}:{}", self.tail(name))).collect();
+        Exit::Timeout.error(format!("not ready after {} s: {}{tails}", wait.as_secs(), missing.join(", ")))
+    }
+
+    fn tail(&self, name: &str) -> String {
+        self.logs.iter().find(|(other, _)| other == name).map(|(_, log)| log_tail(log)).unwrap_or_default()
+    }
+
+    /// Stops everything and waits for it: the door, the nodes, the coordinators; then the folder is let go.
+    pub async fn stop(self) {
+        self.stop_front.begin("stopping");
+        let mut front = self.front;
+        if tokio::time::timeout(FRONT_WAIT_MAX, &mut front).await.is_err() {
+            front.abort();
+        }
+        let (coordinators, nodes): (Vec<_>, Vec<_>) = self.kept.into_iter().partition(|kept| kept.kind == Kind::Coordinator);
+        for group in [nodes, coordinators] {
+            for kept in &group {
+                // A keeper that has ended already has nothing to stop.
+                let _ = kept.orders.send(Order::Stop).await;
+            }
+            for kept in group {
+                let _ = kept.task.await;
+            }
+        }
+        self.stop_watching.begin("stopping");
+        drop(self.watching.await);
+        (self.say)("stopped");
+    }
+}
+
+fn progress(state: &State, began: Instant) -> String {
+    let (name, pid, seconds) = (&state.name, state.pid.unwrap_or_default(), began.elapsed().as_secs_f64());
+    match state.http {
+        Some(http) => format!("{name:<14} serves  pid {pid:<7} {seconds:5.1} s  http://{http}"),
+        None => format!("{name:<14} joined  pid {pid:<7} {seconds:5.1} s"),
+    }
+}
+
+/// The names of a kind's processes: `KIND-1` and so on.
+fn names(kind: Kind, count: u16) -> Vec<String> {
+    (1..=count).map(|i| format!("{}-{i}", kind.as_str())).collect()
+}
+
+/// The folder of the binaries: our own.
+fn binaries() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding this program's own file")?;
+    let dir = own.parent().context("this program's file is in no folder")?.to_owned();
+    for binary in [Kind::Coordinator, Kind::Prefill, Kind::Decode].map(Kind::binary) {
+        if !dir.join(binary).is_file() {
+            let message =
+                format!("{binary} is not beside millctl in {}; build it: cargo build --release -p {binary}", dir.display());
+            return Err(Exit::NotFound.error(message));
+        }
+    }
+    Ok(dir)
+}
+
+fn specs(args: &UpArgs, place: &Place, bin: &Path) -> Vec<Spec> {
+    let file = &place.file;
+    let peers: Vec<String> = file.coordinators.iter().map(|c| format!("{}={}", c.id, c.quic)).collect();
+    let peers = peers.join(",");
+    let text = |path: PathBuf| path.to_string_lossy().into_owned();
+    let spec = |name: &str, kind: Kind, own: Vec<(&str, String)>| {
+        let common = [
+            ("--name", name.to_owned()),
+            ("--cluster", file.cluster.clone()),
+            ("--certs", text(file.certs.join(name))),
+            ("--model", text(args.model.clone())),
+            ("--dtype", args.dtype.as_str().to_owned()),
+        ];
+        let args_of = common.into_iter().chain(own).flat_map(|(flag, value)| [flag.to_owned(), value]);
+        let (program, log) = (bin.join(kind.binary()), place.log(name));
+        Spec { name: name.to_owned(), kind, program, args: args_of.collect(), log, restart: !args.no_restart }
+    };
+    let mut specs = Vec::new();
+    for c in &file.coordinators {
+        let own = [("--id", c.id.to_string()), ("--peers", peers.clone()), ("--listen", c.quic.to_string())];
+        let dir = ("--dir", text(place.dir.join(&c.name)));
+        specs.push(spec(&c.name, Kind::Coordinator, own.into_iter().chain([dir]).collect()));
+    }
+    for node in &file.nodes {
+        let kind = if node.kind == Kind::Prefill.as_str() { Kind::Prefill } else { Kind::Decode };
+        let mut own = vec![("--coordinators", peers.clone()), ("--threads", args.threads.to_string())];
+        own.extend(args.kv_blocks.map(|blocks| ("--kv-blocks", blocks.to_string())));
+        own.extend(args.checksum_engine.map(|us| ("--checksum-engine", us.to_string())));
+        specs.push(spec(&node.name, kind, own));
+    }
+    specs
+}

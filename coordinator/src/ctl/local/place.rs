@@ -1,0 +1,198 @@
+//! A local cluster's folder: what is in it, who may use it, and that a nameless one is gone afterwards.
+//!
+//! `lock`, `cluster.json`, `certs/` (authority; one folder for each process, `admin` among them), `logs/NAME.log`, `NAME/` (a
+//! replica's log). A second start in the same folder finds all of it.
+
+use std::fs::{self, File};
+use std::net::{SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use millrace_core::message::Role;
+use millrace_node::pki::Authority;
+
+use super::{Kind, UpArgs, names};
+use crate::ctl::cluster_file::{ClusterFile, CoordinatorEntry, FILE, NodeEntry, VERSION};
+use crate::ctl::exit::Exit;
+use crate::ctl::{certs, context};
+
+/// Time that processes of a former start in this folder have to end, once that start has ended.
+const ORPHANS_WAIT_MAX: Duration = Duration::from_secs(15);
+/// The operator's name in its certificate.
+const ADMIN: &str = "admin";
+
+/// The folder of a running cluster.
+#[derive(Debug)]
+pub struct Place {
+    /// The folder, absolute.
+    pub dir: PathBuf,
+    /// What is known of the cluster.
+    pub file: ClusterFile,
+    temporary: bool,
+    _lock: File,
+    _note: Option<context::Note>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.temporary {
+            let _ = fs::remove_dir_all(&self.dir);
+        } else {
+            (self.file.http, self.file.pid) = (None, None);
+            let _ = self.file.save(&self.dir);
+        }
+    }
+}
+
+impl Place {
+    /// Opens the folder that `args` names, or makes a temporary one; with certificates and ports for every process.
+    /// `http` is where clients will be served.
+    ///
+    /// # Errors
+    /// [`Exit::Conflict`] when another cluster runs there or one of another shape was made there; what the system says.
+    pub async fn open(args: &UpArgs, http: SocketAddr) -> Result<Self> {
+        let (dir, temporary) = match &args.dir {
+            Some(dir) => (dir.clone(), false),
+            None => (std::env::temp_dir().join(format!("millrace-{:016x}", rand::random::<u64>())), true),
+        };
+        fs::create_dir_all(dir.join("logs")).with_context(|| dir.display().to_string())?;
+        let dir = dir.canonicalize().with_context(|| dir.display().to_string())?;
+        let lock = context::lock(&dir)?;
+        let former = dir.join(FILE).exists().then(|| ClusterFile::load(&dir)).transpose()?;
+        if let Some(former) = &former {
+            wait_for_orphans(&dir, former).await?;
+        }
+        let file = describe(args, &dir, former, http)?;
+        make_certs(&dir, &file)?;
+        file.save(&dir)?;
+        let note = context::state_dir().and_then(|state| context::note(&state, &dir).ok());
+        Ok(Self { dir, file, temporary, _lock: lock, _note: note })
+    }
+
+    /// Where the output of a process goes.
+    #[must_use]
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.dir.join("logs").join(format!("{name}.log"))
+    }
+}
+
+/// What the file will say; ports of a former start are kept where they are free.
+fn describe(args: &UpArgs, dir: &Path, former: Option<ClusterFile>, http: SocketAddr) -> Result<ClusterFile> {
+    let coordinators = names(Kind::Coordinator, args.coordinators);
+    let former_ports: Vec<SocketAddr> = former.iter().flat_map(|file| &file.coordinators).map(|c| c.quic).collect();
+    if former.is_some() && former_ports.len() != coordinators.len() {
+        let (was, is) = (former_ports.len(), coordinators.len());
+        return Err(Exit::Conflict
+            .error(format!("{} holds a cluster of {was} coordinators, not {is}; take another folder", dir.display())));
+    }
+    let ports = free_ports(coordinators.len(), &former_ports)?;
+    let entry = |(i, name): (usize, String)| CoordinatorEntry { id: i as u64 + 1, name, quic: ports[i], http: None, pid: None };
+    let node = |kind: Kind, count| {
+        names(kind, count).into_iter().map(move |name| NodeEntry { name, kind: kind.as_str().into(), pid: None })
+    };
+    let certs = dir.join("certs");
+    Ok(ClusterFile {
+        version: VERSION,
+        cluster: former.map_or_else(|| "local".into(), |file| file.cluster),
+        model: args.model.clone(),
+        http: Some(http),
+        admin_certs: certs.join(ADMIN),
+        certs,
+        pid: Some(std::process::id()),
+        coordinators: coordinators.into_iter().enumerate().map(entry).collect(),
+        nodes: node(Kind::Prefill, args.prefill).chain(node(Kind::Decode, args.decode)).collect(),
+    })
+}
+
+/// Free UDP ports on loopback: `wanted` ones where they are free. All are held until all are found, so that they differ.
+fn free_ports(count: usize, wanted: &[SocketAddr]) -> Result<Vec<SocketAddr>> {
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let bind = |i: usize| wanted.get(i).and_then(|addr| UdpSocket::bind(addr).ok()).map_or_else(|| UdpSocket::bind(any), Ok);
+    let held = (0..count).map(bind).collect::<Result<Vec<_>, _>>().context("finding free UDP ports")?;
+    held.iter().map(|socket| socket.local_addr().context("a socket's own address")).collect()
+}
+
+/// The authority is made once; certificates are issued anew at each start, so that they do not expire.
+fn make_certs(dir: &Path, file: &ClusterFile) -> Result<()> {
+    let certs = dir.join("certs");
+    let authority =
+        if certs.join("ca.key").exists() { Authority::load(&certs)? } else { Authority::create(&certs, &file.cluster)? };
+    certs::issue(&authority, &certs, Role::Admin, ADMIN)?;
+    for coordinator in &file.coordinators {
+        certs::issue(&authority, &certs, Role::Coordinator, &coordinator.name)?;
+    }
+    for node in &file.nodes {
+        let role = if node.kind == Kind::Prefill.as_str() { Role::Prefill } else { Role::Decode };
+        certs::issue(&authority, &certs, role, &node.name)?;
+    }
+    Ok(())
+}
+
+/// A start that was killed leaves processes that are about to end: their pipe has broken. Two sets must not share a folder.
+async fn wait_for_orphans(dir: &Path, former: &ClusterFile) -> Result<()> {
+    let until = Instant::now() + ORPHANS_WAIT_MAX;
+    // A number may have gone to somebody else since; only a process that was told of this folder is meant.
+    let lives = |pid: &u32| {
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&words).contains(&*dir.to_string_lossy())
+    };
+    while let Some(pid) = former.pids().find(lives) {
+        if Instant::now() > until {
+            return Err(Exit::Conflict.error(format!("process {pid} of a former start in {} still runs", dir.display())));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use millrace_node::pki::Identity;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        up: UpArgs,
+    }
+
+    fn args(extra: &str) -> UpArgs {
+        Line::parse_from("x --model m --http 127.0.0.1:1".split(' ').chain(extra.split_whitespace())).up
+    }
+
+    fn http() -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], 8080))
+    }
+
+    #[tokio::test]
+    async fn a_folder_is_kept_with_its_ports_and_used_by_one_at_a_time() {
+        let scratch = tempfile::tempdir().unwrap();
+        let named = args(&format!("--dir {}", scratch.path().join("c").display()));
+        let first = Place::open(&named, http()).await.unwrap();
+        let (dir, ports) = (first.dir.clone(), first.file.coordinators.iter().map(|c| c.quic).collect::<Vec<_>>());
+        assert_eq!(ports.len(), 3);
+        for name in ["admin", "coordinator-3", "prefill-2", "decode-1"] {
+            assert_eq!(Identity::load(&dir.join("certs").join(name)).unwrap().me.name, name);
+        }
+        assert_eq!(Exit::of(&Place::open(&named, http()).await.unwrap_err()), Exit::Conflict);
+        drop(first);
+        assert_eq!(ClusterFile::load(&dir).unwrap().pid, None, "it does not run");
+        let again = Place::open(&named, http()).await.unwrap();
+        assert_eq!(again.file.coordinators.iter().map(|c| c.quic).collect::<Vec<_>>(), ports);
+        drop(again);
+        let other = UpArgs { coordinators: 1, ..named };
+        assert!(Place::open(&other, http()).await.unwrap_err().to_string().contains("3 coordinators"));
+    }
+
+    #[tokio::test]
+    async fn a_nameless_folder_is_gone_afterwards() {
+        let place = Place::open(&args(""), http()).await.unwrap();
+        let dir = place.dir.clone();
+        assert!(dir.join(FILE).exists());
+        drop(place);
+        assert!(!dir.exists());
+    }
+}
