@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use millrace_core::cluster::{Answer, Command, ReplicaInfo};
+use millrace_core::cluster::{Answer, Command, NODES_MAX, ReplicaInfo};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_node::shutdown::Shutdown;
@@ -84,7 +84,8 @@ impl Duties {
             return Ok(());
         }
         // The first renewal of a term adds no time: whoever was heard in the last interval is alive.
-        let nodes = self.proposer.nodes.live(now, elapsed.unwrap_or(RENEW_INTERVAL));
+        let mut nodes = self.proposer.nodes.live(now, elapsed.unwrap_or(RENEW_INTERVAL));
+        nodes.truncate(NODES_MAX);
         let elapsed_us = elapsed.unwrap_or_default().as_micros() as u64;
         self.renewed = Some(now);
         let answer = self.proposer.propose(&Command::Renew { elapsed_us, nodes: nodes.clone() }).await?;

@@ -11,6 +11,9 @@ use super::Admin;
 use crate::dispatch::Explanation;
 use crate::raft::Role;
 
+/// Entries that a replica may be behind the leader and not be called stale: some milliseconds of a busy log.
+const BEHIND_ENTRIES_MAX: u64 = 256;
+
 const fn role_word(role: Role) -> &'static str {
     match role {
         Role::Leader => "leader",
@@ -68,7 +71,7 @@ impl Admin {
         });
         let behind = leader.is_none_or(|leader| {
             let applied = self.proposer.raft.status().applied;
-            applied < leader["committed"].as_u64().unwrap_or(0)
+            applied + BEHIND_ENTRIES_MAX < leader["committed"].as_u64().unwrap_or(0)
         });
         let quorum = most && followed;
         json!({

@@ -208,7 +208,7 @@ impl Request {
             return self.fail(FailureKind::Deadline, "the request's time is used up".into());
         }
         match &self.running {
-            None if now >= self.pause.retry => self.effects.push_back(Effect::Place),
+            None if now >= self.pause.retry => self.ask_for_place(),
             Some(running) if now >= running.progress + self.patience(running) => {
                 let slow = self.owes_next(running);
                 self.broken(now, Some(slow), "no token in time");
@@ -371,7 +371,14 @@ impl Request {
             return self.fail(FailureKind::Attempts, format!("{} attempts failed; the last: {detail}", self.failures));
         }
         self.pause.retry = now;
-        self.effects.push_back(Effect::Place);
+        self.ask_for_place();
+    }
+
+    /// Asks once: a second place would run the request twice.
+    fn ask_for_place(&mut self) {
+        if !self.effects.contains(&Effect::Place) {
+            self.effects.push_back(Effect::Place);
+        }
     }
 
     fn stop_attempt(&mut self) {

@@ -110,6 +110,15 @@ fn a_lost_node_moves_the_request_with_what_was_delivered() {
 }
 
 #[test]
+fn a_broken_attempt_is_placed_once_again() {
+    let (mut request, t) = started();
+    request.lost(t, P);
+    request.on_time(t);
+    let places = drain(&mut request).into_iter().filter(|e| *e == Effect::Place).count();
+    assert_eq!(places, 1);
+}
+
+#[test]
 fn prefill_is_needed_until_the_hand_over() {
     let (mut request, t) = started();
     request.token(t, P, out(0, 0));

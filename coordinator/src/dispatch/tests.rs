@@ -74,6 +74,8 @@ impl World {
         let link = self.nodes.attach(Instant::now(), name, instance, Arc::new(move |m| sender.send(m).is_ok()));
         let load = Load { free_blocks: 100, total_blocks: 100, ..Load::default() };
         self.nodes.heartbeat(Instant::now(), name, link, (node, epoch), load);
+        // Heard from in an hour: no pause of the test makes it silent.
+        self.nodes.heard(Instant::now() + Duration::from_secs(3600), name, link);
         Fake { who: (node, epoch), name: name.into(), link, sent }
     }
 }

@@ -1,0 +1,285 @@
+//! Three real replicas on loopback, with nodes and an operator played by the test: joining, identity, cache changes through any
+//! replica, and the loss of the leader.
+
+use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use millrace_checkpoint::Checkpoint;
+use millrace_core::ids::{BlockHash, Epoch, NodeId};
+use millrace_core::layout::KvDtype;
+use millrace_core::message::{BlockOp, Delta, Hello, Join, Load, Message, ModelIdentity, Role};
+use millrace_node::endpoint::{Endpoint, EndpointConfig, Target};
+use millrace_node::link::{Link, LinkReceiver};
+use millrace_node::pki::{Authority, Identity};
+use serde_json::{Value, json};
+
+/// Far more than anything here takes; only a failure waits so long.
+const PATIENCE: Duration = Duration::from_secs(60);
+const CLUSTER: &str = "test";
+
+fn model_path() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-llama-gqa-tied")
+}
+
+fn model() -> ModelIdentity {
+    Checkpoint::open(&model_path()).unwrap().identity("tiny", KvDtype::F32, 16)
+}
+
+/// A process that does not outlive the test.
+struct Replica {
+    child: Child,
+    ready: Value,
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Cluster {
+    dir: tempfile::TempDir,
+    authority: Authority,
+    addresses: Vec<SocketAddr>,
+    replicas: Vec<Option<Replica>>,
+}
+
+impl Cluster {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::create(&dir.path().join("ca"), CLUSTER).unwrap();
+        let sockets: Vec<UdpSocket> = (0..3).map(|_| UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
+        let addresses: Vec<SocketAddr> = sockets.iter().map(|s| s.local_addr().unwrap()).collect();
+        drop(sockets);
+        let mut cluster = Self { dir, authority, addresses, replicas: Vec::new() };
+        for i in 0..3 {
+            let name = format!("coordinator-{}", i + 1);
+            cluster.authority.issue(Role::Coordinator, &name, &cluster.dir.path().join(&name)).unwrap();
+            let replica = cluster.launch(i);
+            cluster.replicas.push(Some(replica));
+        }
+        cluster
+    }
+
+    fn command(&self, i: usize) -> Command {
+        let name = format!("coordinator-{}", i + 1);
+        let peers: Vec<String> = self.addresses.iter().enumerate().map(|(i, a)| format!("{}={a}", i + 1)).collect();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_coordinator"));
+        command
+            .args(["--id", &(i + 1).to_string(), "--name", &name, "--peers", &peers.join(",")])
+            .args(["--listen", &self.addresses[i].to_string(), "--cluster", CLUSTER, "--model-name", "tiny", "--dtype", "f32"])
+            .arg("--dir")
+            .arg(self.dir.path().join(format!("log-{}", i + 1)))
+            .arg("--certs")
+            .arg(self.dir.path().join(&name))
+            .arg("--model")
+            .arg(model_path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        command
+    }
+
+    fn launch(&self, i: usize) -> Replica {
+        let mut child = self.command(i).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let ready = line.strip_prefix("ready ").unwrap_or_else(|| panic!("first line {line:?}"));
+        Replica { ready: serde_json::from_str(ready).unwrap(), child }
+    }
+
+    fn endpoint(&self, role: Role, name: &str) -> Endpoint {
+        let certs = self.dir.path().join(format!("{}-{name}", role.as_str()));
+        self.authority.issue(role, name, &certs).unwrap();
+        Endpoint::bind("127.0.0.1:0".parse().unwrap(), Identity::load(&certs).unwrap(), EndpointConfig::default()).unwrap()
+    }
+}
+
+/// One of the test's own links.
+struct Peer {
+    link: Link,
+    receiver: LinkReceiver,
+}
+
+impl Peer {
+    async fn dial(endpoint: &Endpoint, addr: SocketAddr, instance: u128, model: Option<ModelIdentity>) -> Self {
+        let (cluster, name) = (CLUSTER.into(), endpoint.me().name.clone());
+        let hello = Hello { cluster, name, instance, node: NodeId(0), epoch: Epoch(0), model };
+        let target = Target { addr, role: Role::Coordinator, name: None };
+        let (link, receiver) = Link::dial(endpoint, &target, &hello).await.unwrap();
+        Self { link, receiver }
+    }
+
+    async fn recv(&mut self) -> Message {
+        let message = tokio::time::timeout(PATIENCE, self.receiver.recv()).await.expect("in time");
+        message.unwrap_or_else(|| panic!("link ended: {:?}", self.link.is_closed()))
+    }
+
+    async fn query(&mut self, query: Value) -> Value {
+        self.link.send(&Message::Query { id: 1, json: query.to_string() }).unwrap();
+        match self.recv().await {
+            Message::Answer { id: 1, result } => serde_json::from_str(&result.unwrap()).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Asks until the answer is as wanted.
+    async fn until(&mut self, query: Value, wanted: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let answer = self.query(query.clone()).await;
+            if wanted(&answer) {
+                return answer;
+            }
+            assert!(Instant::now() < deadline, "still {answer:#}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Asks to join until there is a leader to decide.
+    async fn join(&mut self, join: &Join) -> Result<(NodeId, Epoch), (String, bool)> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            self.link.send(&Message::Join(join.clone())).unwrap();
+            match self.recv().await {
+                Message::Joined { node, epoch } => return Ok((node, epoch)),
+                Message::JoinRefused { reason, retry: true } if !reason.contains("identity") && Instant::now() < deadline => {}
+                Message::JoinRefused { reason, retry } => return Err((reason, retry)),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+fn join(name: &str, role: Role, instance: u128, model: ModelIdentity) -> Join {
+    Join { name: name.into(), role, address: "127.0.0.1:9".into(), instance, pid: 4242, model, slots: 64 }
+}
+
+/// Sends heartbeats over clones of the links until dropped.
+fn beat(links: Vec<Link>, node: NodeId, epoch: Epoch) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(async move {
+        let load = Load { free_blocks: 60, evictable_blocks: 1, total_blocks: 64, ..Load::default() };
+        loop {
+            for link in &links {
+                let _ = link.send(&Message::Heartbeat { node, epoch, load });
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    })
+}
+
+async fn operator(cluster: &Cluster, i: usize) -> Peer {
+    let endpoint = cluster.endpoint(Role::Admin, &format!("operator-{i}"));
+    Peer::dial(&endpoint, cluster.addresses[i], 99, None).await
+}
+
+fn leader_of(status: &Value) -> Option<usize> {
+    status["members"].as_array()?.iter().position(|m| m["role"] == "leader")
+}
+
+fn delta(node: NodeId, epoch: Epoch, base_seq: u64, block: u8) -> Message {
+    let ops = vec![BlockOp::Stored(BlockHash([block; 16]))];
+    Message::Delta(Delta { node, epoch, base_seq, seq: base_seq + 1, ops })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_replicas_take_nodes_in_and_survive_the_leader() {
+    let mut cluster = Cluster::start();
+    let whole = |s: &Value| s["quorum"] == true && s["stale"] == false && s["members"].as_array().unwrap().iter().all(|m| m["reachable"] == true);
+    let mut operators = [operator(&cluster, 0).await, operator(&cluster, 1).await, operator(&cluster, 2).await];
+    let status = operators[0].until(json!({"q": "status"}), whole).await;
+    let leader = leader_of(&status).unwrap();
+    let (follower, third) = ((leader + 1) % 3, (leader + 2) % 3);
+    assert_eq!(status["leader"], format!("coordinator-{}", leader + 1));
+    assert_eq!(status["members"][follower]["http"], cluster.replicas[follower].as_ref().unwrap().ready["http"]);
+
+    // A node joins through a follower.
+    let endpoint = cluster.endpoint(Role::Decode, "decode-0");
+    let mut links = Vec::new();
+    for addr in &cluster.addresses {
+        links.push(Peer::dial(&endpoint, *addr, 7, Some(model())).await);
+    }
+    let asked = join("decode-0", Role::Decode, 7, model());
+    let (node, epoch) = links[follower].join(&asked).await.unwrap();
+    assert_eq!(links[third].join(&asked).await, Ok((node, epoch)), "the same process may ask again");
+    let beating = beat(links.iter().map(|peer| peer.link.clone()).collect(), node, epoch);
+
+    // Its name is taken while it lives, and other models do not fit.
+    let mut usurper = Peer::dial(&endpoint, cluster.addresses[third], 8, Some(model())).await;
+    let (reason, retry) = usurper.join(&join("decode-0", Role::Decode, 8, model())).await.unwrap_err();
+    assert!(retry && reason.contains("held by a live process (pid 4242"), "{reason}");
+    let other = ModelIdentity { weights: [9; 32], ..model() };
+    let stranger_endpoint = cluster.endpoint(Role::Prefill, "prefill-0");
+    let mut stranger = Peer::dial(&stranger_endpoint, cluster.addresses[leader], 9, Some(other.clone())).await;
+    let (reason, retry) = stranger.join(&join("prefill-0", Role::Prefill, 9, other)).await.unwrap_err();
+    assert!(!retry && reason.contains("weights"), "{reason}");
+
+    // What it caches reaches every replica, whichever it tells.
+    links[follower].link.send(&delta(node, epoch, 0, 1)).unwrap();
+    assert_eq!(links[follower].recv().await, Message::DeltaApplied { epoch, seq: 1 });
+    links[third].link.send(&delta(node, epoch, 5, 2)).unwrap();
+    assert_eq!(links[third].recv().await, Message::WantSnapshot { epoch });
+    for operator in &mut operators {
+        operator.until(json!({"q": "cache_stat"}), |stat| stat["blocks"] == 1 && stat["nodes"][0]["seq"] == 1).await;
+    }
+
+    // The leader is lost; the others go on, with the same node and the same blocks.
+    cluster.replicas[leader] = None;
+    let went_on = |s: &Value| {
+        s["quorum"] == true && s["members"][leader]["reachable"] == false && s["nodes"][0]["usable"] == true
+    };
+    let status = operators[follower].until(json!({"q": "status"}), went_on).await;
+    assert_eq!((&status["nodes"][0]["state"], &status["nodes"][0]["blocks"]["in_use"]), (&json!("up"), &json!(3)));
+    links[follower].link.send(&delta(node, epoch, 1, 2)).unwrap();
+    assert_eq!(links[follower].recv().await, Message::DeltaApplied { epoch, seq: 2 });
+
+    // It comes back with its log.
+    cluster.replicas[leader] = Some(cluster.launch(leader));
+    let mut back = operator(&cluster, leader).await;
+    back.until(json!({"q": "cache_stat"}), |stat| stat["blocks"] == 2).await;
+    back.until(json!({"q": "status"}), whole).await;
+
+    // Silence ends a lease.
+    beating.abort();
+    operators[third].until(json!({"q": "status"}), |s| s["nodes"][0]["state"] == "dead").await;
+}
+
+#[test]
+fn a_replica_that_cannot_start_says_why() {
+    let cluster = Cluster::start();
+    let fails = |change: &dyn Fn(&mut Command), code: i32, word: &str| {
+        let mut command = cluster.command(0);
+        change(&mut command);
+        let out = command.stderr(Stdio::piped()).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(code), "{said}");
+        assert!(said.contains(word), "{said}");
+        assert!(out.stdout.is_empty());
+    };
+    fails(&|_| (), 1, "in use by another process");
+    fails(&|c| { c.args(["--nonsense"]); }, 2, "--nonsense");
+    let free = "127.0.0.1:0";
+    let elsewhere = |c: &mut Command, name: &str| {
+        *c = Command::new(env!("CARGO_BIN_EXE_coordinator"));
+        let own = format!("1={free}");
+        c.args(["--id", "1", "--name", name, "--peers", &own, "--listen", free, "--cluster", CLUSTER, "--dtype", "f32"]);
+        c.stdin(Stdio::null()).stdout(Stdio::piped());
+    };
+    let rest = |c: &mut Command, dir: &str, certs: &str, model: &Path| {
+        c.arg("--dir").arg(cluster.dir.path().join(dir)).arg("--certs").arg(cluster.dir.path().join(certs)).arg("--model").arg(model);
+    };
+    let case = |name: &'static str, dir: &'static str, certs: &'static str, model: PathBuf| {
+        move |c: &mut Command| {
+            elsewhere(c, name);
+            rest(c, dir, certs, &model);
+        }
+    };
+    fails(&case("coordinator-2", "x", "coordinator-1", model_path()), 2, "must end in");
+    fails(&case("other-1", "x", "coordinator-1", model_path()), 1, "the certificate is \"coordinator-1\"'s");
+    fails(&case("coordinator-1", "x", "nowhere", model_path()), 1, "nowhere");
+    fails(&case("coordinator-1", "x", "coordinator-1", "/nonexistent/model".into()), 1, "--model");
+    fails(&case("coordinator-1", "log-2", "coordinator-1", model_path()), 1, "log-2");
+}
