@@ -1,0 +1,151 @@
+//! What happens in the world, as data. The text of an event (`Debug`) is the trace.
+
+use millrace_core::engine::Sampled;
+use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, RequestId, SlotRef};
+use millrace_core::message::{Message, Peer};
+use millrace_core::transfer::Span;
+
+/// A node's place in the world, which outlives its processes.
+pub type Host = usize;
+/// Counts the processes that ran on a host.
+pub type Life = u32;
+/// Names a link; never used twice.
+pub type LinkNo = u64;
+/// Names a KV stream; never used twice.
+pub type StreamNo = u64;
+
+/// An event of the world.
+#[derive(Debug)]
+pub enum Event {
+    /// Something for a node's drive loop, if that process still lives.
+    Node(Host, Life, NodeEvent),
+    /// The drive loop of a node wakes up.
+    Turn(Host, Life),
+    /// The engine of a node computes a layer of its step.
+    Layer(Host, Life, u16),
+    /// A control message at the end of its way.
+    Arrives {
+        /// The link.
+        link: LinkNo,
+        /// To the end that dialled it, or to the other.
+        to_dialler: bool,
+        /// What.
+        message: Box<Message>,
+    },
+    /// An end of a link notices that it is gone.
+    Notices {
+        /// The link.
+        link: LinkNo,
+        /// The end that dialled it, or the other.
+        dialler: bool,
+    },
+    /// A node tries to reach the coordinator.
+    DialUp(Host, Life),
+    /// A node tries to reach another.
+    DialPeer(Host, Life, Box<Peer>),
+    /// A KV stream gets on.
+    Stream(StreamNo, StreamEvent),
+    /// The coordinator's log gets on.
+    Commit,
+    /// The coordinator folds reports into an entry.
+    Fold,
+    /// The coordinator renews leases.
+    Renew,
+    /// A client sends a request.
+    Client,
+    /// Something about one request.
+    Request(RequestId, RequestEvent),
+    /// Something goes wrong.
+    Fault,
+    /// A process starts on a host that has none.
+    Start(Host),
+}
+
+/// Something for a node's drive loop.
+#[derive(Debug)]
+pub enum NodeEvent {
+    /// A link to the coordinator is up.
+    UplinkUp(LinkNo),
+    /// A link to another node is up: its name and incarnation.
+    PeerUp(LinkNo, String, Epoch),
+    /// A link is gone.
+    Down(LinkNo),
+    /// A message on a link.
+    Message(LinkNo, Box<Message>),
+    /// A node cannot be reached.
+    DialFailed(String),
+    /// The KV of a layer stands in its cells.
+    Layer(u16),
+    /// The step in flight is over.
+    Stepped(Result<Vec<Sampled>, String>),
+    /// A span has been given to the transport.
+    SpanSent(AttemptId, Span, u64),
+    /// A span's cells are read no more.
+    SpanDrained(AttemptId, Option<&'static str>),
+    /// The receiving machine of an attempt has something to say.
+    Arrived(AttemptId),
+    /// An operator stops the process.
+    Stop,
+}
+
+/// How a KV stream gets on.
+#[derive(Clone, Copy, Debug)]
+pub enum StreamEvent {
+    /// Its task begins: cells are lent and digested.
+    Lend,
+    /// The sender's transport has all of it.
+    Sent,
+    /// The sender gives it up.
+    Stopped,
+    /// Its header is at the receiver.
+    Opens,
+    /// Some of its cells are at the receiver.
+    Piece,
+    /// All of it is acknowledged.
+    Drained,
+}
+
+/// Something about one request.
+#[derive(Clone, Copy, Debug)]
+pub enum RequestEvent {
+    /// Look for a place.
+    Place,
+    /// The client is gone.
+    ClientLeaves,
+    /// Its time is used up.
+    Deadline,
+}
+
+/// A KV stream that a node wants sent.
+#[derive(Debug)]
+pub struct SpanJob {
+    /// For which attempt.
+    pub attempt: AttemptId,
+    /// Over which link.
+    pub link: LinkNo,
+    /// Which cells.
+    pub span: Span,
+    /// The reservation that they may be written to.
+    pub generation: Generation,
+    /// Layer, block, slot and name of each cell, in payload order.
+    pub cells: Vec<(u16, u32, SlotRef, BlockHash)>,
+}
+
+/// What a node wants done.
+#[derive(Debug)]
+pub enum Act {
+    /// Say this on a link.
+    Send(LinkNo, Message),
+    /// Reach this node.
+    Dial(Peer),
+    /// Give a link up.
+    Close(LinkNo),
+    /// Send a span.
+    Span(SpanJob),
+    /// Give up the streams of an attempt that have not been sent.
+    StopSpans(AttemptId),
+    /// Compute the step that begins now.
+    Step,
+    /// The process is over.
+    Exit,
+}

@@ -1,0 +1,35 @@
+//! Runs the simulator over seeds and says how to repeat the one that fails.
+
+use std::panic::catch_unwind;
+use std::process::ExitCode;
+
+use clap::Parser;
+use millrace_sim::{Options, run};
+
+/// Runs the whole cluster deterministically, with faults, and checks every invariant after every event.
+#[derive(Parser)]
+struct Arguments {
+    /// The first seed.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Events of each run before faults and clients stop.
+    #[arg(long, default_value_t = 10_000)]
+    steps: u64,
+    /// Seeds, one after another.
+    #[arg(long, default_value_t = 1)]
+    seeds: u64,
+    /// Print every event.
+    #[arg(long)]
+    trace: bool,
+}
+
+fn main() -> ExitCode {
+    let Arguments { seed, steps, seeds, trace } = Arguments::parse();
+    for seed in seed..seed.saturating_add(seeds) {
+        match catch_unwind(|| run(Options { seed, steps, trace })) {
+            Ok(outcome) => println!("{outcome}"),
+            Err(_) => return ExitCode::FAILURE,
+        }
+    }
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,280 @@
+//! Links and KV streams. A link keeps the order of its control messages, each way; streams keep none, among themselves or with
+//! messages. A link that is cut loses what is on its way, and its ends notice at different times. Nothing is lost or damaged on a
+//! live link, as QUIC promises, but for what a plan damages on purpose.
+
+use millrace_core::ids::{AttemptId, Epoch};
+use millrace_core::message::{Message, Peer};
+
+use crate::event::{Event, Host, Life, LinkNo, NodeEvent, SpanJob, StreamEvent, StreamNo};
+use crate::memory::digest;
+use crate::node::Cell;
+use crate::world::World;
+
+/// Cells of a stream that arrive at a time.
+const PIECE_CELLS: (u64, u64) = (1, 12);
+/// How long an end takes to notice that a link is cut, microseconds.
+const NOTICE_US: [u64; 4] = [0, 1_000, 100_000, 2_000_000];
+/// How long a node waits before it dials the coordinator again, microseconds.
+const REDIAL_US: (u64, u64) = (50_000, 500_000);
+
+/// A link.
+#[derive(Debug)]
+pub struct Link {
+    /// Who dialled it.
+    pub dialler: (Host, Life),
+    /// The other end; `None` for the coordinator.
+    pub acceptor: Option<(Host, Life)>,
+    open: bool,
+    /// When the last message to the dialler, and to the other end, arrives.
+    last: [u64; 2],
+}
+
+/// A KV stream.
+#[derive(Debug)]
+pub struct Stream {
+    job: SpanJob,
+    host: Host,
+    life: Life,
+    cells: Vec<Cell>,
+    arrived: usize,
+    lent: bool,
+    sent: bool,
+    stopped: bool,
+}
+
+impl World {
+    fn delay(&mut self) -> u64 {
+        self.random.between(self.plan.delay_us)
+    }
+
+    fn new_link(&mut self, dialler: (Host, Life), acceptor: Option<(Host, Life)>) -> LinkNo {
+        let no = self.next_no();
+        self.links.insert(no, Link { dialler, acceptor, open: true, last: [0; 2] });
+        no
+    }
+
+    /// A number that no link or stream had.
+    fn next_no(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    /// Puts a message on a link, if it is open.
+    pub(crate) fn send(&mut self, link: LinkNo, from_dialler: bool, message: Message) {
+        let (delay_us, again) = (self.delay(), self.random.chance(self.plan.faults.repeated));
+        let Some(state) = self.links.get_mut(&link).filter(|l| l.open) else { return };
+        let last = &mut state.last[usize::from(from_dialler)];
+        let at = (self.now.0 + delay_us).max(*last + 1);
+        *last = at;
+        let arrives = |message| Event::Arrives { link, to_dialler: !from_dialler, message: Box::new(message) };
+        let after_us = at - self.now.0;
+        if again && may_come_twice(&message) {
+            let late_us = after_us + self.random.below(1 + 20 * delay_us);
+            self.schedule(late_us, arrives(message.clone()));
+        }
+        self.schedule(after_us, arrives(message));
+    }
+
+    pub(crate) fn arrives(&mut self, link: LinkNo, to_dialler: bool, message: Box<Message>) {
+        let Some(state) = self.links.get(&link).filter(|l| l.open) else { return };
+        let end = if to_dialler { Some(state.dialler) } else { state.acceptor };
+        match end {
+            Some((host, life)) => self.to_node(host, life, NodeEvent::Message(link, message)),
+            None => self.to_coordinator(link, *message),
+        }
+    }
+
+    /// Cuts a link: nothing arrives any more, and the ends notice sooner or later.
+    pub(crate) fn cut(&mut self, link: LinkNo) {
+        let Some(state) = self.links.get_mut(&link).filter(|l| l.open) else { return };
+        state.open = false;
+        for dialler in [true, false] {
+            let after_us = self.random.pick(&NOTICE_US);
+            self.schedule(after_us, Event::Notices { link, dialler });
+        }
+    }
+
+    pub(crate) fn notices(&mut self, link: LinkNo, dialler: bool) {
+        let Some(state) = self.links.get(&link) else { return };
+        let end = if dialler { Some(state.dialler) } else { state.acceptor };
+        let uplink = state.acceptor.is_none();
+        let Some((host, life)) = end else {
+            self.coordinator.down(link);
+            return self.gateway.sweep(self.now, &self.coordinator);
+        };
+        self.to_node(host, life, NodeEvent::Down(link));
+        let cut: Vec<_> = self.streams.iter().filter(|(_, s)| s.job.link == link && s.host == host).map(|(no, _)| *no).collect();
+        for no in cut {
+            self.end_stream(no, Some("the connection is lost"));
+        }
+        if uplink {
+            let after_us = self.random.between(REDIAL_US);
+            self.schedule(after_us, Event::DialUp(host, life));
+        }
+    }
+
+    fn unreachable(&self, from: Host, to: Option<Host>) -> bool {
+        let until = |key| self.outages.get(&key).is_some_and(|until| self.now < *until);
+        until((from, to)) || to.is_some_and(|to| until((to, Some(from))))
+    }
+
+    pub(crate) fn dial_up(&mut self, host: Host, life: Life) {
+        if self.node(host, life).is_none() {
+            return;
+        }
+        if self.unreachable(host, None) {
+            let after_us = self.random.between(REDIAL_US);
+            return self.schedule(after_us, Event::DialUp(host, life));
+        }
+        let link = self.new_link((host, life), None);
+        let state = &self.hosts[host];
+        let Some(node) = &state.node else { return };
+        let (name, instance, who) = (state.name.clone(), node.uplink.instance(), node.uplink.joined());
+        self.coordinator.up(self.now, (host, name), link, instance, who);
+        self.to_node(host, life, NodeEvent::UplinkUp(link));
+    }
+
+    pub(crate) fn dial_peer(&mut self, host: Host, life: Life, peer: &Peer) {
+        let Some(node) = self.node(host, life) else { return };
+        let own = node.uplink.joined().map_or(Epoch(0), |(_, epoch)| epoch);
+        let to = self.hosts.iter().position(|h| h.name == peer.name).expect("tickets name hosts of this world");
+        let remote = self.hosts[to].node.as_ref().map(|n| n.uplink.joined().map_or(Epoch(0), |(_, epoch)| epoch));
+        let Some(epoch) = remote.filter(|_| !self.unreachable(host, Some(to))) else {
+            let after_us = self.delay();
+            return self.schedule(after_us, Event::Node(host, life, NodeEvent::DialFailed(peer.name.clone())));
+        };
+        let to_life = self.hosts[to].life;
+        let link = self.new_link((host, life), Some((to, to_life)));
+        let own_name = self.hosts[host].name.clone();
+        self.to_node(host, life, NodeEvent::PeerUp(link, peer.name.clone(), epoch));
+        self.to_node(to, to_life, NodeEvent::PeerUp(link, own_name, own));
+    }
+
+    // --- KV streams ------------------------------------------------------------------------------------------------
+
+    pub(crate) fn start_stream(&mut self, host: Host, life: Life, job: SpanJob) {
+        let no = self.next_no();
+        let (cells, arrived) = (Vec::new(), 0);
+        self.streams.insert(no, Stream { job, host, life, cells, arrived, lent: false, sent: false, stopped: false });
+        let after_us = self.random.below(100);
+        self.schedule(after_us, Event::Stream(no, StreamEvent::Lend));
+    }
+
+    /// Gives up the streams of an attempt that are not sent yet.
+    pub(crate) fn stop_streams(&mut self, host: Host, attempt: AttemptId) {
+        let mine = self.streams.iter_mut().filter(|(_, s)| s.host == host && s.job.attempt == attempt && !s.sent);
+        let stopped: Vec<_> = mine.map(|(no, s)| (s.stopped = true, *no).1).collect();
+        for no in stopped {
+            let after_us = self.random.below(50);
+            self.schedule(after_us, Event::Stream(no, StreamEvent::Stopped));
+        }
+    }
+
+    pub(crate) fn stream(&mut self, no: StreamNo, event: StreamEvent) {
+        let Some(stream) = self.streams.get(&no) else { return };
+        let (sent, open) = (stream.sent, self.links.get(&stream.job.link).is_some_and(|l| l.open));
+        match event {
+            StreamEvent::Lend => self.lend(no),
+            StreamEvent::Sent if open => self.sent(no),
+            StreamEvent::Sent => self.end_stream(no, Some("the connection is lost")),
+            // A task that has not begun may still send before it sees that it should not.
+            StreamEvent::Stopped if !sent && self.random.chance(500) => self.end_stream(no, Some("the hand-over is over")),
+            StreamEvent::Stopped => {}
+            StreamEvent::Opens if open => self.opens(no),
+            StreamEvent::Piece if open => self.piece(no),
+            StreamEvent::Opens | StreamEvent::Piece => {}
+            StreamEvent::Drained => self.end_stream(no, (!sent).then_some("the receiver refused the stream")),
+        }
+    }
+
+    fn lend(&mut self, no: StreamNo) {
+        let (sent_us, opens_us) = (self.delay(), self.delay());
+        let Some(stream) = self.streams.get_mut(&no) else { return };
+        let state = &mut self.hosts[stream.host];
+        let Some(node) = state.node.as_mut().filter(|_| state.life == stream.life) else { return };
+        for (layer, block, slot, name) in &stream.job.cells {
+            let words = node.memory.lend(slot.slot, *layer);
+            let digest = digest(name, *layer, &words);
+            stream.cells.push(Cell { layer: *layer, block: *block, words, digest });
+        }
+        stream.lent = true;
+        self.schedule(sent_us, Event::Stream(no, StreamEvent::Sent));
+        self.schedule(opens_us, Event::Stream(no, StreamEvent::Opens));
+    }
+
+    fn sent(&mut self, no: StreamNo) {
+        let Some(stream) = self.streams.get_mut(&no) else { return };
+        stream.sent = true;
+        let digest_sum = stream.cells.iter().fold(0u64, |sum, cell| sum.wrapping_add(cell.digest));
+        let event = NodeEvent::SpanSent(stream.job.attempt, stream.job.span, digest_sum);
+        let (host, life) = (stream.host, stream.life);
+        self.to_node(host, life, event);
+    }
+
+    /// The receiving end of a stream, if it lives.
+    fn receiver(&self, stream: &Stream) -> Option<(Host, Life)> {
+        let link = self.links.get(&stream.job.link)?;
+        let end = if link.dialler.0 == stream.host { link.acceptor? } else { link.dialler };
+        (self.hosts[end.0].life == end.1 && self.hosts[end.0].node.is_some()).then_some(end)
+    }
+
+    fn opens(&mut self, no: StreamNo) {
+        let Some(stream) = self.streams.get(&no) else { return };
+        let Some((host, life)) = self.receiver(stream) else { return };
+        let SpanJob { attempt, link, span, generation, .. } = stream.job;
+        let admitted = self.node(host, life).is_some_and(|node| node.stream_opens(link, attempt, generation, &span));
+        self.wake(host, 0);
+        let after_us = self.delay();
+        self.schedule(after_us, Event::Stream(no, if admitted { StreamEvent::Piece } else { StreamEvent::Drained }));
+    }
+
+    fn piece(&mut self, no: StreamNo) {
+        let (count, after_us) = (self.random.between(PIECE_CELLS) as usize, self.random.below(200));
+        let damage = self.random.chance(self.plan.faults.damaged);
+        let Some(stream) = self.streams.get(&no) else { return };
+        let Some((host, life)) = self.receiver(stream) else { return };
+        let (attempt, generation) = (stream.job.attempt, stream.job.generation);
+        // The last cell cannot be there before the sender's transport has it.
+        let limit = if stream.sent { stream.cells.len() } else { stream.cells.len() - 1 };
+        let mut cells: Vec<_> = stream.cells[stream.arrived..limit.min(stream.arrived + count).max(stream.arrived)].to_vec();
+        if let (true, Some(cell)) = (damage, cells.first_mut()) {
+            cell.words[0] ^= 1 << 7;
+            self.gateway.damaged.insert(attempt);
+        }
+        let time = self.now.after(self.hosts[host].offset_us);
+        let Some(node) = self.node(host, life) else { return };
+        let taken = cells.iter().take_while(|cell| node.cell_arrives(time, attempt, generation, cell)).count();
+        self.wake(host, 0);
+        let Some(stream) = self.streams.get_mut(&no) else { return };
+        stream.arrived += taken;
+        let over = taken < cells.len() || stream.arrived == stream.cells.len();
+        self.schedule(after_us, Event::Stream(no, if over { StreamEvent::Drained } else { StreamEvent::Piece }));
+    }
+
+    /// A stream reads its cells no more.
+    fn end_stream(&mut self, no: StreamNo, error: Option<&'static str>) {
+        let Some(stream) = self.streams.remove(&no) else { return };
+        let (host, life) = (stream.host, stream.life);
+        if let Some(node) = self.node(host, life).filter(|_| stream.lent) {
+            stream.job.cells.iter().for_each(|(layer, _, slot, _)| node.memory.give_back(slot.slot, *layer));
+        }
+        self.to_node(host, life, NodeEvent::SpanDrained(stream.job.attempt, error.filter(|_| !stream.sent)));
+    }
+
+    /// The process on a host is gone, and all its links and streams with it.
+    pub(crate) fn crash(&mut self, host: Host) {
+        let Some(node) = self.hosts[host].node.take() else { return };
+        self.writes_while_lent += node.memory.writes_while_lent;
+        self.streams.retain(|_, stream| stream.host != host);
+        let ends_here = |l: &Link| l.dialler.0 == host || l.acceptor.is_some_and(|(end, _)| end == host);
+        let links: Vec<_> = self.links.iter().filter(|(_, l)| l.open && ends_here(l)).map(|(no, _)| *no).collect();
+        links.into_iter().for_each(|link| self.cut(link));
+        let after_us = self.random.below(3_000_000);
+        self.schedule(after_us, Event::Start(host));
+    }
+}
+
+/// Messages that have no effect the second time, by design: they name what is past.
+fn may_come_twice(message: &Message) -> bool {
+    !matches!(message, Message::Assign(_) | Message::Open(_) | Message::Join(_) | Message::Leave { .. })
+}

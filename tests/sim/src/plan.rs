@@ -1,0 +1,123 @@
+//! What kind of world a seed makes: sizes, speeds and how much goes wrong. Each seed draws its own, some without any faults of a
+//! kind, because bugs hide where two things are rare together (swarm testing, Groce and others, 2012).
+
+use millrace_core::batch::BatchConfig;
+use millrace_core::ids::TokenId;
+use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::message::ModelIdentity;
+
+use crate::random::Random;
+
+/// Nodes of each role.
+pub const NODES_PER_ROLE: usize = 2;
+
+/// Chances of faults, in thousandths of the occasions unless the name says otherwise.
+#[derive(Clone, Debug)]
+pub struct Faults {
+    /// Mean time between two faults of nodes and links, microseconds; 0 for none.
+    pub gap_us: u64,
+    /// A client that goes away before its answer is whole.
+    pub client_leaves: u64,
+    /// A control message that comes a second time, late.
+    pub repeated: u64,
+    /// A KV stream that is damaged on its way.
+    pub damaged: u64,
+    /// A step that the engine cannot compute.
+    pub engine: u64,
+    /// A report of a node's cache that the coordinator loses.
+    pub report_lost: u64,
+}
+
+/// One world.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// What is served.
+    pub model: ModelIdentity,
+    /// Slots of each node's pool.
+    pub slots: u32,
+    /// Bounds of each node's batch.
+    pub batch: BatchConfig,
+    /// One way over a link, microseconds.
+    pub delay_us: (u64, u64),
+    /// One layer of one step, microseconds.
+    pub layer_us: (u64, u64),
+    /// Between two requests, microseconds.
+    pub request_gap_us: (u64, u64),
+    /// Time that a request has, microseconds.
+    pub budget_us: (u64, u64),
+    /// Tokens of a prompt.
+    pub prompt_tokens: (u64, u64),
+    /// Tokens of an answer at most.
+    pub answer_tokens: (u64, u64),
+    /// Token ids are below this.
+    pub vocab: u32,
+    /// Tokens that end an answer.
+    pub eos: Vec<TokenId>,
+    /// Prompt tokens by which decode nodes look busier to the router than they are, so that prompts are handed over.
+    pub split_bias: u64,
+    /// How many prompts begin like an earlier one, in thousandths.
+    pub shared: u64,
+    /// What goes wrong.
+    pub faults: Faults,
+}
+
+impl Plan {
+    /// The world of a seed.
+    pub fn draw(random: &mut Random) -> Self {
+        let layout = KvLayout {
+            layers: random.between((1, 4)) as u16,
+            kv_heads: random.pick(&[1, 32, 512]),
+            head_dim: random.pick(&[64, 256, 1024]),
+            block_tokens: random.pick(&[2, 4, 8]),
+            dtype: KvDtype::F32,
+        };
+        let model = ModelIdentity { name: "checksum".into(), weights: [1; 32], tokenizer: [2; 32], layout };
+        let slots = random.between((10, 60)) as u32;
+        let pool_tokens = u64::from(slots) * u64::from(layout.block_tokens);
+        let answer_max = random.pick(&[1, 4, 12, 30]).min(pool_tokens / 2 - 1);
+        let prompt_max = random.pick(&[8, 30, 90]).min(pool_tokens - answer_max - 1);
+        let batch = Self::batch(random, &model, slots);
+        let slow = random.pick(&[1, 1, 10, 100]);
+        let vocab = random.pick(&[32, 1000]);
+        Self {
+            model,
+            slots,
+            batch,
+            delay_us: (20 * slow, random.pick(&[50, 500]) * slow),
+            layer_us: (10, random.pick(&[40, 400, 4000])),
+            request_gap_us: (0, random.pick(&[2_000, 20_000, 200_000])),
+            budget_us: random.pick(&[(30_000, 500_000), (200_000, 5_000_000), (10_000_000, 20_000_000)]),
+            prompt_tokens: (1, prompt_max),
+            answer_tokens: (1, answer_max),
+            vocab,
+            eos: (3..3 + random.pick(&[0, 1, u64::from(vocab) / 4]) as TokenId).collect(),
+            split_bias: random.pick(&[0, 1_000, 100_000]),
+            shared: random.pick(&[0, 300, 900]),
+            faults: Self::faults(random),
+        }
+    }
+
+    fn batch(random: &mut Random, model: &ModelIdentity, slots: u32) -> BatchConfig {
+        BatchConfig {
+            block_tokens: model.layout.block_tokens,
+            slots,
+            step_tokens_max: random.between((1, 40)) as u32,
+            rows_max: random.between((1, 8)) as u32,
+            context_max: u32::MAX,
+            headroom_blocks: random.between((0, 3)) as u32,
+            waiting_max: random.between((1, 12)) as u32,
+            fingerprint: model.fingerprint(),
+        }
+    }
+
+    fn faults(random: &mut Random) -> Faults {
+        Faults {
+            gap_us: random.pick(&[0, 100_000, 700_000, 3_000_000]),
+            client_leaves: random.pick(&[0, 50, 300]),
+            repeated: random.pick(&[0, 20, 200]),
+            damaged: random.pick(&[0, 0, 20]),
+            engine: random.pick(&[0, 0, 5]),
+            report_lost: random.pick(&[0, 0, 50]),
+        }
+    }
+}
