@@ -4,14 +4,13 @@
 //! each byte of K and V is read from memory once for all query heads that share it. A row is computed by itself and in a fixed
 //! order, so its bits do not depend on what else is in the batch.
 
+use std::marker::PhantomData;
 use std::ops::Deref;
 
 use bytemuck::Pod;
 
 use crate::isa::Isa;
-use crate::lanes::{LANES, Portable, Simd, exp};
-#[cfg(target_arch = "x86_64")]
-use crate::lanes::{Avx2, Avx512};
+use crate::lanes::{Kernel, LANES, Simd, exp, run};
 
 /// Query heads computed together, so that their sums stay in registers.
 const GROUP: usize = 4;
@@ -114,10 +113,9 @@ pub fn paged_decode<C: Deref<Target = [u8]>>(
     out: &mut [f32],
 ) -> Result<(), AttentionError> {
     check(shape, query, cells, context, out)?;
-    let ask = Ask { shape, query, cells, context };
     match shape.element {
-        Element::F32 => dispatch::<f32, C>(isa, &ask, out),
-        Element::Bf16 => dispatch::<u16, C>(isa, &ask, out),
+        Element::F32 => run(isa, Row { shape, query, cells, context, out, element: PhantomData::<f32> }),
+        Element::Bf16 => run(isa, Row { shape, query, cells, context, out, element: PhantomData::<u16> }),
     }
     Ok(())
 }
@@ -149,12 +147,14 @@ fn check<C: Deref<Target = [u8]>>(
     }
 }
 
-/// What to attend to, checked.
-struct Ask<'a, C> {
+/// One row, checked.
+struct Row<'a, C, T> {
     shape: &'a DecodeShape,
     query: &'a [f32],
     cells: &'a [C],
     context: usize,
+    out: &'a mut [f32],
+    element: PhantomData<T>,
 }
 
 /// An element that widens to f32.
@@ -190,33 +190,6 @@ impl Load for u16 {
     }
 }
 
-/// Runs the row on `isa`, or on the portable target where the machine lacks it.
-#[cfg(target_arch = "x86_64")]
-#[allow(unsafe_code)]
-fn dispatch<T: Load, C: Deref<Target = [u8]>>(isa: Isa, ask: &Ask<'_, C>, out: &mut [f32]) {
-    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-    fn avx512<T: Load, C: Deref<Target = [u8]>>(s: Avx512, ask: &Ask<'_, C>, out: &mut [f32]) {
-        row::<T, C, Avx512>(s, ask, out);
-    }
-    #[target_feature(enable = "avx2,fma")]
-    fn avx2<T: Load, C: Deref<Target = [u8]>>(s: Avx2, ask: &Ask<'_, C>, out: &mut [f32]) {
-        row::<T, C, Avx2>(s, ask, out);
-    }
-    match (isa, Avx512::new(), Avx2::new()) {
-        // SAFETY: the token proves all of the features that the function is compiled for; it has no other demand.
-        (Isa::Avx512, Some(s), _) => unsafe { avx512::<T, C>(s, ask, out) },
-        // SAFETY: as above.
-        (Isa::Avx2, _, Some(s)) => unsafe { avx2::<T, C>(s, ask, out) },
-        _ => row::<T, C, Portable>(Portable, ask, out),
-    }
-}
-
-/// Runs the row.
-#[cfg(not(target_arch = "x86_64"))]
-fn dispatch<T: Load, C: Deref<Target = [u8]>>(_isa: Isa, ask: &Ask<'_, C>, out: &mut [f32]) {
-    row::<T, C, Portable>(Portable, ask, out);
-}
-
 /// The running softmax of one query head: largest score so far, sum of the exponentials relative to it.
 #[derive(Clone, Copy)]
 struct Running {
@@ -224,25 +197,27 @@ struct Running {
     sum: f32,
 }
 
-/// The whole row: KV heads, then blocks, then the query heads of the group. `out` holds the weighted sums of V on the way.
-#[inline(always)]
-fn row<T: Load, C: Deref<Target = [u8]>, S: Simd>(s: S, ask: &Ask<'_, C>, out: &mut [f32]) {
-    let Ask { shape, query, cells, context } = *ask;
-    let (dim, block) = (shape.head_dim, shape.block_tokens);
-    let group = shape.heads / shape.kv_heads;
-    out.fill(0.0);
-    let mut running = vec![Running { max: 0.0, sum: 0.0 }; group];
-    let heads = query.chunks_exact(group * dim).zip(out.chunks_exact_mut(group * dim));
-    for (kv_head, (query, out)) in heads.enumerate() {
-        running.fill(Running { max: f32::NEG_INFINITY, sum: 0.0 });
-        for (index, cell) in cells.iter().take(context.div_ceil(block)).enumerate() {
-            let tokens = (context - index * block).min(block);
-            let (keys, values) = bytemuck::cast_slice::<u8, T>(cell).split_at(shape.kv_heads * block * dim);
-            let span = kv_head * block * dim..(kv_head * block + tokens) * dim;
-            group_block::<T, S>(s, shape, query, &keys[span.clone()], &values[span], &mut running, out);
-        }
-        for (running, out) in running.iter().zip(out.chunks_exact_mut(dim)) {
-            out.iter_mut().for_each(|x| *x /= running.sum);
+impl<T: Load, C: Deref<Target = [u8]>> Kernel for Row<'_, C, T> {
+    /// KV heads, then blocks, then the query heads of the group. `out` holds the weighted sums of V on the way.
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Row { shape, query, cells, context, out, .. } = self;
+        let (dim, block) = (shape.head_dim, shape.block_tokens);
+        let group = shape.heads / shape.kv_heads;
+        out.fill(0.0);
+        let mut running = vec![Running { max: 0.0, sum: 0.0 }; group];
+        let heads = query.chunks_exact(group * dim).zip(out.chunks_exact_mut(group * dim));
+        for (kv_head, (query, out)) in heads.enumerate() {
+            running.fill(Running { max: f32::NEG_INFINITY, sum: 0.0 });
+            for (index, cell) in cells.iter().take(context.div_ceil(block)).enumerate() {
+                let tokens = (context - index * block).min(block);
+                let (keys, values) = bytemuck::cast_slice::<u8, T>(cell).split_at(shape.kv_heads * block * dim);
+                let span = kv_head * block * dim..(kv_head * block + tokens) * dim;
+                group_block::<T, S>(s, shape, query, &keys[span.clone()], &values[span], &mut running, out);
+            }
+            for (running, out) in running.iter().zip(out.chunks_exact_mut(dim)) {
+                out.iter_mut().for_each(|x| *x /= running.sum);
+            }
         }
     }
 }

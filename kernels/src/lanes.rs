@@ -1,8 +1,10 @@
 //! Sixteen floats at a time, in the registers of three instruction sets.
 //!
 //! A value of a type that implements [`Simd`] proves that this machine runs its instructions, so the methods are safe. They are
-//! `inline(always)`: they must end up in a function that is compiled for the set (`attention::dispatch`), else they are slow calls.
+//! `inline(always)`: they must end up in a function that is compiled for the set ([`run`]), else they are slow calls.
 #![allow(unsafe_code)]
+
+use crate::isa::Isa;
 
 /// Floats handled together: one AVX-512 register, two of AVX2.
 pub(crate) const LANES: usize = 16;
@@ -25,6 +27,8 @@ pub(crate) trait Simd: Copy {
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b`.
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`; rounded once where the set can.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; `b` where either is NaN.
@@ -35,6 +39,38 @@ pub(crate) trait Simd: Copy {
     fn sum(self, x: Self::V) -> f32;
     /// `2^n`, where `x` is `n + 1.5 * 2^23` with a whole `n` in -126..=127.
     fn power_of_two(self, x: Self::V) -> Self::V;
+}
+
+/// Work that is compiled once for each instruction set.
+pub(crate) trait Kernel {
+    /// Does it. Implementations are `inline(always)`.
+    fn run<S: Simd>(self, s: S);
+}
+
+/// Runs `kernel` on `isa`, or on the portable target where the machine lacks it.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+    fn avx512<K: Kernel>(s: Avx512, kernel: K) {
+        kernel.run(s);
+    }
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2<K: Kernel>(s: Avx2, kernel: K) {
+        kernel.run(s);
+    }
+    match (isa, Avx512::new(), Avx2::new()) {
+        // SAFETY: the token proves all of the features that the function is compiled for; it has no other demand.
+        (Isa::Avx512, Some(s), _) => unsafe { avx512(s, kernel) },
+        // SAFETY: as above.
+        (Isa::Avx2, _, Some(s)) => unsafe { avx2(s, kernel) },
+        _ => kernel.run(Portable),
+    }
+}
+
+/// Runs `kernel`.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn run<K: Kernel>(_isa: Isa, kernel: K) {
+    kernel.run(Portable);
 }
 
 /// `e^x` for `x <= 0`, relative error below 3e-7; `e^-87`, about 1.6e-38, for all that is smaller. NaN stays NaN.
@@ -116,6 +152,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        each(|i| a[i] / b[i])
+    }
+
+    #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         each(|i| a[i] * b[i] + c[i])
     }
@@ -190,6 +231,7 @@ mod x86 {
             add(a, b) = _mm512_add_ps;
             sub(a, b) = _mm512_sub_ps;
             mul(a, b) = _mm512_mul_ps;
+            div(a, b) = _mm512_div_ps;
             fma(a, b, c) = _mm512_fmadd_ps;
             max(a, b) = _mm512_max_ps;
         }
@@ -269,6 +311,7 @@ mod x86 {
             add(a, b) = _mm256_add_ps;
             sub(a, b) = _mm256_sub_ps;
             mul(a, b) = _mm256_mul_ps;
+            div(a, b) = _mm256_div_ps;
             fma(a, b, c) = _mm256_fmadd_ps;
             max(a, b) = _mm256_max_ps;
         }

@@ -1,11 +1,14 @@
-//! `millrace-kernels` is the hand-written compute and the memory it runs on: the paged KV slab, attention over it, and the rotary turn.
+//! `millrace-kernels` is the hand-written compute and the memory it runs on: the paged KV slab, attention over it, and
+//! what stands between the matrix products of a layer.
 //! No LibTorch here and no policy: which slot belongs to whom is decided by `millrace-core`.
 //!
-//! This is the only crate that may use `unsafe`; each place says on what fact it rests. Every kernel has one body in plain Rust,
-//! compiled once for the portable target and again for AVX2+FMA and AVX-512, and picked at run time ([`isa::Isa`]).
+//! This is the only crate that may use `unsafe`; each place says on what fact it rests. Every kernel has one body, compiled for the portable target,
+//! for AVX2+FMA and for AVX-512, and picked at run time ([`isa::Isa`]).
 
 pub mod attention;
 pub mod convert;
+pub mod elementwise;
+pub mod heap;
 pub mod isa;
 mod lanes;
 pub mod rope;

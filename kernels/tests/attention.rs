@@ -79,9 +79,10 @@ impl Case {
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = scores.iter().map(|x| (x - max).exp()).collect();
             let total: f64 = weights.iter().sum();
-            out.extend((0..s.head_dim).map(|i| {
-                weights.iter().enumerate().map(|(t, w)| w * self.element(1, kv_head, t, i)).sum::<f64>() / total
-            }));
+            out.extend(
+                (0..s.head_dim)
+                    .map(|i| weights.iter().enumerate().map(|(t, w)| w * self.element(1, kv_head, t, i)).sum::<f64>() / total),
+            );
         }
         out
     }
@@ -98,7 +99,11 @@ fn every_instruction_set_agrees_with_the_naive_one() {
                 let want = case.naive();
                 for isa in Isa::available() {
                     for (i, (got, want)) in case.run(isa).iter().zip(&want).enumerate() {
-                        assert!((f64::from(*got) - want).abs() < 2e-5, "{isa:?} {:?} ctx {context} [{i}]: {got} {want}", case.shape);
+                        assert!(
+                            (f64::from(*got) - want).abs() < 2e-5,
+                            "{isa:?} {:?} ctx {context} [{i}]: {got} {want}",
+                            case.shape
+                        );
                     }
                 }
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use millrace_checkpoint::Checkpoint;
 use millrace_core::engine::{Engine, EngineError, Sampled, Step};
 use millrace_core::layout::KvLayout;
-use millrace_kernels::KvSlab;
+use millrace_kernels::{KvSlab, heap};
 use tch::Device;
 
 use crate::check::{self, Limits};
@@ -36,6 +36,7 @@ impl LlamaEngine {
         let config = &checkpoint.config;
         let layout = layout(config, dtype, block_tokens)?;
         let slab = KvSlab::new(layout.cell_bytes(), layout.layers.into(), slots)?;
+        heap::keep_freed();
         tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
         let llama = Llama::load(checkpoint, layout, Device::Cpu)?;
         let limits = Limits { vocab: config.vocab_size, positions: config.max_positions, slots };
@@ -79,7 +80,8 @@ impl Engine for LlamaEngine {
         let logits = self.logits(step, on_layer)?;
         let rows = step.rows.iter().filter_map(|row| Some((row, row.sample.as_ref()?)));
         let draw = |((row, sampling), logits): ((&millrace_core::engine::Row, _), &Vec<f32>)| {
-            let draw = sampler::draw(logits, sampling, row.end()).ok_or_else(|| EngineError("a row's logits are not numbers".into()))?;
+            let draw =
+                sampler::draw(logits, sampling, row.end()).ok_or_else(|| EngineError("a row's logits are not numbers".into()))?;
             Ok(Sampled { attempt: row.attempt, token: draw.token, logprob: draw.logprob })
         };
         rows.zip(&logits).map(draw).collect()

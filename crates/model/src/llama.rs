@@ -1,25 +1,26 @@
 //! The Llama decoder: RMSNorm, rotary attention with grouped heads, SwiGLU. The shapes come from the checkpoint's configuration.
 //!
 //! All rows of a step are one `[tokens, hidden]` batch for the linear layers (no padding); attention goes row by row (`attend`).
-//! Formulas: transformers `modeling_llama.py`. The turn of queries and keys is done in f32 and rounded once.
+//! Formulas: transformers `modeling_llama.py`. LibTorch does the matrix products in the type of the weights; what stands between them
+//! (norms, rotary turn, SwiGLU, residual sums) is done in f32 by `millrace-kernels`, in one pass each.
 
 use millrace_checkpoint::{Checkpoint, ModelConfig};
 use millrace_core::engine::Step;
 use millrace_core::layout::{KvDtype, KvLayout};
-use millrace_kernels::{KvSlab, rope};
+use millrace_kernels::{Isa, KvSlab, elementwise, rope};
 use tch::{Device, Kind, Tensor};
 
 use crate::ModelError;
 use crate::attend::{Attention, Batch};
-use crate::tensors::{self, from_indices, to_f32};
+use crate::tensors::{self, from_f32, from_indices, to_f32};
 
 /// One decoder layer. Linear weights are `[out, in]`.
 struct Layer {
-    input_norm: Tensor,
+    input_norm: Vec<f32>,
     /// Queries, keys and values of all heads, one after the other: `[(heads + 2 kv_heads) head_dim, hidden]`.
     qkv: Tensor,
     output: Tensor,
-    post_norm: Tensor,
+    post_norm: Vec<f32>,
     /// Gate, then up: `[2 intermediate, hidden]`.
     gate_up: Tensor,
     down: Tensor,
@@ -30,10 +31,10 @@ pub(crate) struct Llama {
     /// `[vocab, hidden]`.
     embedding: Tensor,
     layers: Vec<Layer>,
-    norm: Tensor,
+    norm: Vec<f32>,
     /// `[vocab, hidden]`; the embedding itself where they are tied.
     head: Tensor,
-    hidden: i64,
+    kind: Kind,
     eps: f64,
     inverse_frequencies: Vec<f32>,
     attention: Attention,
@@ -52,10 +53,10 @@ impl Llama {
         };
         Ok(Self {
             layers: (0..config.layers).map(|layer| source.layer(layer)).collect::<Result<_, _>>()?,
-            norm: source.tensor("model.norm.weight")?,
+            norm: source.norm("model.norm.weight")?,
             embedding,
             head,
-            hidden: config.hidden_size as i64,
+            kind: tensors::kind(layout.dtype),
             eps: config.rms_norm_eps,
             inverse_frequencies: config.rope.inverse_frequencies(config.head_dim),
             attention: Attention::new(config, layout, device),
@@ -69,56 +70,58 @@ impl Llama {
         let batch = Batch::new(step, &self.attention)?;
         let angles = Angles::new(step, &self.inverse_frequencies);
         let ids: Vec<i64> = step.rows.iter().flat_map(|row| &row.tokens).map(|&token| i64::from(token)).collect();
-        let mut hidden = self.embedding.f_index_select(0, &from_indices(&ids, self.device)?)?;
+        let mut hidden = to_f32(&self.embedding.f_index_select(0, &from_indices(&ids, self.device)?)?)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = self.rms_norm(&hidden, &layer.input_norm)?;
-            let mut qkv = to_f32(&linear(&normed, &layer.qkv)?)?;
+            let mut qkv = to_f32(&self.normed(&hidden, &layer.input_norm)?.f_linear(&layer.qkv, NO_BIAS)?)?;
             angles.turn(&mut qkv, self.attention.qkv_heads(), self.attention.turned_heads());
             self.attention.store(&batch, &qkv, slab, index);
             on_layer(index as u16);
             let attended = self.attention.attend(&batch, &qkv, slab, index)?;
-            hidden = hidden.f_add(&linear(&attended, &layer.output)?)?;
-            let normed = self.rms_norm(&hidden, &layer.post_norm)?;
-            hidden = hidden.f_add(&feed_forward(&normed, layer)?)?;
+            elementwise::add(&mut hidden, &to_f32(&attended.f_linear(&layer.output, NO_BIAS)?)?);
+            let fed = self.feed_forward(&hidden, layer)?;
+            elementwise::add(&mut hidden, &fed);
         }
         self.logits(&hidden, step)
     }
 
     /// The head, for the last token of each row that samples.
-    fn logits(&self, hidden: &Tensor, step: &Step) -> Result<Vec<f32>, ModelError> {
-        let mut end = 0;
+    fn logits(&self, hidden: &[f32], step: &Step) -> Result<Vec<f32>, ModelError> {
+        let (mut end, width) = (0, self.norm.len());
         let mut last = Vec::new();
         for row in &step.rows {
-            end += row.tokens.len() as i64;
+            end += row.tokens.len();
             if row.sample.is_some() {
-                last.push(end - 1);
+                last.extend_from_slice(&hidden[(end - 1) * width..end * width]);
             }
         }
         if last.is_empty() {
             return Ok(Vec::new());
         }
-        let hidden = hidden.f_index_select(0, &from_indices(&last, self.device)?)?;
-        to_f32(&linear(&self.rms_norm(&hidden, &self.norm)?, &self.head)?)
+        to_f32(&self.normed(&last, &self.norm)?.f_linear(&self.head, NO_BIAS)?)
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, ModelError> {
-        Ok(x.f_rms_norm(self.hidden, Some(weight), self.eps)?)
+    /// RMS norm of `[tokens, hidden]`, as a tensor in the type of the weights.
+    fn normed(&self, x: &[f32], weight: &[f32]) -> Result<Tensor, ModelError> {
+        let mut out = vec![0.0; x.len()];
+        elementwise::rms_norm(Isa::best(), x, weight, self.eps, &mut out);
+        let shape = [(x.len() / weight.len()) as i64, weight.len() as i64];
+        from_f32(&out, &shape, self.kind, self.device)
+    }
+
+    /// Norm and SwiGLU: what the second half of a layer adds to the hidden state.
+    fn feed_forward(&self, hidden: &[f32], layer: &Layer) -> Result<Vec<f32>, ModelError> {
+        let gate_up = to_f32(&self.normed(hidden, &layer.post_norm)?.f_linear(&layer.gate_up, NO_BIAS)?)?;
+        let tokens = hidden.len() / layer.post_norm.len();
+        let width = gate_up.len() / tokens / 2;
+        let mut gated = vec![0.0; tokens * width];
+        elementwise::swiglu(Isa::best(), &gate_up, width, &mut gated);
+        let gated = from_f32(&gated, &[tokens as i64, width as i64], self.kind, self.device)?;
+        to_f32(&gated.f_linear(&layer.down, NO_BIAS)?)
     }
 }
 
-/// `x` times the transpose of `weight`.
-fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor, ModelError> {
-    Ok(x.f_linear(weight, None::<&Tensor>)?)
-}
-
-/// SwiGLU.
-fn feed_forward(x: &Tensor, layer: &Layer) -> Result<Tensor, ModelError> {
-    let mut parts = linear(x, &layer.gate_up)?.f_chunk(2, -1)?;
-    let (Some(up), Some(gate)) = (parts.pop(), parts.pop()) else {
-        return Err(ModelError::Numbers { got: 0, shape: layer.gate_up.size() });
-    };
-    linear(&gate.f_silu()?.f_mul(&up)?, &layer.down)
-}
+/// Llama's linear layers have none.
+const NO_BIAS: Option<&Tensor> = None;
 
 /// Cosines and sines of every token of a step, `[tokens, head_dim / 2]` each.
 struct Angles {
@@ -163,6 +166,11 @@ impl Source<'_> {
         }
     }
 
+    /// The weight of a norm, in f32.
+    fn norm(&self, name: &str) -> Result<Vec<f32>, ModelError> {
+        Ok(self.checkpoint.tensor(name)?.to_f32())
+    }
+
     /// Several weights of one layer as one, rows after rows.
     fn stacked(&self, layer: usize, parts: &[&str]) -> Result<Tensor, ModelError> {
         let name = |part: &&str| format!("model.layers.{layer}.{part}.weight");
@@ -172,10 +180,10 @@ impl Source<'_> {
 
     fn layer(&self, layer: usize) -> Result<Layer, ModelError> {
         Ok(Layer {
-            input_norm: self.stacked(layer, &["input_layernorm"])?,
+            input_norm: self.norm(&format!("model.layers.{layer}.input_layernorm.weight"))?,
             qkv: self.stacked(layer, &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])?,
             output: self.stacked(layer, &["self_attn.o_proj"])?,
-            post_norm: self.stacked(layer, &["post_attention_layernorm"])?,
+            post_norm: self.norm(&format!("model.layers.{layer}.post_attention_layernorm.weight"))?,
             gate_up: self.stacked(layer, &["mlp.gate_proj", "mlp.up_proj"])?,
             down: self.stacked(layer, &["mlp.down_proj"])?,
         })

@@ -1,6 +1,8 @@
 //! The crossing between slices and tensors, sizes checked: LibTorch itself would read past the end of a short slice.
 
+use half::bf16;
 use millrace_core::layout::KvDtype;
+use millrace_kernels::convert;
 use tch::{Device, Kind, Tensor};
 
 use crate::ModelError;
@@ -24,7 +26,10 @@ pub(crate) fn from_bytes(bytes: &[u8], shape: &[i64], kind: Kind, device: Device
 
 /// A tensor of `shape` and `kind` from floats.
 pub(crate) fn from_f32(values: &[f32], shape: &[i64], kind: Kind, device: Device) -> Result<Tensor, ModelError> {
-    Ok(from_bytes(bytemuck::cast_slice(values), shape, Kind::Float, device)?.f_to_kind(kind)?)
+    if kind != Kind::BFloat16 {
+        return Ok(from_bytes(bytemuck::cast_slice(values), shape, Kind::Float, device)?.f_to_kind(kind)?);
+    }
+    from_bytes(bytemuck::cast_slice(&convert::rounded(values)), shape, kind, device)
 }
 
 /// A tensor of token ids or indices.
@@ -34,8 +39,14 @@ pub(crate) fn from_indices(values: &[i64], device: Device) -> Result<Tensor, Mod
 
 /// The numbers of a tensor in row-major order.
 pub(crate) fn to_f32(tensor: &Tensor) -> Result<Vec<f32>, ModelError> {
-    let mut values = vec![0.0f32; tensor.numel()];
-    let plain = tensor.f_to_kind(Kind::Float)?.f_contiguous()?;
-    plain.f_copy_data(&mut values, plain.numel())?;
+    let plain = tensor.f_contiguous()?;
+    let count = plain.numel();
+    if plain.f_kind()? == Kind::BFloat16 {
+        let mut halves = vec![bf16::ZERO; count];
+        plain.f_copy_data_u8(bytemuck::cast_slice_mut(&mut halves), count)?;
+        return Ok(convert::widened(&halves));
+    }
+    let mut values = vec![0.0f32; count];
+    plain.f_to_kind(Kind::Float)?.f_copy_data(&mut values, count)?;
     Ok(values)
 }

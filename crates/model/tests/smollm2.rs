@@ -17,7 +17,7 @@ fn engine(dtype: Dtype) -> LlamaEngine {
     let default = PathBuf::from(std::env::var("HOME").unwrap()).join(".cache/millrace/models/smollm2-135m-instruct.gguf");
     let model = std::env::var("MILLRACE_MODEL").map_or(default, PathBuf::from);
     assert!(model.is_file(), "{} is not there; `make setup` fetches it", model.display());
-    LlamaEngine::load(&Checkpoint::open(&model).unwrap(), dtype, SLOTS, 16, 2).unwrap().0
+    LlamaEngine::load(&Checkpoint::open(&model).unwrap(), dtype, SLOTS, 16, 1).unwrap().0
 }
 
 fn goldens() -> Vec<Golden> {

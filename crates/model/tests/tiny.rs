@@ -73,10 +73,8 @@ fn cached_prefixes_give_the_same() {
                 let mut first = [Sequence::new(golden, &engine, &mut slots, &[])];
                 run(&mut engine, &mut first, 64);
                 let prefix: Vec<Slot> = first[0].table[..cached].to_vec();
-                let mut second = [
-                    Sequence::new(golden, &engine, &mut slots, &prefix),
-                    Sequence::new(&goldens[0], &engine, &mut slots, &[]),
-                ];
+                let mut second =
+                    [Sequence::new(golden, &engine, &mut slots, &prefix), Sequence::new(&goldens[0], &engine, &mut slots, &[])];
                 run(&mut engine, &mut second, 64);
                 second.iter().for_each(|s| check(s, &format!("{} on {cached} cached blocks", model.display())));
             }
