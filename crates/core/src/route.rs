@@ -154,7 +154,8 @@ pub fn place(view: &View, ask: &Ask) -> Result<Decision, NoPlace> {
 
 fn attempt(view: &View, ask: &Ask, exclude: &[NodeId]) -> Result<Decision, NoPlace> {
     let chosen = |n: &&NodeView| n.usable && matches!(n.role, Role::Prefill | Role::Decode) && !exclude.contains(&n.node);
-    let terms: Vec<Terms> = view.nodes.iter().filter(chosen).map(|n| Terms::new(n, ask, &view.costs)).collect();
+    let costs = view.costs.informed(view.nodes);
+    let terms: Vec<Terms> = view.nodes.iter().filter(chosen).map(|n| Terms::new(n, ask, &costs)).collect();
     if terms.is_empty() {
         return Err(NoPlace::NoNodes);
     }

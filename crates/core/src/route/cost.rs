@@ -10,20 +10,24 @@
 //!                                                                       and enough to free the blocks that lack
 //! step'(d)   = step(d) * (1 + growth)                                   with one sequence more
 //! decode(d)  = w_tbt * (a-1) * step'(d)
-//! stall(x)   = w_stall * running(x) * prefill(x)                        a prompt computed where others decode stops them
+//! stall(x)   = w_stall * (running(x) + 1 if x decodes) * prefill(x)     a prompt computed where others decode stops them; a decode
+//!                                                                       node is kept free for one sequence that is not there yet
 //! join(d)    = w_tbt * (a-1) * running(d) * growth * step(d)
 //! slo        = w_slo * (max(0, TTFT - slo.ttft) + (a-1) * max(0, step'(d) - slo.tpot))
 //!
 //! pair(p,d)  = queue(p) + prefill(p) + tail(p,d) + wait(d) + decode(d) + stall(p) + join(d) + slo,  TTFT = queue(p) + prefill(p)
 //! whole(x)   = queue(x) + prefill(x) +             wait(x) + decode(x) + stall(x) + join(x) + slo,  TTFT = queue(x) + wait(x) + prefill(x)
 //! ```
+//! A rate that a node has not measured yet is taken to be the mean of those that others have, so that a node which has just
+//! started looks neither faster nor slower than its peers.
+//!
 //! With `max_new = 1` there is nothing to decode: `decode`, `join` and the blocks of the answer are 0. This is 3.8 of the reference
 //! page reduced to what [`Load`] carries: prompt cost is linear in tokens (the quadratic part of attention is in the measured
 //! average), and there are no fetches between nodes and no disk tier. One more cached block at a node never makes a plan dearer:
 //! what it saves in `prefill` is never less than what it uncovers of `tail`.
 
 use crate::ids::NodeId;
-use crate::message::Role;
+use crate::message::{Load, Role};
 
 use super::{Ask, NodeView, View};
 
@@ -63,6 +67,23 @@ impl Default for CostModel {
             tbt_percent: 25,
             stall_percent: 25,
             slo_percent: 400,
+        }
+    }
+}
+
+impl CostModel {
+    /// The same, with what the nodes of a view have measured as the value for those that have not.
+    pub(super) fn informed(&self, nodes: &[NodeView]) -> Self {
+        let mean = |of: fn(&Load) -> u64, default| {
+            let known = || nodes.iter().filter(|n| n.usable).map(|n| of(&n.load)).filter(|v| *v > 0);
+            let sum = known().fold(0u64, u64::saturating_add);
+            sum.checked_div(known().count() as u64).unwrap_or(default)
+        };
+        Self {
+            prefill_ns_per_token: mean(|load| load.prefill_ns_per_token, self.prefill_ns_per_token),
+            decode_step_us: mean(|load| load.decode_step_us, self.decode_step_us),
+            send_bytes_per_s: mean(|load| load.send_bytes_per_s, self.send_bytes_per_s),
+            ..*self
         }
     }
 }
@@ -135,6 +156,7 @@ impl Terms {
         let step_us = term(measured(load.decode_step_us, costs.decode_step_us));
         let growth_us = percent(step_us, costs.step_growth_percent);
         let running = u64::from(load.running) + u64::from(view.inflight_sequences);
+        let kept_free = u64::from(view.role == Role::Decode);
         let steps = answer - 1;
         let answers_us = step_us.saturating_mul(u64::from(costs.answer_tokens)); // how long a sequence decodes
         let prompt_blocks = tokens.div_ceil(block_tokens);
@@ -149,7 +171,7 @@ impl Terms {
             prompt_blocks,
             queue_us: term(ns.saturating_mul(load.queued_tokens.saturating_add(view.inflight_tokens)) / 1000),
             prefill_us,
-            stall_us: percent(prefill_us.saturating_mul(running), costs.stall_percent),
+            stall_us: percent(prefill_us.saturating_mul(running + kept_free), costs.stall_percent),
             wait_us: term(answers_us.saturating_mul(ended_first(view, lacks)) / running.max(1)),
             decode_us: percent((step_us + growth_us).saturating_mul(steps), costs.tbt_percent),
             join_us: percent(growth_us.saturating_mul(steps).saturating_mul(running), costs.tbt_percent),
@@ -190,7 +212,8 @@ impl Terms {
 /// The cost of one plan, whether or not [`super::place`] would consider it; `None` when a node is not in the view. For explanations.
 #[must_use]
 pub fn cost(view: &View, ask: &Ask, prefill: NodeId, decode: Option<NodeId>) -> Option<Breakdown> {
-    let terms = |id| view.nodes.iter().find(|n| n.node == id).map(|n| Terms::new(n, ask, &view.costs));
+    let costs = view.costs.informed(view.nodes);
+    let terms = |id| view.nodes.iter().find(|n| n.node == id).map(|n| Terms::new(n, ask, &costs));
     let prefill = terms(prefill)?;
     Some(match decode {
         None => whole(&prefill, ask),

@@ -160,7 +160,9 @@ impl Drive {
             self.uplinks.send(replica, Message::Failed(AttemptFailed { attempt, kind: FailKind::Stopping, detail }));
             return;
         }
-        self.gateways.insert(attempt, replica);
+        if self.gateways.insert(attempt, replica).is_some() {
+            return;
+        }
         if ticket.decode.is_some() {
             self.leaving.insert(attempt, ticket.clone());
         }
@@ -277,6 +279,9 @@ impl Drive {
         if meant.is_none() || meant != self.uplinks.joined() || self.stopping_since.is_some() {
             let detail = "the ticket does not name this incarnation of this node, or it is stopping".into();
             self.peers.send(no, Message::Declined { attempt, kind: FailKind::BadTicket, detail });
+            return;
+        }
+        if self.gateways.contains_key(&attempt) || self.asking.contains_key(&attempt) {
             return;
         }
         self.asking.insert(attempt, (no, ticket.clone()));

@@ -13,8 +13,10 @@ use crate::link::Link;
 const HEARTBEAT_US: u64 = 200_000;
 /// Microseconds between attempts to join.
 const JOIN_RETRY_US: u64 = 300_000;
-/// A node that is refused for so long gives up and says why.
+/// A node that is refused for so long, again and again, gives up and says why.
 const JOIN_REFUSED_MAX_US: u64 = 15_000_000;
+/// Refusals further apart than this have nothing to do with one another.
+const JOIN_REFUSED_GAP_US: u64 = 5_000_000;
 
 /// Links to all replicas, and what was agreed over them.
 pub(super) struct Uplinks {
@@ -28,7 +30,8 @@ pub(super) struct Uplinks {
     asked: Option<ReplicaId>,
     next_join: Time,
     next_heartbeat: Time,
-    refused_since: Option<Time>,
+    /// First and last of a run of refusals.
+    refused: Option<(Time, Time)>,
 }
 
 impl Uplinks {
@@ -42,7 +45,7 @@ impl Uplinks {
             asked: None,
             next_join: Time(0),
             next_heartbeat: Time(0),
-            refused_since: None,
+            refused: None,
         }
     }
 
@@ -76,7 +79,7 @@ impl Uplinks {
     }
 
     pub(super) fn on_joined(&mut self, node: NodeId, epoch: Epoch, pool_is_empty: bool) -> bool {
-        self.refused_since = None;
+        self.refused = None;
         if self.joined == Some((node, epoch)) {
             return false;
         }
@@ -88,7 +91,8 @@ impl Uplinks {
     /// A refusal; the reason when the node should give up. One that comes after joining means that this incarnation
     /// counts as dead there, so the node joins again.
     pub(super) fn on_refused(&mut self, now: Time, reason: String, retry: bool) -> Option<String> {
-        let since = *self.refused_since.get_or_insert(now);
+        let since = self.refused.filter(|(_, last)| now.since(*last) <= JOIN_REFUSED_GAP_US).map_or(now, |(first, _)| first);
+        self.refused = Some((since, now));
         if !retry || now.since(since) > JOIN_REFUSED_MAX_US {
             return Some(reason);
         }
