@@ -143,6 +143,17 @@ impl Asker {
         Err(if denied { AskError::Denied(reasons) } else { AskError::Unavailable(reasons) })
     }
 
+    /// The replica that the next question goes to, when a link is up.
+    #[must_use]
+    pub fn linked_to(&self) -> Option<&str> {
+        self.link.as_ref().map(|(link, _)| link.peer().name.as_str())
+    }
+
+    /// Drops the link: its replica is known to be dead, which would take the transport a few seconds to find out.
+    pub fn hang_up(&mut self) {
+        self.link = None;
+    }
+
     /// Says goodbye.
     pub async fn close(self) {
         drop(self.link);

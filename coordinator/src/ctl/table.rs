@@ -51,7 +51,7 @@ mod tests {
     #[test]
     fn columns_line_up_and_figures_stand_right() {
         let rows = vec![vec!["coordinator-1".into(), "7".into()], vec!["c".into(), "12345".into()], vec!["d".into(), "-".into()]];
-        let expected = "NAME           TERM\ncoordinator-1      7\nc              12345\nd                  -\n";
+        let expected = "NAME            TERM\ncoordinator-1      7\nc              12345\nd                  -\n";
         assert_eq!(render(&["NAME", "TERM"], &rows), expected);
     }
 

@@ -122,6 +122,12 @@ impl Screen {
         self.line(&format!("\n  {} {}\n", self.paint(RED, "✗"), self.paint(RED, text)));
     }
 
+    /// What ends well in the middle of an answer.
+    pub fn good_news(&self, text: &str) {
+        self.end_speech();
+        self.line(&format!("\n  {} {}\n", self.paint(GREEN, "✓"), self.paint(GREEN, text)));
+    }
+
     /// What the show says.
     pub fn note(&self, text: &str) {
         self.line(&format!("\n  {} {text}", self.paint(GREEN, "✓")));

@@ -1,32 +1,61 @@
-//! What is said in the demo.
+//! What is said in the demo. The model is small: it answers well what the page before it answers.
 
 /// The system prompt that all turns share: long enough to be worth caching.
-pub const SYSTEM: &str = "You are the guide of Millrace. Answer in two or three short, plain sentences, using only the facts below.
+pub const SYSTEM: &str = "You are the friendly guide of Millrace. You answer questions with the help of this page.
 
-Facts about Millrace:
-Millrace is a cluster that serves large language models. It is written in Rust. It is named after a millrace, the channel that \
-carries water to the wheel of a mill.
-Millrace has three kinds of processes: prefill nodes, decode nodes and coordinators.
-A prefill node reads the whole prompt once. This work needs much computing power, so prefill nodes are good at arithmetic.
-A decode node writes the answer, one token after the other. This work needs much memory bandwidth, so decode nodes are good at \
-moving memory.
-The KV cache is what a model remembers of the text it has read. A prefill node makes the KV cache and sends it to a decode node, \
-layer by layer, while later layers are still being computed. So most of the time of the transfer is hidden.
-Every piece of the KV cache is checked before it is used. A piece that is wrong is never decoded; it is sent again or computed again.
-The KV cache is kept in blocks of sixteen tokens. When a new prompt begins with text that was read before, the blocks of that text \
-are used again and need not be computed. So the second question of a conversation is answered sooner than the first.
-A coordinator knows where every block is. There are three coordinators, and they agree with each other through the Raft protocol. \
-One of them is the leader. When the leader dies, the others choose a new leader, and no answer is lost.
-All processes talk to each other over QUIC, encrypted, and each proves with a certificate who it is.
-A prompt goes to the node that has most of it in its cache, unless that node is too busy.
-When a node dies in the middle of an answer, another node goes on with the same answer.";
+What is Millrace?
+Millrace is a program that lets many computers serve one large language model together. It is written in Rust. It is named after the channel that carries water to the wheel of a mill.
+
+What is prefill?
+Prefill is the first half of the work. A prefill node reads the whole question at once. Reading needs much arithmetic, so prefill nodes like fast processors.
+
+What is decode?
+Decode is the second half of the work. A decode node writes the answer, one word after the other. Writing needs much memory, so decode nodes like fast memory.
+
+What is the KV cache?
+The KV cache is what the model remembers of the text that it has read. A prefill node sends it to a decode node, layer by layer, while it is still reading. So the journey costs almost no time.
+
+Can the KV cache be damaged on its way?
+It can, but a damaged piece is never used. Every piece carries a checksum. A decode node checks each piece before it writes a single word, and a bad piece is sent again.
+
+Why is the second question answered faster than the first?
+Because the text of the first question is still in the cache. Only the new words must be read. The cache is kept in blocks of sixteen tokens, and a new question goes to the node that holds most of its blocks.
+
+What does the coordinator do?
+The coordinator remembers which node holds which block, and sends every question to the best node. There are three coordinators, so that one may die. They agree with each other by a method called Raft.
+
+What happens when the leader dies?
+When the leader dies, the other two coordinators choose a new leader within a second. No answer is lost. The words keep coming as if nothing had happened.
+
+Is Millrace safe?
+Yes. All messages are encrypted, and every computer proves with a certificate who it is.";
 
 /// The user's side of the conversation.
-pub const QUESTIONS: [&str; 3] = [
-    "What is Millrace, and which kinds of processes does it have?",
-    "What does a prefill node do, and what does a decode node do?",
-    "What happens when the leader of the coordinators dies?",
-];
+pub const QUESTIONS: [&str; 3] =
+    ["What is Millrace?", "Why is the second question answered faster than the first?", "What happens when the leader dies?"];
 
 /// The question whose answer is disturbed.
-pub const LONG_QUESTION: &str = "Tell me a story about a miller, his daughter and the river that turns the wheel of their mill.";
+pub const LONG_QUESTION: &str = "Write a short story about a miller's daughter who saves the mill in a storm.";
+
+/// The first paragraph of an answer, so far: a small model does not know when to stop.
+#[must_use]
+pub fn first_paragraph(text: &str) -> &str {
+    let text = text.trim_start();
+    // Without its last space: what was a paragraph stays the beginning of one when more comes.
+    text.split("\n\n").next().unwrap_or(text).trim_end()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_paragraph_ends_at_an_empty_line() {
+        assert_eq!(first_paragraph("\n\none\ntwo\n\nthree"), "one\ntwo");
+        assert_eq!(first_paragraph("one"), "one");
+        let text = "\n\none \ntwo\n\nthree";
+        for cut in 1..text.len() {
+            assert!(first_paragraph(text).starts_with(first_paragraph(&text[..cut])), "cut at {cut}");
+        }
+    }
+}

@@ -244,6 +244,10 @@ impl Keeper {
         };
         self.ever_served = true;
         self.edit(|state| (state.serves, state.http) = (true, ready.http));
+        let state = self.state();
+        if state.starts > 1 {
+            (self.say)(&format!("{} is up again, pid {}", state.name, state.pid.unwrap_or_default()));
+        }
     }
 
     /// Asks the process to stop, then kills it. One that does not serve yet has nothing to finish.

@@ -64,6 +64,8 @@ pub struct Watcher {
     view: watch::Sender<View>,
     gateways: watch::Sender<Vec<Gateway>>,
     asker: Asker,
+    /// The process at the other end of the asker's link.
+    linked: Option<u32>,
     client: HttpClient,
 }
 
@@ -79,7 +81,7 @@ impl Watcher {
         let asker = Asker::new(&place.dir, &place.file)?;
         let (view, seen) = watch::channel(View::default());
         let (gateways, listed) = watch::channel(Vec::new());
-        Ok((Self { place, board, view, gateways, asker, client: http_client() }, seen, listed))
+        Ok((Self { place, board, view, gateways, asker, linked: None, client: http_client() }, seen, listed))
     }
 
     /// Runs until `stop`; gives the folder back, so that it is let go last.
@@ -87,6 +89,10 @@ impl Watcher {
         loop {
             let states = self.board.borrow_and_update().clone();
             self.publish(&states);
+            let now = linked(&self.asker, &states);
+            if now.is_none() || now != self.linked {
+                self.asker.hang_up();
+            }
             let pause = if missing(&states, &self.view.borrow()).is_empty() { LOOK_LATER } else { LOOK_SOON };
             tokio::select! {
                 _ = stop.wait() => break,
@@ -94,6 +100,7 @@ impl Watcher {
                 () = async {
                     tokio::time::sleep(pause).await;
                     let view = look(&mut self.asker, &self.client, &states).await;
+                    self.linked = linked(&self.asker, &states);
                     self.view.send_if_modified(|old| std::mem::replace(old, view.clone()) != view);
                 } => {}
             }
@@ -124,6 +131,11 @@ impl Watcher {
             let _ = self.place.file.save(&self.place.dir);
         }
     }
+}
+
+fn linked(asker: &Asker, states: &[State]) -> Option<u32> {
+    let name = asker.linked_to()?;
+    states.iter().find(|state| state.name == name)?.pid
 }
 
 async fn look(asker: &mut Asker, client: &HttpClient, states: &[State]) -> View {
