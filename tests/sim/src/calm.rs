@@ -59,6 +59,7 @@ impl World {
         cached.sort_unstable();
         let indexed = self.coordinator.cluster.holders().blocks_of(number);
         let drift = cached != indexed;
-        node.unrest().or_else(|| drift.then(|| format!("{} caches {} blocks, {} are indexed", host.name, cached.len(), indexed.len())))
+        node.unrest()
+            .or_else(|| drift.then(|| format!("{} caches {} blocks, {} are indexed", host.name, cached.len(), indexed.len())))
     }
 }

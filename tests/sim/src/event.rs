@@ -129,6 +129,8 @@ pub struct SpanJob {
     pub generation: Generation,
     /// Layer, block, slot and name of each cell, in payload order.
     pub cells: Vec<(u16, u32, SlotRef, BlockHash)>,
+    /// Tokens of the sequence: its last block may be unfinished.
+    pub tokens: u32,
 }
 
 /// What a node wants done.

@@ -140,7 +140,8 @@ impl Gateway {
         let avoid: Vec<_> = request.avoid.iter().copied().collect();
         let ask = request.ask(id, &tokens, plan, &avoid);
         let views = views(now, coordinator, plan, &names);
-        let Ok(decision) = route::place(&View { nodes: &views, costs: CostModel { handover_us: 0, ..CostModel::default() } }, &ask) else {
+        let Ok(decision) = route::place(&View { nodes: &views, costs: CostModel { handover_us: 0, ..CostModel::default() } }, &ask)
+        else {
             return self.wait(id);
         };
         let peer = |node| coordinator.cluster.peer(node).expect("chosen nodes are alive");
@@ -300,7 +301,14 @@ impl Request {
             running.handed_over |= token.index as usize > running.first;
         }
         let whole = self.delivered == self.expected.len();
-        assert_eq!(token.finish.is_some(), whole, "{attempt}: {:?} after {} tokens of {}", token.finish, self.delivered, self.expected.len());
+        assert_eq!(
+            token.finish.is_some(),
+            whole,
+            "{attempt}: {:?} after {} tokens of {}",
+            token.finish,
+            self.delivered,
+            self.expected.len()
+        );
         if let Some(finish) = token.finish {
             let stops = self.sampling.is_end(token.token);
             assert_eq!(finish == Finish::Stop, stops, "request {id}: why it ends");

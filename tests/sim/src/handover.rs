@@ -141,7 +141,9 @@ impl Sending {
                 self.undrained += 1;
                 let place = |(layer, block): (u16, u32)| (layer, block, self.table[block as usize], self.names[block as usize]);
                 let link = self.link.expect("granted on a link");
-                acts.push(Act::Span(SpanJob { attempt, link, span, generation, cells: span.iter().map(place).collect() }));
+                let cells = span.iter().map(place).collect();
+                let tokens = self.ticket.tokens.len() as u32;
+                acts.push(Act::Span(SpanJob { attempt, link, span, generation, cells, tokens }));
                 None
             }
             Output::Fin { generation, cells, digest_sum, first_token, finished } => {

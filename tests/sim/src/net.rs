@@ -156,7 +156,7 @@ impl World {
         let no = self.next_no();
         let (cells, arrived) = (Vec::new(), 0);
         self.streams.insert(no, Stream { job, host, life, cells, arrived, lent: false, sent: false, stopped: false });
-        let after_us = self.random.below(100);
+        let after_us = self.random.between(self.plan.task_us);
         self.schedule(after_us, Event::Stream(no, StreamEvent::Lend));
     }
 
@@ -195,6 +195,11 @@ impl World {
         for (layer, block, slot, name) in &stream.job.cells {
             let words = node.memory.lend(slot.slot, *layer);
             let digest = digest(name, *layer, &words);
+            let whole = (*block + 1) * u32::from(self.plan.model.layout.block_tokens) <= stream.job.tokens;
+            if whole && !stream.stopped {
+                let first = *self.truth.entry((*name, *layer)).or_insert(digest);
+                assert_eq!(digest, first, "{}: block {block} of layer {layer} is sent with another's KV", stream.job.attempt);
+            }
             stream.cells.push(Cell { layer: *layer, block: *block, words, digest });
         }
         stream.lent = true;

@@ -1,19 +1,23 @@
 //! A node's drive loop, call for call as in `millrace-node` (`serve/drive.rs`), without tasks: events go in, acts come out. It holds
 //! no policy; what may be sent, written, computed or freed is decided in `millrace-core`.
 
+mod beside;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use millrace_core::batch::{Batch, Input, Output};
-use millrace_core::engine::{EngineError, Sampled, Step};
+use millrace_core::engine::{EngineError, Step};
 use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, SlotRef, Time};
 use millrace_core::message::{AttemptFailed, FailKind, Granted, Join, Message, Peer, Ticket, TokenOut};
+use millrace_core::transfer::Grid;
 use millrace_core::transfer::recv::{self, Receiver};
 use millrace_core::transfer::send::{self, Sender};
-use millrace_core::transfer::{Grid, Span};
+
+pub use beside::Cell;
 
 use crate::event::{Act, LinkNo, NodeEvent};
 use crate::handover::{Effect, Reception, Sendings};
-use crate::memory::{self, Memory};
+use crate::memory::Memory;
 use crate::plan::Plan;
 use crate::uplink::Uplink;
 
@@ -386,57 +390,7 @@ impl Node {
         }
     }
 
-    /// A KV stream begins on a link; false when it may not write. Called by the stream, not by the drive loop.
-    pub fn stream_opens(&mut self, link: LinkNo, attempt: AttemptId, generation: Generation, span: &Span) -> bool {
-        let Some(reception) = self.receptions.get_mut(&attempt) else { return false };
-        let admitted = reception.link == link && reception.machine.admit(generation, span);
-        if !admitted {
-            self.inbox.push_back(NodeEvent::Arrived(attempt));
-        }
-        admitted
-    }
-
-    /// A cell of a stream is there: copied to its place if it may be written; false when the stream is to be dropped.
-    pub fn cell_arrives(&mut self, now: Time, attempt: AttemptId, generation: Generation, cell: &Cell) -> bool {
-        let Cell { layer, block, ref words, digest: expected } = *cell;
-        let Some(reception) = self.receptions.get_mut(&attempt) else { return false };
-        if !reception.machine.may_write(generation, layer, block) {
-            return false;
-        }
-        let slot = reception.table[block as usize].slot;
-        self.memory.place(slot, layer, words);
-        let digest = memory::digest(&reception.names[block as usize], layer, words);
-        let verified = digest == expected;
-        reception.machine.handle(now, recv::Input::Cell { generation, layer, block, digest, verified });
-        reception.machine.check();
-        if reception.machine.has_output() {
-            self.inbox.push_back(NodeEvent::Arrived(attempt));
-        }
-        true
-    }
-
     // --- computing -------------------------------------------------------------------------------------------------
-
-    /// The engine computes one layer of the step; the result after the last. Called by the engine, not by the drive loop.
-    pub fn compute(&mut self, layer: u16) -> Option<Vec<Sampled>> {
-        let (step, hashes) = self.step.as_mut().expect("the engine has a step");
-        for (row, hashes) in step.rows.iter().zip(hashes.iter_mut()) {
-            hashes.push(self.memory.compute(row, layer));
-        }
-        if layer + 1 < self.layout.layers {
-            return None;
-        }
-        let (step, hashes) = self.step.take().expect("it was just there");
-        let drawn = step.rows.iter().zip(&hashes).filter(|(row, _)| row.sample.is_some());
-        let sampled = |row: AttemptId, hashes| Sampled { attempt: row, token: memory::token(hashes, self.vocab), logprob: 0.0 };
-        Some(drawn.map(|(row, hashes)| sampled(row.attempt, hashes)).collect())
-    }
-
-    /// Tokens of the step that the engine computes.
-    #[must_use]
-    pub fn step_tokens(&self) -> usize {
-        self.step.iter().flat_map(|(step, _)| &step.rows).map(|row| row.tokens.len()).sum()
-    }
 
     fn on_layer(&mut self, layer: u16) {
         let block_tokens = u32::from(self.layout.block_tokens);
@@ -556,17 +510,4 @@ impl Node {
         let idle = self.batch.is_idle() && self.sendings.is_empty();
         idle || self.now.since(since) > DRAIN_MAX_US
     }
-}
-
-/// A cell on its way.
-#[derive(Clone, Debug)]
-pub struct Cell {
-    /// Its place.
-    pub layer: u16,
-    /// Its place.
-    pub block: u32,
-    /// What it holds.
-    pub words: Vec<u64>,
-    /// Digest of what it held when it left.
-    pub digest: u64,
 }

@@ -39,6 +39,8 @@ pub struct Plan {
     pub batch: BatchConfig,
     /// One way over a link, microseconds.
     pub delay_us: (u64, u64),
+    /// Until the task of a KV stream runs, microseconds: long where the processor is busy.
+    pub task_us: (u64, u64),
     /// One layer of one step, microseconds.
     pub layer_us: (u64, u64),
     /// Between two requests, microseconds.
@@ -84,6 +86,7 @@ impl Plan {
             slots,
             batch,
             delay_us: (20 * slow, random.pick(&[50, 500]) * slow),
+            task_us: (0, random.pick(&[100, 100, 30_000])),
             layer_us: (10, random.pick(&[40, 400, 4000])),
             request_gap_us: (0, random.pick(&[2_000, 20_000, 200_000])),
             budget_us: random.pick(&[(30_000, 500_000), (200_000, 5_000_000), (10_000_000, 20_000_000)]),

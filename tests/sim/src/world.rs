@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
-use millrace_core::ids::{RequestId, Time, TokenId};
+use millrace_core::ids::{BlockHash, RequestId, Time, TokenId};
 use millrace_core::message::{Join, Message, Role};
 use millrace_core::sampling::Sampling;
 use xxhash_rust::xxh3::Xxh3;
@@ -64,6 +64,9 @@ impl fmt::Display for Outcome {
         let [whole, deadline, attempts, left] = self.ends;
         write!(f, "seed {} trace {:016x}: {} events, {:.1} s; ", self.seed, self.trace, self.events, self.elapsed_us as f64 / 1e6)?;
         write!(f, "{whole} whole, {deadline} too late, {attempts} given up, {left} left; {} handed over; broken", self.split)?;
+        if self.writes_while_lent > 0 {
+            write!(f, " ({} writes had to wait for a stream)", self.writes_while_lent)?;
+        }
         if self.broken.is_empty() {
             return f.write_str(" none");
         }
@@ -106,6 +109,8 @@ pub struct World {
     pub(crate) outages: BTreeMap<(Host, Option<Host>), Time>,
     pub(crate) coordinator: Coordinator,
     pub(crate) gateway: Gateway,
+    /// Digest of every whole block that was ever sent: the same name must always mean the same KV.
+    pub(crate) truth: BTreeMap<(BlockHash, u16), u64>,
     committing: bool,
     pub(crate) calm: bool,
     pub(crate) writes_while_lent: u64,
@@ -166,6 +171,7 @@ impl World {
             outages: BTreeMap::new(),
             coordinator: Coordinator::new(),
             gateway: Gateway::default(),
+            truth: BTreeMap::new(),
             committing: false,
             calm: false,
             writes_while_lent: 0,

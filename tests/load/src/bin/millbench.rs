@@ -1,0 +1,67 @@
+//! Prints measured figures as rows for `docs/benchmarks.md`. What they mean is said there.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use millrace_load::report::{HEAD, Row};
+use millrace_load::{engine, handover, index, machine, raft, route, stream};
+
+/// Measures this machine and prints medians.
+#[derive(Parser)]
+struct Arguments {
+    /// Sections to run; all when absent. May be repeated.
+    #[arg(long, value_enum)]
+    only: Vec<Section>,
+    /// Fewer and shorter runs: to see that it works, not to quote.
+    #[arg(long)]
+    quick: bool,
+    /// Model directory or GGUF file.
+    #[arg(long, env = "MILLRACE_MODEL")]
+    model: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Section {
+    Engine,
+    Handover,
+    Stream,
+    Route,
+    Raft,
+    Index,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    println!("{}\n\n{HEAD}", machine::describe());
+    let wanted = |section: &Section| arguments.only.is_empty() || arguments.only.contains(section);
+    for section in Section::value_variants().iter().filter(|section| wanted(section)) {
+        for row in run(*section, &arguments)? {
+            println!("{row}");
+        }
+    }
+    Ok(())
+}
+
+fn run(section: Section, arguments: &Arguments) -> Result<Vec<Row>> {
+    let (runs, quick) = (if arguments.quick { 3 } else { 5 }, arguments.quick);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    match section {
+        Section::Engine => {
+            let model = model(arguments)?;
+            let mut rows = runtime.block_on(engine::measure(&model, "bf16", runs, quick))?;
+            rows.extend(runtime.block_on(engine::measure(&model, "f32", runs, quick))?);
+            Ok(rows)
+        }
+        Section::Handover => runtime.block_on(handover::measure(&model(arguments)?, "bf16", runs)),
+        Section::Stream => runtime.block_on(stream::measure(runs, if quick { 128 } else { 1024 })),
+        Section::Route => Ok(route::measure(runs)),
+        Section::Raft => raft::measure(runs.min(3), quick),
+        Section::Index => Ok(index::measure(runs)),
+    }
+}
+
+fn model(arguments: &Arguments) -> Result<PathBuf> {
+    let path = arguments.model.clone().filter(|path| !path.as_os_str().is_empty());
+    path.context("no model: set MILLRACE_MODEL or give --model (`make bench` does)")
+}

@@ -1,0 +1,120 @@
+//! A local cluster for the time of a measurement, started with `millctl local up` and reached through its HTTP door.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::Request;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+/// Token ids of prompts: in the middle of any real vocabulary, where no id is special.
+const IDS: (u32, u32) = (1_000, 30_000);
+
+/// A running cluster.
+pub struct Cluster {
+    millctl: Child,
+    url: String,
+    client: Client<HttpConnector, Full<Bytes>>,
+    model: String,
+    _dir: tempfile::TempDir,
+}
+
+/// What one request took.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The `millrace` object of the response.
+    pub timings: Value,
+    /// Tokens of the answer.
+    pub tokens: f64,
+}
+
+impl Answer {
+    /// A number of the `millrace` object, by its path; 0 when there is none.
+    #[must_use]
+    pub fn number(&self, path: &str) -> f64 {
+        self.timings.pointer(path).and_then(Value::as_f64).unwrap_or(0.0)
+    }
+}
+
+impl Cluster {
+    /// One prefill node, one decode node and `coordinators` replicas of `model`.
+    ///
+    /// # Errors
+    /// It does not come up; what it said is in the error.
+    pub async fn start(model: &Path, dtype: &str, coordinators: u16) -> Result<Self> {
+        let bin = std::env::current_exe()?.with_file_name("millctl");
+        let dir = tempfile::tempdir()?;
+        let (home, log) = (dir.path().join("cluster"), dir.path().join("log"));
+        let replicas = coordinators.to_string();
+        let mut millctl = Command::new(&bin)
+            .args(["local", "up", "--coordinators", &replicas, "--prefill", "1", "--decode", "1"])
+            .args(["--http", "127.0.0.1:0", "--dtype", dtype, "--exit-with-parent", "--model"])
+            .arg(model)
+            .arg("--dir")
+            .arg(home)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(std::fs::File::create(&log)?)
+            .spawn()
+            .with_context(|| format!("starting {}; build it: cargo build --release", bin.display()))?;
+        let stdout = millctl.stdout.take().context("stdout is a pipe")?;
+        let line = BufReader::new(stdout).lines().next_line().await?;
+        let Some(url) = line.as_deref().and_then(|line| line.strip_prefix("ready ")) else {
+            bail!("the cluster does not serve: {}", std::fs::read_to_string(&log)?);
+        };
+        let client = Client::builder(TokioExecutor::new()).build_http();
+        let mut cluster = Self { millctl, url: url.to_owned(), client, model: String::new(), _dir: dir };
+        let models = cluster.request(Request::get(format!("{url}/v1/models")), String::new()).await?;
+        cluster.model = models["data"][0]["id"].as_str().context("a model")?.to_owned();
+        Ok(cluster)
+    }
+
+    async fn request(&self, request: hyper::http::request::Builder, body: String) -> Result<Value> {
+        let request = request.header("content-type", "application/json").body(Full::from(body))?;
+        let response = self.client.request(request).await?;
+        let status = response.status();
+        let body = response.into_body().collect().await?.to_bytes();
+        ensure!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&body));
+        Ok(serde_json::from_slice(&body)?)
+    }
+
+    /// Answers a prompt of `tokens` tokens that nobody sent before, with exactly `max_tokens` tokens.
+    ///
+    /// # Errors
+    /// The request failed.
+    pub async fn complete(&self, tokens: usize, max_tokens: u32) -> Result<Answer> {
+        let prompt = unique_prompt(tokens);
+        let body = json!({
+            "model": self.model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true, "temperature": 0,
+            "millrace_timings": true,
+        });
+        let answer = self.request(Request::post(format!("{}/v1/completions", self.url)), body.to_string()).await?;
+        let tokens = answer["usage"]["completion_tokens"].as_f64().unwrap_or(0.0);
+        Ok(Answer { timings: answer["millrace"].clone(), tokens })
+    }
+
+    /// Stops it and waits until nothing of it is left.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub async fn stop(mut self) -> Result<()> {
+        drop(self.millctl.stdin.take());
+        self.millctl.wait().await?;
+        Ok(())
+    }
+}
+
+/// A prompt whose first block is like no other's.
+fn unique_prompt(tokens: usize) -> Vec<u32> {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let seed = NEXT.fetch_add(1, Ordering::Relaxed);
+    (0..tokens as u32).map(|i| IDS.0 + (i.wrapping_mul(7919) ^ seed.wrapping_mul(104_729)) % (IDS.1 - IDS.0)).collect()
+}

@@ -1,0 +1,56 @@
+//! Tokens a second of prefill and decode, as a running cluster reports and shows them.
+//!
+//! Prefill is the prompt's tokens over the node's own `compute_us` (first step to first token). Decode is the sum, over the requests
+//! that run together, of the tokens after the first over the time after the first, seen by the gateway.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::cluster::Cluster;
+use crate::report::Row;
+
+/// Tokens of prompts.
+const PROMPTS: [usize; 3] = [128, 512, 2048];
+/// Requests that decode together.
+const BATCHES: [usize; 2] = [1, 8];
+/// Tokens of a prompt whose answer is timed.
+const DECODE_PROMPT: usize = 64;
+
+/// Measures prefill and decode with weights and KV of `dtype`.
+///
+/// # Errors
+/// The cluster does not come up, or a request fails.
+pub async fn measure(model: &Path, dtype: &str, runs: usize, quick: bool) -> Result<Vec<Row>> {
+    let cluster = Cluster::start(model, dtype, 1).await?;
+    let mut rows = Vec::new();
+    for tokens in PROMPTS {
+        let mut rates = Vec::new();
+        for run in 0..=runs {
+            let compute_us = cluster.complete(tokens, 1).await?.number("/prefill/compute_us");
+            if run > 0 {
+                rates.push(tokens as f64 * 1e6 / compute_us);
+            }
+        }
+        rows.push(Row::new(format!("prefill, {tokens} tokens, {dtype}, tokens/s"), rates));
+    }
+    let answer_tokens = if quick { 24 } else { 96 };
+    for batch in BATCHES {
+        let mut rates = Vec::new();
+        for _ in 0..runs {
+            rates.push(decode_rate(&cluster, batch, answer_tokens).await?);
+        }
+        rows.push(Row::new(format!("decode, batch {batch}, {dtype}, tokens/s"), rates));
+    }
+    cluster.stop().await?;
+    Ok(rows)
+}
+
+async fn decode_rate(cluster: &Cluster, batch: usize, answer_tokens: u32) -> Result<f64> {
+    let together = (0..batch).map(|_| cluster.complete(DECODE_PROMPT, answer_tokens));
+    let mut rate = 0.0;
+    for answer in futures_util::future::try_join_all(together).await? {
+        rate += (answer.tokens - 1.0) * 1e6 / (answer.number("/total_us") - answer.number("/ttft_us"));
+    }
+    Ok(rate)
+}
