@@ -17,13 +17,12 @@ const BATCHES: [usize; 2] = [1, 8];
 /// Tokens of a prompt whose answer is timed.
 const DECODE_PROMPT: usize = 64;
 
-/// Measures prefill and decode with weights and KV of `dtype`.
+/// Measures prefill and decode with weights and KV of `dtype`; gives each row to `out` when it is known.
 ///
 /// # Errors
 /// The cluster does not come up, or a request fails.
-pub async fn measure(model: &Path, dtype: &str, runs: usize, quick: bool) -> Result<Vec<Row>> {
+pub async fn measure(model: &Path, dtype: &str, (runs, quick): (usize, bool), out: &dyn Fn(Row)) -> Result<()> {
     let cluster = Cluster::start(model, dtype, 1).await?;
-    let mut rows = Vec::new();
     for tokens in PROMPTS {
         let mut rates = Vec::new();
         for run in 0..=runs {
@@ -32,7 +31,7 @@ pub async fn measure(model: &Path, dtype: &str, runs: usize, quick: bool) -> Res
                 rates.push(tokens as f64 * 1e6 / compute_us);
             }
         }
-        rows.push(Row::new(format!("prefill, {tokens} tokens, {dtype}, tokens/s"), rates));
+        out(Row::new(format!("prefill, {tokens} tokens, {dtype}, tokens/s"), rates));
     }
     let answer_tokens = if quick { 24 } else { 96 };
     for batch in BATCHES {
@@ -40,10 +39,9 @@ pub async fn measure(model: &Path, dtype: &str, runs: usize, quick: bool) -> Res
         for _ in 0..runs {
             rates.push(decode_rate(&cluster, batch, answer_tokens).await?);
         }
-        rows.push(Row::new(format!("decode, batch {batch}, {dtype}, tokens/s"), rates));
+        out(Row::new(format!("decode, batch {batch}, {dtype}, tokens/s"), rates));
     }
-    cluster.stop().await?;
-    Ok(rows)
+    cluster.stop().await
 }
 
 async fn decode_rate(cluster: &Cluster, batch: usize, answer_tokens: u32) -> Result<f64> {

@@ -14,13 +14,13 @@ const ANSWER_TOKENS: u32 = 4;
 /// Requests for each hand-over that is wanted: on an idle cluster the router computes some prompts where they decode.
 const TRIES_PER_RUN: usize = 12;
 
-/// Measures hand-overs between one prefill and one decode node under three replicas, weights and KV of `dtype`.
+/// Measures hand-overs between one prefill and one decode node under three replicas, weights and KV of `dtype`;
+/// gives each row to `out` when it is known.
 ///
 /// # Errors
 /// The cluster does not come up, a request fails, or nothing is handed over.
-pub async fn measure(model: &Path, dtype: &str, runs: usize) -> Result<Vec<Row>> {
+pub async fn measure(model: &Path, dtype: &str, runs: usize, out: &dyn Fn(Row)) -> Result<()> {
     let cluster = Cluster::start(model, dtype, 3).await?;
-    let mut rows = Vec::new();
     for tokens in PROMPTS {
         let mut answers = Vec::new();
         for _ in 0..TRIES_PER_RUN * (runs + 1) {
@@ -33,10 +33,9 @@ pub async fn measure(model: &Path, dtype: &str, runs: usize) -> Result<Vec<Row>>
             }
         }
         ensure!(answers.len() > 1, "{} of the prompts of {tokens} tokens were handed over", answers.len());
-        rows.extend(rows_of(tokens, dtype, &answers[1..])); // the first opens the link
+        rows_of(tokens, dtype, &answers[1..]).into_iter().for_each(out); // the first opens the link
     }
-    cluster.stop().await?;
-    Ok(rows)
+    cluster.stop().await
 }
 
 fn rows_of(tokens: usize, dtype: &str, answers: &[Answer]) -> Vec<Row> {

@@ -36,29 +36,28 @@ fn main() -> Result<()> {
     println!("{}\n\n{HEAD}", machine::describe());
     let wanted = |section: &Section| arguments.only.is_empty() || arguments.only.contains(section);
     for section in Section::value_variants().iter().filter(|section| wanted(section)) {
-        for row in run(*section, &arguments)? {
-            println!("{row}");
-        }
+        run(*section, &arguments)?;
     }
     Ok(())
 }
 
-fn run(section: Section, arguments: &Arguments) -> Result<Vec<Row>> {
+fn run(section: Section, arguments: &Arguments) -> Result<()> {
     let (runs, quick) = (if arguments.quick { 3 } else { 5 }, arguments.quick);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let print = |row: Row| println!("{row}");
     match section {
         Section::Engine => {
             let model = model(arguments)?;
-            let mut rows = runtime.block_on(engine::measure(&model, "bf16", runs, quick))?;
-            rows.extend(runtime.block_on(engine::measure(&model, "f32", runs, quick))?);
-            Ok(rows)
+            runtime.block_on(engine::measure(&model, "bf16", (runs, quick), &print))?;
+            runtime.block_on(engine::measure(&model, "f32", (runs, quick), &print))?;
         }
-        Section::Handover => runtime.block_on(handover::measure(&model(arguments)?, "bf16", runs)),
-        Section::Stream => runtime.block_on(stream::measure(runs, if quick { 128 } else { 1024 })),
-        Section::Route => Ok(route::measure(runs)),
-        Section::Raft => raft::measure(runs.min(3), quick),
-        Section::Index => Ok(index::measure(runs)),
+        Section::Handover => runtime.block_on(handover::measure(&model(arguments)?, "bf16", runs, &print))?,
+        Section::Stream => runtime.block_on(stream::measure(runs, if quick { 128 } else { 1024 }))?.into_iter().for_each(print),
+        Section::Route => route::measure(runs).into_iter().for_each(print),
+        Section::Raft => raft::measure(runs.min(3), quick)?.into_iter().for_each(print),
+        Section::Index => index::measure(runs).into_iter().for_each(print),
     }
+    Ok(())
 }
 
 fn model(arguments: &Arguments) -> Result<PathBuf> {
