@@ -31,8 +31,7 @@ Is Millrace safe?
 Yes. All messages are encrypted, and every computer proves with a certificate who it is.";
 
 /// The user's side of the conversation.
-pub const QUESTIONS: [&str; 3] =
-    ["What is Millrace?", "Why is the second question answered faster than the first?", "What happens when the leader dies?"];
+pub const QUESTIONS: [&str; 3] = ["What is decode?", "What happens when the leader dies?", "What is Millrace?"];
 
 /// The question whose answer is disturbed.
 pub const LONG_QUESTION: &str = "Write a short story about a miller's daughter who saves the mill in a storm.";
