@@ -25,7 +25,7 @@ What does the coordinator do?
 The coordinator remembers which node holds which block, and sends every question to the best node. There are three coordinators, so that one may die. They agree with each other by a method called Raft.
 
 What happens when the leader dies?
-When the leader dies, the other two coordinators choose a new leader within a second. No answer is lost. The words keep coming as if nothing had happened.
+When the leader dies, the other two coordinators choose a new leader within a few seconds. No answer is lost. The words keep coming as if nothing had happened.
 
 Is Millrace safe?
 Yes. All messages are encrypted, and every computer proves with a certificate who it is.";
