@@ -89,7 +89,8 @@ impl Config {
         check_name("--name", &args.name, NAME_BYTES_MAX)?;
         check_name("--cluster", &args.cluster, CLUSTER_ID_BYTES_MAX)?;
         let family = args.name.strip_suffix(&format!("-{}", args.id)).filter(|family| !family.is_empty());
-        let family = family.with_context(|| format!("--name {:?} must end in \"-{}\", as --id says", args.name, args.id))?.to_owned();
+        let family =
+            family.with_context(|| format!("--name {:?} must end in \"-{}\", as --id says", args.name, args.id))?.to_owned();
         Ok(Self { args, me, others: all, family })
     }
 

@@ -207,7 +207,13 @@ mod tests {
         let waiting: Vec<(Epoch, Outbox)> = (0..3)
             .map(|_| {
                 let said = said.clone();
-                (EPOCH, Arc::new(move |message| { said.lock().push(message); true }) as Outbox)
+                (
+                    EPOCH,
+                    Arc::new(move |message| {
+                        said.lock().push(message);
+                        true
+                    }) as Outbox,
+                )
             })
             .collect();
         let verdicts = [DeltaVerdict::Applied { seq: 3 }, DeltaVerdict::Gap { last_seq: 1 }, DeltaVerdict::StaleEpoch];

@@ -65,7 +65,9 @@ pub fn check(who: &Identity, join: &Join, model: &ModelIdentity) -> Result<(), S
         return Err("the instance is not the one of this link".into());
     }
     match model.differs(&join.model) {
-        Some(field) => Err(format!("the cluster serves {:?}, and {field} of this node's {:?} differs", model.name, join.model.name)),
+        Some(field) => {
+            Err(format!("the cluster serves {:?}, and {field} of this node's {:?} differs", model.name, join.model.name))
+        }
         None => Ok(()),
     }
 }

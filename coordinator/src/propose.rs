@@ -63,9 +63,7 @@ impl Proposer {
     pub async fn propose(&self, command: &Command) -> Result<Answer, NoAnswer> {
         let bytes = cluster::encode(command);
         let answer = match self.raft.status().leader {
-            Some(leader) if leader != self.me.0 => {
-                self.replicas.forward(ReplicaId(leader), bytes, FORWARD_WAIT_MAX).await?
-            }
+            Some(leader) if leader != self.me.0 => self.replicas.forward(ReplicaId(leader), bytes, FORWARD_WAIT_MAX).await?,
             Some(_) => self.propose_here(command, bytes).await?,
             None => return Err(NoAnswer::NoLeader),
         };

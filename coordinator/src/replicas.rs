@@ -96,12 +96,7 @@ impl Replicas {
         String::from_utf8(answer).map_err(|e| CallError::Refused(e.to_string()))
     }
 
-    async fn call(
-        &self,
-        to: ReplicaId,
-        wait: Duration,
-        message: impl FnOnce(u64) -> Message,
-    ) -> Result<Vec<u8>, CallError> {
+    async fn call(&self, to: ReplicaId, wait: Duration, message: impl FnOnce(u64) -> Message) -> Result<Vec<u8>, CallError> {
         let (id, receiver) = self.open_call(to)?;
         let reply = match self.send(to, message(id)) {
             true => tokio::time::timeout(wait, receiver).await,

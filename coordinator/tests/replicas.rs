@@ -188,7 +188,9 @@ fn delta(node: NodeId, epoch: Epoch, base_seq: u64, block: u8) -> Message {
 #[tokio::test(flavor = "multi_thread")]
 async fn three_replicas_take_nodes_in_and_survive_the_leader() {
     let mut cluster = Cluster::start();
-    let whole = |s: &Value| s["quorum"] == true && s["stale"] == false && s["members"].as_array().unwrap().iter().all(|m| m["reachable"] == true);
+    let whole = |s: &Value| {
+        s["quorum"] == true && s["stale"] == false && s["members"].as_array().unwrap().iter().all(|m| m["reachable"] == true)
+    };
     let mut operators = [operator(&cluster, 0).await, operator(&cluster, 1).await, operator(&cluster, 2).await];
     let status = operators[0].until(json!({"q": "status"}), whole).await;
     let leader = leader_of(&status).unwrap();
@@ -228,9 +230,7 @@ async fn three_replicas_take_nodes_in_and_survive_the_leader() {
 
     // The leader is lost; the others go on, with the same node and the same blocks.
     cluster.replicas[leader] = None;
-    let went_on = |s: &Value| {
-        s["quorum"] == true && s["members"][leader]["reachable"] == false && s["nodes"][0]["usable"] == true
-    };
+    let went_on = |s: &Value| s["quorum"] == true && s["members"][leader]["reachable"] == false && s["nodes"][0]["usable"] == true;
     let status = operators[follower].until(json!({"q": "status"}), went_on).await;
     assert_eq!((&status["nodes"][0]["state"], &status["nodes"][0]["blocks"]["in_use"]), (&json!("up"), &json!(3)));
     links[follower].link.send(&delta(node, epoch, 1, 2)).unwrap();
@@ -260,7 +260,13 @@ fn a_replica_that_cannot_start_says_why() {
         assert!(out.stdout.is_empty());
     };
     fails(&|_| (), 1, "in use by another process");
-    fails(&|c| { c.args(["--nonsense"]); }, 2, "--nonsense");
+    fails(
+        &|c| {
+            c.args(["--nonsense"]);
+        },
+        2,
+        "--nonsense",
+    );
     let free = "127.0.0.1:0";
     let elsewhere = |c: &mut Command, name: &str| {
         *c = Command::new(env!("CARGO_BIN_EXE_coordinator"));
@@ -269,7 +275,12 @@ fn a_replica_that_cannot_start_says_why() {
         c.stdin(Stdio::null()).stdout(Stdio::piped());
     };
     let rest = |c: &mut Command, dir: &str, certs: &str, model: &Path| {
-        c.arg("--dir").arg(cluster.dir.path().join(dir)).arg("--certs").arg(cluster.dir.path().join(certs)).arg("--model").arg(model);
+        c.arg("--dir")
+            .arg(cluster.dir.path().join(dir))
+            .arg("--certs")
+            .arg(cluster.dir.path().join(certs))
+            .arg("--model")
+            .arg(model);
     };
     let case = |name: &'static str, dir: &'static str, certs: &'static str, model: PathBuf| {
         move |c: &mut Command| {

@@ -121,10 +121,7 @@ fn show(dir: &Path) -> Result<()> {
         }
     }
     if let Ok(authority) = Authority::load(dir) {
-        rows.insert(
-            0,
-            vec!["-".into(), "authority".into(), authority.cluster().into(), "valid".into(), dir.display().to_string()],
-        );
+        rows.insert(0, vec!["-".into(), "authority".into(), authority.cluster().into(), "valid".into(), dir.display().to_string()]);
     }
     if rows.is_empty() {
         return Err(Exit::NotFound.error(format!("{}: no certificates", dir.display())));

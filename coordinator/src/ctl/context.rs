@@ -51,8 +51,7 @@ pub fn note(state: &Path, dir: &Path) -> Result<Note> {
 /// [`Exit::Conflict`] when another process holds it.
 pub fn lock(dir: &Path) -> Result<File> {
     let path = dir.join(LOCK);
-    let file =
-        File::options().create(true).truncate(false).write(true).open(&path).with_context(|| path.display().to_string())?;
+    let file = File::options().create(true).truncate(false).write(true).open(&path).with_context(|| path.display().to_string())?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Exit::Conflict.error(format!("a cluster runs in {} already", dir.display()))),
@@ -91,8 +90,7 @@ pub fn resolve(named: Option<&Path>) -> Result<PathBuf> {
         return Ok(dir.to_owned());
     }
     let running = state_dir().and_then(|state| newest(&state));
-    running
-        .ok_or_else(|| Exit::NotFound.error("no local cluster runs; start one with `millctl local up`, or name one with --dir"))
+    running.ok_or_else(|| Exit::NotFound.error("no local cluster runs; start one with `millctl local up`, or name one with --dir"))
 }
 
 #[cfg(test)]

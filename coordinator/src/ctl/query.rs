@@ -311,8 +311,7 @@ fn decision_table(decision: &Value) -> String {
         ["prompt_tokens", "prefill", "prefill_cached_blocks", "decode_cached_blocks"].map(|name| cell(&decision[name]));
     let head = format!("prefill on {prefill} (has {cached} blocks), decode {decode} (has {had} blocks), {prompt} tokens\n\n");
     let costs = decision["cost"].as_object().cloned().unwrap_or_default();
-    let costs: Vec<Vec<String>> =
-        costs.iter().map(|(name, us)| vec![name.trim_end_matches("_us").to_owned(), cell(us)]).collect();
+    let costs: Vec<Vec<String>> = costs.iter().map(|(name, us)| vec![name.trim_end_matches("_us").to_owned(), cell(us)]).collect();
     let others = rows(list_of(decision, "alternatives"), &["/prefill", "/decode", "/total_us"]);
     head + &render(&["COST", "MICROSECONDS"], &costs) + "\n" + &render(&["PREFILL", "DECODE", "MICROSECONDS"], &others)
 }

@@ -6,8 +6,7 @@ use serde_json::Value;
 #[must_use]
 pub fn render(head: &[&str], rows: &[Vec<String>]) -> String {
     let cell = |row: &[String], i: usize| row.get(i).cloned().unwrap_or_default();
-    let width =
-        |i: usize| rows.iter().map(|row| cell(row, i).chars().count()).chain([head[i].chars().count()]).max().unwrap_or(0);
+    let width = |i: usize| rows.iter().map(|row| cell(row, i).chars().count()).chain([head[i].chars().count()]).max().unwrap_or(0);
     let figures = |i: usize| !rows.is_empty() && rows.iter().all(|row| is_figure(&cell(row, i)));
     let columns: Vec<(usize, bool)> = (0..head.len()).map(|i| (width(i), figures(i))).collect();
     let mut out = String::new();

@@ -79,9 +79,7 @@ fn the_last_token_finishes_with_the_truth_about_the_cache() {
     request.token(t, P, TokenOut { prefill: Some(stats.clone()), ..out(0, 0) });
     request.token(t, D, TokenOut { finish: Some(Finish::Length), ..out(0, 1) });
     let effects = drain(&mut request);
-    let Some(Effect::Deliver(Event::Finished { finish: Finish::Length, usage })) = effects.last() else {
-        panic!("{effects:?}")
-    };
+    let Some(Effect::Deliver(Event::Finished { finish: Finish::Length, usage })) = effects.last() else { panic!("{effects:?}") };
     assert_eq!((usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens), (3, 2, 2));
     assert_eq!(usage.timings.prefill, Some(stats));
     assert_eq!(usage.timings.decode_node.as_deref(), Some("n2"));

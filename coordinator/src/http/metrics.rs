@@ -43,8 +43,7 @@ pub const RAFT_LEADER: &str = "millrace.raft.is_leader";
 /// Blocks of a node's pool, by `node` and `state`: free, evictable, in_use.
 pub const NODE_BLOCKS: &str = "millrace.node.blocks";
 
-const LATENCY_BOUNDS: [f64; 16] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+const LATENCY_BOUNDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
 /// The gateway's instruments.
 pub struct Metrics {
@@ -169,8 +168,7 @@ impl Watch {
     /// The choice is whole.
     pub fn end(&mut self, usage: &Usage) {
         self.close("ok");
-        for (kind, tokens) in
-            [("input", usage.prompt_tokens), ("cached", usage.cached_tokens), ("output", usage.completion_tokens)]
+        for (kind, tokens) in [("input", usage.prompt_tokens), ("cached", usage.cached_tokens), ("output", usage.completion_tokens)]
         {
             self.metrics.tokens.add(u64::from(tokens), &[KeyValue::new("gen_ai.token.type", kind)]);
         }

@@ -168,7 +168,8 @@ fn opening(envelope: &Envelope, choices: usize) -> Vec<Bytes> {
     if !envelope.shape.chat {
         return Vec::new();
     }
-    let delta = |index| json!({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null});
+    let delta =
+        |index| json!({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null});
     (0..choices).map(|index| event(&with_usage_field(envelope, json!([delta(index)])))).collect()
 }
 
@@ -244,9 +245,10 @@ fn usage_json(usage: &Usage) -> Value {
 /// Where the time of a request went; all times in microseconds.
 fn timings_json(usage: &Usage) -> Value {
     let timings = &usage.timings;
-    let prefill = timings.prefill.as_ref().map(|p| {
-        json!({"node": p.node, "cached_tokens": p.cached_tokens, "queue_us": p.queue_us, "compute_us": p.compute_us})
-    });
+    let prefill = timings
+        .prefill
+        .as_ref()
+        .map(|p| json!({"node": p.node, "cached_tokens": p.cached_tokens, "queue_us": p.queue_us, "compute_us": p.compute_us}));
     let handover = timings.handover.as_ref().map(|h| {
         json!({
             "node": h.node, "bytes": h.bytes, "blocks_sent": h.blocks_sent, "blocks_had": h.blocks_had,

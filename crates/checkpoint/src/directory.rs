@@ -76,7 +76,11 @@ fn add_shard(weights: &mut Weights, path: &Path, promised: Option<BTreeSet<&str>
 }
 
 /// The codec, or why there is none. Every file that has a say goes into the digest.
-fn open_text(directory: &Path, config: &ModelConfig, hasher: &mut blake3::Hasher) -> Result<std::result::Result<TextCodec, String>> {
+fn open_text(
+    directory: &Path,
+    config: &ModelConfig,
+    hasher: &mut blake3::Hasher,
+) -> Result<std::result::Result<TextCodec, String>> {
     let path = directory.join("tokenizer.json");
     let Some(bytes) = read_small(&path, TOKENIZER_BYTES_MAX)? else {
         return Ok(Err("the directory has no tokenizer.json".into()));

@@ -70,8 +70,7 @@ impl<'a> Gguf<'a> {
         // A key takes at least 12 + 1 bytes and a tensor 24: a count the file cannot hold is refused before it is believed.
         let tensor_count = reader.count("tensor count", GGUF_TENSORS_MAX, 24)?;
         let key_count = reader.count("metadata key count", GGUF_KEYS_MAX, 13)?;
-        let mut gguf =
-            Self { file, bytes, keys: BTreeMap::new(), places: BTreeMap::new(), tensors: Vec::new(), weights_start: 0 };
+        let mut gguf = Self { file, bytes, keys: BTreeMap::new(), places: BTreeMap::new(), tensors: Vec::new(), weights_start: 0 };
         for index in 0..key_count {
             gguf.read_key(&mut reader, index)?;
         }

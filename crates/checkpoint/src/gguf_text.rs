@@ -43,7 +43,8 @@ struct Scheme {
 }
 
 fn scheme(pre: &str) -> Option<Scheme> {
-    let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+    let byte_level =
+        |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
     let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
     let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
     let plain = |pre_tokenizer| Scheme { pre_tokenizer, nfc: false, whole_words: false, add_bos: false };

@@ -31,8 +31,7 @@ pub(crate) fn read_header(file: &MappedFile, index: usize) -> Result<Vec<(String
         let reason = format!("{length} bytes, but the file has only {}", bytes.len());
         return Err(CheckpointError::malformed(path, "header length", reason));
     };
-    let Header(tensors) =
-        serde_json::from_slice(header).map_err(|e| CheckpointError::malformed(path, "header", e.to_string()))?;
+    let Header(tensors) = serde_json::from_slice(header).map_err(|e| CheckpointError::malformed(path, "header", e.to_string()))?;
     check_places(path, &tensors, bytes.len() - data_start)?;
     tensors.into_iter().map(|(name, info)| Ok((name.clone(), info.slot(path, &name, index, data_start)?))).collect()
 }

@@ -35,9 +35,7 @@ impl Weights {
     /// Adds a tensor; a name that is there already is an error.
     pub(crate) fn insert(&mut self, file: &Path, name: String, slot: Slot) -> Result<(), CheckpointError> {
         match self.slots.entry(name) {
-            Entry::Occupied(taken) => {
-                Err(CheckpointError::malformed(file, format!("tensor {}", taken.key()), "is there twice"))
-            }
+            Entry::Occupied(taken) => Err(CheckpointError::malformed(file, format!("tensor {}", taken.key()), "is there twice")),
             Entry::Vacant(free) => {
                 free.insert(slot);
                 Ok(())

@@ -87,7 +87,9 @@ fn older_and_newer_forms_of_the_configuration() {
     assert_eq!(Checkpoint::open(generation.path()).unwrap().config.eos, [2, 9]);
     let short = copy(|c| {
         let c = c.as_object_mut().unwrap();
-        c.retain(|field, _| !(field.starts_with("rope") || field.ends_with("_bias") || field.ends_with("os_token_id") || field == "head_dim"));
+        c.retain(|field, _| {
+            !(field.starts_with("rope") || field.ends_with("_bias") || field.ends_with("os_token_id") || field == "head_dim")
+        });
         c.insert("rope_scaling".into(), Value::Null);
     });
     let config = Checkpoint::open(short.path()).unwrap().config;
@@ -214,8 +216,10 @@ fn shards() {
 /// A byte-level tokenizer.json with two special tokens, in the manner of transformers.
 fn tokenizer_json() -> Value {
     let vocab: serde_json::Map<String, Value> = alphabet().into_iter().zip(0..).map(|(t, id)| (t, json!(id))).collect();
-    let special = |id: u32, content: &str| json!({"id": id, "content": content, "single_word": false, "lstrip": false,
-        "rstrip": false, "normalized": false, "special": true});
+    let special = |id: u32, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false, "special": true})
+    };
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     json!({"version": "1.0", "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
         "padding": null, "added_tokens": [special(256, "<s>"), special(257, "</s>")], "normalizer": null,
@@ -237,7 +241,11 @@ fn tokenizer_files() {
     assert!(text.chat_problem().is_some());
     let chat = json!([{"role": "user", "content": "x"}]);
     let source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}";
-    write(&dir, "tokenizer_config.json", json!({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": source}).to_string());
+    write(
+        &dir,
+        "tokenizer_config.json",
+        json!({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": source}).to_string(),
+    );
     let templated = Checkpoint::open(dir.path()).unwrap();
     assert_eq!(templated.text.as_ref().unwrap().encode_chat(&chat).unwrap(), ("<s>x</s>".into(), vec![256, 120, 257]));
     assert_ne!(templated.tokenizer_digest(), plain.tokenizer_digest());
@@ -281,7 +289,8 @@ fn streams_of_a_tokenizer_with_byte_fallback() {
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
         {"type": "Strip", "content": " ", "start": 1, "stop": 0}]});
     let words = ["▁a", "b", "▁", "<0xE4>", "<0xBD>", "<0xA0>", "<0x0A>"];
-    json["model"]["vocab"] = words.iter().zip(0..).map(|(w, id)| ((*w).to_owned(), json!(id))).collect::<serde_json::Map<_, _>>().into();
+    json["model"]["vocab"] =
+        words.iter().zip(0..).map(|(w, id)| ((*w).to_owned(), json!(id))).collect::<serde_json::Map<_, _>>().into();
     json["added_tokens"][0]["id"] = json!(7);
     json["added_tokens"][1]["id"] = json!(8);
     json["post_processor"] = Value::Null;

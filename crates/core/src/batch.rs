@@ -105,7 +105,8 @@ pub enum Output {
     },
     /// A token of an answer. The node's name in its prefill statistics is left empty.
     Token(TokenOut),
-    /// A sequence ended without its last token.
+    /// A sequence ended without its last token. One whose decode node is elsewhere keeps its slots, which a sender may be reading,
+    /// until [`Input::Release`] or [`Input::Cancel`].
     Failed(AttemptFailed),
     /// A change of what the pool caches.
     Block(BlockOp),
@@ -190,8 +191,9 @@ impl Batch {
             Input::Arrived { attempt, first_token, finished } => self.arrived(attempt, first_token, finished),
             Input::Stepped(result) => self.stepped(now, result),
             Input::Release(attempt) => {
-                if let Some(serial) = self.in_phase(attempt, Phase::Held) {
-                    self.free(serial);
+                let of = |phase| self.in_phase(attempt, phase);
+                if let Some(serial) = of(Phase::Held).or_else(|| of(Phase::Retired)) {
+                    self.end(serial);
                 }
             }
             Input::Cancel(attempt) => {
@@ -234,7 +236,7 @@ impl Batch {
             waiting: self.waiting.len() as u32,
             running: self.running.len() as u32,
             receiving: self.receiving,
-            held: self.sequences.values().filter(|s| s.phase == Phase::Held).count() as u32,
+            held: self.sequences.values().filter(|s| matches!(s.phase, Phase::Held | Phase::Retired)).count() as u32,
             preemptions: self.preemptions,
         }
     }
@@ -326,7 +328,7 @@ impl Batch {
             Phase::Running => &mut self.running,
             Phase::Receiving if enters => return self.receiving += 1,
             Phase::Receiving => return self.receiving -= 1,
-            Phase::Held | Phase::Doomed => return,
+            Phase::Held | Phase::Retired | Phase::Doomed => return,
         };
         if enters {
             set.insert(serial);
@@ -373,14 +375,27 @@ impl Batch {
     fn fail(&mut self, serial: Serial, kind: FailKind, detail: String) {
         let attempt = self.sequence(serial).attempt;
         self.outputs.push_back(Output::Failed(AttemptFailed { attempt, kind, detail }));
-        self.end(serial);
+        self.retire(serial);
+    }
+
+    /// Ends a sequence for a reason of ours. One whose slots a sender may be reading keeps them, idle, until the shell says
+    /// `Release` or `Cancel`: given out earlier, they would be read under names that are no longer theirs.
+    fn retire(&mut self, serial: Serial) {
+        let sequence = self.sequence(serial);
+        if sequence.split && matches!(sequence.phase, Phase::Running | Phase::Held) {
+            let deadline = sequence.deadline;
+            self.deadlines.remove(&(deadline, serial));
+            self.set_phase(serial, Phase::Retired);
+        } else {
+            self.end(serial);
+        }
     }
 
     fn expire(&mut self, now: Time) {
         while let Some(&(deadline, serial)) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
             if self.sequence(serial).finished {
                 // Its answer is complete; only the hand-over of its blocks ran out of time.
-                self.end(serial);
+                self.retire(serial);
             } else {
                 let phase = self.sequence(serial).phase;
                 self.fail(serial, FailKind::Deadline, format!("{} us past the deadline, {phase:?}", now.since(deadline)));
@@ -417,10 +432,10 @@ impl Batch {
             Ok(sampled) => self.advance(now, &rows, &sampled),
             Err(detail) => {
                 for row in rows {
-                    if self.sequence(row.serial).phase == Phase::Doomed {
-                        self.free(row.serial);
-                    } else {
-                        self.fail(row.serial, FailKind::Engine, detail.clone());
+                    match self.sequence(row.serial).phase {
+                        Phase::Doomed => self.free(row.serial),
+                        Phase::Retired => {}
+                        _ => self.fail(row.serial, FailKind::Engine, detail.clone()),
                     }
                 }
             }
@@ -431,9 +446,14 @@ impl Batch {
         let mut sampled = sampled.iter();
         for row in rows {
             let drawn = if row.sample { sampled.next() } else { None };
-            if self.sequence(row.serial).phase == Phase::Doomed {
-                self.free(row.serial);
-                continue;
+            match self.sequence(row.serial).phase {
+                Phase::Doomed => {
+                    self.free(row.serial);
+                    continue;
+                }
+                // Retired while the step ran: what it computed belongs to nobody.
+                Phase::Retired => continue,
+                _ => {}
             }
             self.sequence(row.serial).computed = row.end as usize;
             self.publish(row.serial);
@@ -480,7 +500,7 @@ impl Batch {
             assert_eq!(self.waiting.contains(serial), sequence.phase == Phase::Waiting);
             assert_eq!(self.running.contains(serial), sequence.phase == Phase::Running);
             let timed = self.deadlines.contains(&(sequence.deadline, *serial));
-            assert_eq!(timed, sequence.phase != Phase::Doomed, "the deadline of {}", sequence.attempt);
+            assert_eq!(timed, !matches!(sequence.phase, Phase::Retired | Phase::Doomed), "the deadline of {}", sequence.attempt);
             receiving += u32::from(sequence.phase == Phase::Receiving);
             assert!(sequence.phase != Phase::Doomed || self.flight.is_some(), "{} waits for no step", sequence.attempt);
         }

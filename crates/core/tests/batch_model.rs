@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use batch_common::{Dice, Rig, attempt, config, expected, split, ticket};
 use millrace_core::batch::{BatchConfig, Input, Output};
 use millrace_core::engine::EngineError;
-use millrace_core::ids::{BlockHash, SlotRef, TokenId};
+use millrace_core::ids::{AttemptId, BlockHash, SlotRef, TokenId};
 use millrace_core::message::{BlockOp, FailKind, Ticket};
 
 /// What the test knows of one request.
@@ -31,6 +31,8 @@ struct World {
     requests: BTreeMap<u128, Request>,
     cached: BTreeSet<BlockHash>,
     finished: usize,
+    /// Split requests that failed: their blocks stay until the sender is through with them.
+    retired: Vec<AttemptId>,
 }
 
 impl World {
@@ -46,7 +48,15 @@ impl World {
             ..config(slots)
         };
         let context_max = (config.context_max as usize).min(slots as usize * batch_common::BLOCK);
-        Self { rig: Rig::new(config), dice, context_max, requests: BTreeMap::new(), cached: BTreeSet::new(), finished: 0 }
+        Self {
+            rig: Rig::new(config),
+            dice,
+            context_max,
+            requests: BTreeMap::new(),
+            cached: BTreeSet::new(),
+            finished: 0,
+            retired: Vec::new(),
+        }
     }
 
     /// Prompts share prefixes of two stems; some are resumed after tokens that an earlier attempt delivered.
@@ -115,7 +125,11 @@ impl World {
                 Output::Refused { attempt, .. } => self.requests.get_mut(&attempt.request.0).unwrap().over = true,
                 Output::Failed(failed) => {
                     assert!(matches!(failed.kind, FailKind::Deadline | FailKind::Engine), "{failed:?}");
-                    self.requests.get_mut(&failed.attempt.request.0).unwrap().over = true;
+                    let request = self.requests.get_mut(&failed.attempt.request.0).unwrap();
+                    request.over = true;
+                    if request.is_split {
+                        self.retired.push(failed.attempt);
+                    }
                 }
                 Output::Block(BlockOp::Stored(name)) => assert!(self.cached.insert(name)),
                 Output::Block(BlockOp::Evicted(name)) => assert!(self.cached.remove(&name)),
@@ -178,7 +192,16 @@ impl World {
                 let outputs = self.rig.give(Input::Tick);
                 self.read(outputs);
             }
+            4 => self.drain_one(),
             _ => {}
+        }
+    }
+
+    /// The sender of a failed split request is through with its blocks.
+    fn drain_one(&mut self) {
+        if let Some(attempt) = self.retired.pop() {
+            let outputs = self.rig.give(Input::Cancel(attempt));
+            self.read(outputs);
         }
     }
 
@@ -202,6 +225,9 @@ impl World {
         }
         loop {
             while self.step(0) {}
+            while !self.retired.is_empty() {
+                self.drain_one();
+            }
             let before = self.rig.batch.stats();
             self.settle(|world, n| !world.requests[&n].over);
             if !self.step(0) && before == self.rig.batch.stats() {

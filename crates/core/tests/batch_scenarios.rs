@@ -47,7 +47,8 @@ fn the_first_token_tells_what_the_prompt_cost() {
     rig.give(Input::Add(steady(2, (1..=16).collect(), 2)));
     rig.now = Time(5_700);
     let outputs = rig.run();
-    let stats: Vec<_> = outputs.iter().filter_map(|o| if let Output::Token(t) = o { Some(t.prefill.clone()) } else { None }).collect();
+    let stats: Vec<_> =
+        outputs.iter().filter_map(|o| if let Output::Token(t) = o { Some(t.prefill.clone()) } else { None }).collect();
     let first = stats[0].as_ref().unwrap();
     assert_eq!((first.cached_tokens, first.queue_us, first.compute_us), (12, 700, 100), "the last token is always computed");
     assert_eq!(stats[1], None);
@@ -118,6 +119,8 @@ fn a_split_answer_of_one_token_is_held_too() {
     assert_eq!(rig.batch.stats().held, 1);
     rig.now = rig.now.after(2_000_000_000);
     assert_eq!(rig.give(Input::Tick), [], "its answer is out: running out of time is no failure of the attempt");
+    assert_eq!(rig.batch.stats().held, 1, "the sender may still be reading");
+    rig.give(Input::Release(attempt(1)));
     assert!(rig.batch.is_idle());
 }
 
@@ -202,7 +205,8 @@ fn waiting_is_bounded_and_in_order() {
     }
     assert_eq!(refused(&rig.give(Input::Add(steady(3, vec![5; 3], 2)))), Some(FailKind::NoRoom));
     assert_eq!(refused(&rig.give(Input::Reserve(steady(4, vec![5; 3], 2)))), Some(FailKind::NoRoom), "those that wait come first");
-    let order: Vec<_> = rig.run().iter().filter_map(|o| if let Output::Token(t) = o { Some(t.attempt.request.0) } else { None }).collect();
+    let order: Vec<_> =
+        rig.run().iter().filter_map(|o| if let Output::Token(t) = o { Some(t.attempt.request.0) } else { None }).collect();
     assert_eq!(order, [1, 1, 2, 2]);
 }
 
@@ -352,7 +356,8 @@ fn deadlines_end_every_phase() {
         t.budget_us = budget_us;
         if is_split { split(t) } else { t }
     };
-    let (held, decoding, receiving, waits) = (timed(1, true, 900), timed(2, false, 1_000), timed(3, false, 1_100), timed(4, false, 800));
+    let (held, decoding, receiving, waits) =
+        (timed(1, true, 900), timed(2, false, 1_000), timed(3, false, 1_100), timed(4, false, 800));
     rig.give(Input::Add(held));
     rig.step();
     rig.give(Input::Add(decoding));
@@ -369,6 +374,8 @@ fn deadlines_end_every_phase() {
     assert_eq!(seen, [1, 4, 2, 3].map(|n| (n, FailKind::Deadline)));
     assert_eq!(rig.batch.stats().running, 1);
     rig.give(Input::Cancel(attempt(5)));
+    assert!(rig.batch.pool_stats().in_use > 0, "what a sender may still read is not given out again");
+    rig.give(Input::Release(attempt(1)));
     assert_eq!(rig.batch.pool_stats().in_use, 0);
 }
 

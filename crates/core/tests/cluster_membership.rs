@@ -1,6 +1,8 @@
 //! Joins, leases, fencing and snapshots of the replicated state, one rule a test.
 
-use millrace_core::cluster::{Answer, Cluster, CodecError, Command, DeltaVerdict, LEASE_US, NodeState, SnapshotVerdict, decode, encode};
+use millrace_core::cluster::{
+    Answer, Cluster, CodecError, Command, DeltaVerdict, LEASE_US, NodeState, SnapshotVerdict, decode, encode,
+};
 use millrace_core::ids::{BlockHash, Epoch, NodeId};
 use millrace_core::layout::{KvDtype, KvLayout};
 use millrace_core::message::{BlockOp, DELTA_OPS_MAX, Delta, Join, ModelIdentity, Role, SnapshotPage};

@@ -237,10 +237,8 @@ fn an_old_generation_has_no_effect() {
     let mut receiver = Receiver::new(grid, 0, Generation(2), Time(100));
     let span = Span { layer: 0, layers: 1, block: 0, blocks: 1 };
     assert!(!receiver.admit(Generation(1), &span));
-    receiver.handle(
-        Time(1),
-        recv::Input::Fin { generation: Generation(1), cells: 1, digest_sum: 0, first_token: 1, finished: false },
-    );
+    receiver
+        .handle(Time(1), recv::Input::Fin { generation: Generation(1), cells: 1, digest_sum: 0, first_token: 1, finished: false });
     assert_eq!((receiver.poll(), receiver.is_over(), receiver.stale_frames()), (None, false, 2));
 }
 
@@ -249,7 +247,8 @@ fn full_prefix_hit_sends_nothing_and_completes() {
     let grid = Grid { layers: 4, blocks: 2, cell_bytes: 64 };
     let mut sender = Sender::new(grid, 2, Time(100));
     let mut receiver = Receiver::new(grid, 2, Generation(1), Time(100));
-    sender.handle(Time(1), send::Input::Granted { have_blocks: 2, generation: Generation(1), credit_bytes: receiver.credit_bytes() });
+    sender
+        .handle(Time(1), send::Input::Granted { have_blocks: 2, generation: Generation(1), credit_bytes: receiver.credit_bytes() });
     sender.handle(Time(2), send::Input::Computed { first_token: 9, finished: true });
     let Some(send::Output::Fin { generation, cells, digest_sum, first_token, finished }) = sender.poll() else {
         panic!("the manifest of nothing is due")

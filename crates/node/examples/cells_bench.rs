@@ -37,7 +37,10 @@ async fn main() -> anyhow::Result<()> {
     let (seconds, gigabytes) = (begin.elapsed().as_secs_f64(), (pairs * streams * CELLS * CELL_BYTES) as f64 / 1e9);
     println!("{gigabytes:.2} GB in {seconds:.2} s: {:.2} GB/s over {pairs} connection(s)", gigabytes / seconds);
     let stats = connections[0].0.quic.stats();
-    println!("mtu {} lost {} of {} packets, {} congestion events", stats.path.current_mtu, stats.path.lost_packets, stats.path.sent_packets, stats.path.congestion_events);
+    println!(
+        "mtu {} lost {} of {} packets, {} congestion events",
+        stats.path.current_mtu, stats.path.lost_packets, stats.path.sent_packets, stats.path.congestion_events
+    );
     Ok(())
 }
 

@@ -47,7 +47,11 @@ pub struct EndpointConfig {
 
 impl Default for EndpointConfig {
     fn default() -> Self {
-        Self { idle_timeout: Duration::from_secs(3), keep_alive: Duration::from_millis(300), connect_timeout: Duration::from_secs(3) }
+        Self {
+            idle_timeout: Duration::from_secs(3),
+            keep_alive: Duration::from_millis(300),
+            connect_timeout: Duration::from_secs(3),
+        }
     }
 }
 

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use millrace_core::message::Role;
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
@@ -300,7 +302,9 @@ fn why_not(error: &rustls::Error) -> String {
     match reason {
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => format!("expired: {reason}"),
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => format!("not valid yet: {reason}"),
-        CertificateError::UnknownIssuer | CertificateError::BadSignature => format!("signed by another authority than {CA_CERT} beside it"),
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+            format!("signed by another authority than {CA_CERT} beside it")
+        }
         other => other.to_string(),
     }
 }

@@ -64,8 +64,7 @@ async fn read_request(stream: &mut TcpStream) -> Option<String> {
         text.extend_from_slice(&buffer[..n]);
         let whole = String::from_utf8_lossy(&text).into_owned();
         let Some((head, body)) = whole.split_once("\r\n\r\n") else { continue };
-        let length =
-            head.to_lowercase().lines().find_map(|l| l.strip_prefix("content-length:").map(|v| v.trim().parse().unwrap()));
+        let length = head.to_lowercase().lines().find_map(|l| l.strip_prefix("content-length:").map(|v| v.trim().parse().unwrap()));
         if body.len() >= length.unwrap_or(0) {
             return Some(whole);
         }

@@ -85,7 +85,7 @@ pub struct UpArgs {
     /// Blocks of each node's KV pool
     #[arg(long)]
     pub kv_blocks: Option<u32>,
-    /// Threads of each node's engine; 0 takes all processors
+    /// Threads of each node's engine; 0 shares the processors among the nodes
     #[arg(long, default_value_t = 0)]
     pub threads: u16,
     /// Leave a process that dies dead
@@ -344,6 +344,7 @@ fn specs(args: &UpArgs, place: &Place, bin: &Path) -> Vec<Spec> {
         let (program, log) = (bin.join(kind.binary()), place.log(name));
         Spec { name: name.to_owned(), kind, program, args: args_of.collect(), log, restart: !args.no_restart }
     };
+    let threads = engine_threads(args.threads, file.nodes.len());
     let mut specs = Vec::new();
     for c in &file.coordinators {
         let own = [("--id", c.id.to_string()), ("--peers", peers.clone()), ("--listen", c.quic.to_string())];
@@ -352,10 +353,16 @@ fn specs(args: &UpArgs, place: &Place, bin: &Path) -> Vec<Spec> {
     }
     for node in &file.nodes {
         let kind = if node.kind == Kind::Prefill.as_str() { Kind::Prefill } else { Kind::Decode };
-        let mut own = vec![("--coordinators", peers.clone()), ("--threads", args.threads.to_string())];
+        let mut own = vec![("--coordinators", peers.clone()), ("--threads", threads.to_string())];
         own.extend(args.kv_blocks.map(|blocks| ("--kv-blocks", blocks.to_string())));
         own.extend(args.checksum_engine.map(|us| ("--checksum-engine", us.to_string())));
         specs.push(spec(&node.name, kind, own));
     }
     specs
+}
+
+/// Engines that wait for one another's processors are slower than engines with fewer threads.
+fn engine_threads(asked: u16, nodes: usize) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if asked > 0 { usize::from(asked) } else { (cores / nodes.max(1)).max(1) }
 }

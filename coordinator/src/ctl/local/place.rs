@@ -83,8 +83,9 @@ fn describe(args: &UpArgs, dir: &Path, former: Option<ClusterFile>, http: Socket
     let former_ports: Vec<SocketAddr> = former.iter().flat_map(|file| &file.coordinators).map(|c| c.quic).collect();
     if former.is_some() && former_ports.len() != coordinators.len() {
         let (was, is) = (former_ports.len(), coordinators.len());
-        return Err(Exit::Conflict
-            .error(format!("{} holds a cluster of {was} coordinators, not {is}; take another folder", dir.display())));
+        return Err(
+            Exit::Conflict.error(format!("{} holds a cluster of {was} coordinators, not {is}; take another folder", dir.display()))
+        );
     }
     let ports = free_ports(coordinators.len(), &former_ports)?;
     let entry = |(i, name): (usize, String)| CoordinatorEntry { id: i as u64 + 1, name, quic: ports[i], http: None, pid: None };

@@ -21,6 +21,8 @@ pub(super) enum Phase {
     Receiving,
     /// Has slots that the hand-over reads.
     Held,
+    /// Ended for a reason of ours, but the hand-over may still read its slots.
+    Retired,
     /// Ended, but the step in flight uses its slots.
     Doomed,
 }
@@ -117,11 +119,7 @@ impl Sequence {
     pub fn finish(&self, context_max: u32) -> Option<Finish> {
         let end = self.tokens.last().is_some_and(|&token| self.sampling.is_end(token));
         let full = self.answered() >= self.sampling.max_new || self.tokens.len() >= context_max as usize;
-        if end {
-            Some(Finish::Stop)
-        } else {
-            full.then_some(Finish::Length)
-        }
+        if end { Some(Finish::Stop) } else { full.then_some(Finish::Length) }
     }
 
     /// Names of all blocks of the known tokens, the unfinished last one's included.
@@ -187,7 +185,7 @@ impl Sequence {
                 assert!(self.pending() > 0, "{id} has nothing to compute");
                 assert!(self.table.len() * block_tokens >= self.tokens.len() - 1, "the table of {id} is short");
             }
-            Phase::Receiving | Phase::Held | Phase::Doomed => {
+            Phase::Receiving | Phase::Held | Phase::Retired | Phase::Doomed => {
                 assert!(self.table.len() * block_tokens >= self.computed, "the table of {id} is short");
             }
         }

@@ -5,8 +5,8 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use super::{
-    Answer, Assembly, Cluster, Command, DeltaVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX, Node, NodeState, REPLICAS_MAX,
-    RENEW_STEP_MAX_US, ReplicaInfo, SnapshotVerdict, TENANTS_MAX,
+    Answer, Assembly, Cluster, Command, DeltaVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX, Node, NodeState, RENEW_STEP_MAX_US,
+    REPLICAS_MAX, ReplicaInfo, SnapshotVerdict, TENANTS_MAX,
 };
 use crate::holders::BLOCKS_MAX;
 use crate::identity::TenantKey;

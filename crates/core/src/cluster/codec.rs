@@ -226,7 +226,17 @@ mod tests {
         let held = || Held { node: id, seq: 4, refused: 3, blocks: vec![BlockHash([1; 16])] };
         let image = |nodes, holders| {
             let (tenants, replicas, assemblies) = (Vec::new(), Vec::new(), Vec::new());
-            Image { applied: 9, now_us: 0, last_epoch: epoch, model: Some(model.clone()), nodes, tenants, replicas, assemblies, holders }
+            Image {
+                applied: 9,
+                now_us: 0,
+                last_epoch: epoch,
+                model: Some(model.clone()),
+                nodes,
+                tenants,
+                replicas,
+                assemblies,
+                holders,
+            }
         };
         let bytes = to_bytes(&image(vec![node("x")], vec![held()]));
         let cluster = Cluster::restore(&bytes).unwrap();

@@ -9,9 +9,9 @@ use millrace_core::batch::{Batch, Input, Output};
 use millrace_core::engine::{EngineError, Sampled};
 use millrace_core::ids::{AttemptId, BlockHash, Generation, ReplicaId, SlotRef, Time};
 use millrace_core::message::{AttemptFailed, FailKind, Granted, Load, Message, Peer, Ticket, TokenOut};
+use millrace_core::transfer::Grid;
 use millrace_core::transfer::recv::{self, Receiver};
 use millrace_core::transfer::send::{self, Sender};
-use millrace_core::transfer::Grid;
 use tokio::sync::mpsc;
 
 use super::compute::Compute;
@@ -26,6 +26,8 @@ use crate::shutdown::Shutdown;
 
 /// Events handled before outputs are looked at again: keeps a flood of layer events from delaying tokens.
 const EVENTS_PER_TURN: usize = 256;
+/// Machines learn at least this often that time has passed; their deadlines are seconds away.
+const TICK_US: u64 = 50_000;
 /// A stopping node finishes what it has for at most this long.
 const DRAIN_MAX_US: u64 = 20_000_000;
 
@@ -53,12 +55,17 @@ pub(super) struct Drive {
     pub(super) cancelled: HashSet<AttemptId>,
     pub(super) generation: u32,
     pub(super) stopping_since: Option<Time>,
+    /// When the machines are next told that time has passed.
+    pub(super) next_tick: Time,
 }
 
 impl Drive {
     /// Runs until shutdown, or until the node may not be a member.
     pub(super) async fn run(mut self, shutdown: Shutdown) -> Result<()> {
         loop {
+            if self.now() >= self.next_tick {
+                self.on_tick();
+            }
             self.advance()?;
             if self.stopped() {
                 return Ok(());
@@ -69,7 +76,7 @@ impl Drive {
                     let event = event.context("every source of events is gone")?;
                     self.on_events(event)?;
                 }
-                () = tokio::time::sleep(wait) => self.on_tick(),
+                () = tokio::time::sleep(wait) => {}
                 _ = shutdown.wait(), if self.stopping_since.is_none() => self.begin_stop(),
             }
         }
@@ -278,7 +285,7 @@ impl Drive {
         let meant = ticket.decode.as_ref().map(|peer| (peer.node, peer.epoch));
         if meant.is_none() || meant != self.uplinks.joined() || self.stopping_since.is_some() {
             let detail = "the ticket does not name this incarnation of this node, or it is stopping".into();
-            self.peers.send(no, Message::Declined { attempt, kind: FailKind::BadTicket, detail });
+            self.peers.send(no, Message::Declined { attempt, kind: FailKind::PeerLost, detail });
             return;
         }
         if self.gateways.contains_key(&attempt) || self.asking.contains_key(&attempt) {
@@ -434,6 +441,9 @@ impl Drive {
                 let (kind, detail) = (failed.kind, failed.detail.clone());
                 let outputs = self.receptions.handle(self.clock, failed.attempt, recv::Input::Cancel(kind, detail));
                 self.on_reception(failed.attempt, outputs);
+                if !self.sendings.contains(failed.attempt) {
+                    self.batch.handle(self.clock.now(), Input::Cancel(failed.attempt));
+                }
                 self.fail(failed.attempt, failed.kind, failed.detail);
             }
             Output::Block(op) => self.uplinks.publish(self.clock.now(), op),
@@ -449,13 +459,7 @@ impl Drive {
         }
     }
 
-    fn on_reserved(
-        &mut self,
-        attempt: AttemptId,
-        table: Vec<SlotRef>,
-        names: Vec<BlockHash>,
-        have_blocks: u32,
-    ) {
+    fn on_reserved(&mut self, attempt: AttemptId, table: Vec<SlotRef>, names: Vec<BlockHash>, have_blocks: u32) {
         let Some((no, ticket)) = self.asking.remove(&attempt) else { return };
         self.generation = self.generation.wrapping_add(1);
         let generation = Generation(self.generation);
@@ -485,11 +489,11 @@ impl Drive {
     // --- time and the end ------------------------------------------------------------------------------------------
 
     fn deadline(&self) -> Time {
-        let coarse = self.now().after(100_000);
-        [Some(self.uplinks.deadline()), self.batch.deadline(), Some(coarse)].into_iter().flatten().min().unwrap_or(coarse)
+        self.uplinks.deadline().min(self.next_tick)
     }
 
     fn on_tick(&mut self) {
+        self.next_tick = self.now().after(TICK_US);
         self.batch.handle(self.now(), Input::Tick);
         for attempt in self.sendings.attempts() {
             self.send_input(attempt, send::Input::Tick);

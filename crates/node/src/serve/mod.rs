@@ -105,12 +105,8 @@ impl Node {
         let clock = Clock(Instant::now());
         let (events_tx, events) = mpsc::channel(event::EVENTS_MAX);
         let receptions = receiving::Receptions::default();
-        let streams = receiving::StreamContext {
-            receptions: receptions.clone(),
-            slab: Arc::clone(&slab),
-            clock,
-            events: events_tx.clone(),
-        };
+        let streams =
+            receiving::StreamContext { receptions: receptions.clone(), slab: Arc::clone(&slab), clock, events: events_tx.clone() };
         let links = links::Links::new(streams);
         let (hello, hellos) = watch::channel(hello);
         for (replica, addr) in &self.config.coordinators {
@@ -138,6 +134,7 @@ impl Node {
             cancelled: HashSet::new(),
             generation: 0,
             stopping_since: None,
+            next_tick: Time(0),
         };
         let result = drive.run(shutdown).await;
         endpoint.close("the node has stopped").await;
