@@ -1,0 +1,70 @@
+//! Processes: where the binaries are, how one is run to its end, and signals.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How a program that ran to its end went.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Its exit code; `None` when a signal ended it.
+    pub code: Option<i32>,
+    /// What it printed.
+    pub stdout: String,
+    /// What it complained about.
+    pub stderr: String,
+}
+
+impl Ended {
+    /// Panics unless it failed and named all of `words` in its complaint.
+    pub fn assert_refused(&self, words: &[&str]) {
+        assert!(self.code.is_some_and(|code| code != 0), "it should refuse to start: {self:?}");
+        let last = self.stderr.lines().last().unwrap_or_default();
+        for word in words {
+            assert!(last.contains(word), "the reason should name {word:?}: {}", self.stderr);
+        }
+    }
+}
+
+/// A binary of the workspace, beside the test executable.
+///
+/// # Panics
+/// When it was not built.
+#[must_use]
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a test has an executable");
+    let release = test.parent().and_then(|deps| deps.parent()).expect("tests lie in the folder `deps`");
+    let path = release.join(name);
+    assert!(path.exists(), "{} is not there; build the workspace first: cargo build --release --workspace", path.display());
+    path
+}
+
+/// Runs a binary of the workspace to its end. It is killed when that takes longer than `wait_max`.
+///
+/// # Panics
+/// When it does not end.
+pub async fn run(name: &str, args: &[&str], wait_max: Duration) -> Ended {
+    let mut command = tokio::process::Command::new(binary(name));
+    let child = command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).spawn();
+    let ended = child.unwrap_or_else(|e| panic!("{name}: {e}")).wait_with_output();
+    let output = tokio::time::timeout(wait_max, ended).await;
+    let output = output.unwrap_or_else(|_| panic!("{name} {args:?} did not end within {} s", wait_max.as_secs()));
+    let output = output.unwrap_or_else(|e| panic!("{name}: {e}"));
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Ended { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// Sends a signal (`KILL`, `STOP`, `CONT`, `TERM`); whether there was a process to take it.
+#[must_use]
+pub fn signal(name: &str, pid: u32) -> bool {
+    let mut kill = Command::new("kill");
+    let status = kill.arg(format!("-{name}")).arg(pid.to_string()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// Whether a process lives. A process that ended and was not waited for does not.
+#[must_use]
+pub fn lives(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+}
