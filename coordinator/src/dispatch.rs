@@ -168,7 +168,7 @@ impl Dispatcher {
     /// Requests that run on this replica.
     #[must_use]
     pub fn running(&self) -> usize {
-        self.0.registry.len()
+        self.0.registry.running()
     }
 
     /// A token came from a node.

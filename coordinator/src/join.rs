@@ -120,7 +120,8 @@ mod tests {
     #[test]
     fn a_join_must_fit_its_link_and_the_model() {
         assert_eq!(check(&who(1), &asks(1), &model()), Ok(()));
-        let cases: [(fn(&mut Join), &str); 5] = [
+        type Spoil = fn(&mut Join);
+        let cases: [(Spoil, &str); 5] = [
             (|j| j.name = "prefill-1".into(), "certificate"),
             (|j| j.role = Role::Decode, "certificate"),
             (|j| j.instance = 2, "instance"),

@@ -139,7 +139,10 @@ fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica,
     Ok((Replica { app: Arc::new(app), endpoint, proposer }, listener))
 }
 
-fn start_raft(config: &Config, cluster: SharedCluster) -> Result<(RaftHandle, mpsc::Receiver<(u64, Vec<u8>)>)> {
+/// Frames for other replicas, by raft id.
+type RaftFrames = mpsc::Receiver<(u64, Vec<u8>)>;
+
+fn start_raft(config: &Config, cluster: SharedCluster) -> Result<(RaftHandle, RaftFrames)> {
     let dir = config.args.dir.clone();
     let raft_config = RaftConfig::new(config.me.0, config.voters(), dir.clone(), config.args.cluster.as_str());
     let (outgoing, frames) = mpsc::channel(RAFT_FRAMES_MAX);

@@ -1,6 +1,8 @@
 //! Three real replicas on loopback, with nodes and an operator played by the test: joining, identity, cache changes through any
 //! replica, and the loss of the leader.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};

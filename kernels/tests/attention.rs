@@ -1,5 +1,7 @@
 //! Paged decode attention of every instruction set against a naive one in f64, and its independence of neighbours.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use half::bf16;
 use millrace_kernels::{AttentionError, DecodeShape, Element, Isa, KvSlab, paged_decode};
 

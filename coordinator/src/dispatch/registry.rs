@@ -78,7 +78,7 @@ impl Registry {
     }
 
     /// Requests in the table.
-    pub fn len(&self) -> usize {
+    pub fn running(&self) -> usize {
         self.entries.lock().len()
     }
 

@@ -187,8 +187,8 @@ mod tests {
 
     #[test]
     fn floats_and_rounding() {
-        let f32s = view(TensorType::F32, [1.5f32, -0.0, 1.00390625].iter().flat_map(|x| x.to_le_bytes()).collect());
-        assert_eq!(f32s.to_f32(), [1.5, 0.0, 1.00390625]);
+        let f32s = view(TensorType::F32, [1.5f32, -0.0, 1.003_906_3].iter().flat_map(|x| x.to_le_bytes()).collect());
+        assert_eq!(f32s.to_f32(), [1.5, 0.0, 1.003_906_3]);
         // 1 + 2^-8 is half way between two bfloat16: ties go to even.
         assert_eq!(f32s.to_bf16()[2].to_f32(), 1.0);
         assert_eq!(view(TensorType::F16, half(0.1).to_vec()).to_f32(), [f16::from_f32(0.1).to_f32()]);

@@ -1,5 +1,7 @@
 //! Hugging Face directories: forms of config.json, shards, tokenizer files, and hostile versions of each.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod common;
 
 use common::{Seeded, alphabet, mutate, shared, tiny, use_all};

@@ -1,5 +1,7 @@
 //! GGUF files: what a sound one gives, and that every unsound one is refused by the name of what is wrong.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod common;
 
 use common::{Gguf, Seeded, alphabet, array, mutate, open_bytes, q8_0, refused, string, tiny, tiny_gguf, use_all};

@@ -1,5 +1,7 @@
 //! The demo's model against the reference: tokens, texts and chats of transformers. Runs where both are on the machine.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod common;
 
 use common::{shared, use_all};

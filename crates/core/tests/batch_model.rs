@@ -1,6 +1,8 @@
 //! Random tickets, hand-overs, cancels, engine failures and preemptions: every request that is let live delivers exactly
 //! the tokens of an undisturbed model, and all room comes back.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod batch_common;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,5 +1,7 @@
 //! What a batch does in single situations.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod batch_common;
 
 use batch_common::{BLOCK, Rig, answer, attempt, config, expected, split, steady, ticket};

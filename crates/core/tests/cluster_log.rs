@@ -1,6 +1,8 @@
 //! The replicated state under random logs: every invariant after every entry, and replicas that are equal to the byte however
 //! they came to be (from the first entry, or from a snapshot at any point).
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use millrace_core::cluster::{Answer, Cluster, Command, NodeState, ReplicaInfo, decode, decode_answer, encode, encode_answer};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId};

@@ -1,5 +1,7 @@
 //! Joins, leases, fencing and snapshots of the replicated state, one rule a test.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use millrace_core::cluster::{
     Answer, Cluster, CodecError, Command, DeltaVerdict, LEASE_US, NodeState, SnapshotVerdict, decode, encode,
 };

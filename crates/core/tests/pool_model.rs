@@ -1,5 +1,7 @@
 //! The pool against a naive model that recomputes everything at each step, and its answers to misuse.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use millrace_core::ids::{BlockHash, Generation, Slot, SlotRef};
 use millrace_core::message::BlockOp;
 use millrace_core::pool::{Pool, PoolFull, Published};

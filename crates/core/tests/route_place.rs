@@ -1,5 +1,7 @@
 //! Placement: laws that hold for any view (property tests), and the plain cases by hand.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_core::message::{Load, Role};
 use millrace_core::route::{Ask, CostModel, NoPlace, NodeView, Slo, TIE_PERCENT, View, cost, place};

@@ -69,7 +69,8 @@ async fn chat(cluster: &Cluster) {
 
 /// A stop string ends the answer before it, also where it lies over several tokens, and the answer ends early.
 async fn stops(cluster: &Cluster) {
-    let base = json!({"model": cluster.model, "prompt": "1, 2, 3, 4, 5,", "max_tokens": 40, "temperature": 0, "return_token_ids": true});
+    let base =
+        json!({"model": cluster.model, "prompt": "1, 2, 3, 4, 5,", "max_tokens": 40, "temperature": 0, "return_token_ids": true});
     let free = streamed(cluster, COMPLETIONS, &base).await;
     let pieces: Vec<&str> = free.chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect();
     assert!(pieces.len() > 10, "{pieces:?}");
@@ -92,7 +93,8 @@ async fn stops(cluster: &Cluster) {
 /// The end token ends an answer, unless it is to be ignored.
 async fn end_token(cluster: &Cluster) {
     let messages = json!([{"role": "user", "content": "Hello! Who are you?"}]);
-    let mut body = json!({"model": cluster.model, "messages": messages, "max_tokens": 60, "temperature": 0, "return_token_ids": true});
+    let mut body =
+        json!({"model": cluster.model, "messages": messages, "max_tokens": 60, "temperature": 0, "return_token_ids": true});
     let ended = streamed(cluster, CHAT, &body).await;
     assert!(ended.ids.len() < 60 && ended.finish.as_deref() == Some("stop"), "{ended:?}");
     assert!(!ended.text.contains("<|im_end|>"), "special tokens are no text: {}", ended.text);
@@ -124,7 +126,13 @@ async fn pages(cluster: &Cluster) {
     for member in cluster.status().await.unwrap().members {
         seen += &http::send(member.http.unwrap(), "GET", "/metrics", "").await.unwrap().text;
     }
-    for name in ["gen_ai_server_time_to_first_token", "gen_ai_server_request_duration", "millrace_tokens", "millrace_raft_applied", "millrace_node_blocks"] {
+    for name in [
+        "gen_ai_server_time_to_first_token",
+        "gen_ai_server_request_duration",
+        "millrace_tokens",
+        "millrace_raft_applied",
+        "millrace_node_blocks",
+    ] {
         assert!(seen.contains(name), "no metric {name}: {seen}");
     }
 }

@@ -23,7 +23,14 @@ struct Case {
 }
 
 /// A good request with some fields changed; null takes a field away.
-fn spoiled(model: &str, path: &'static str, change: Value, status: u16, param: Option<&'static str>, words: &'static [&'static str]) -> Case {
+fn spoiled(
+    model: &str,
+    path: &'static str,
+    change: Value,
+    status: u16,
+    param: Option<&'static str>,
+    words: &'static [&'static str],
+) -> Case {
     let mut body = json!({"model": model, "max_tokens": 4, "temperature": 0});
     match path {
         CHAT => body["messages"] = json!([{"role": "user", "content": "hello"}]),
@@ -103,7 +110,11 @@ fn check(case: &Case, reply: &http::Reply) -> Result<(), String> {
     let words = case.words.iter().all(|word| message.contains(word));
     let kind = error["type"] == "invalid_request_error";
     let right = reply.status == case.status && words && kind && error["param"].as_str() == case.param;
-    if right { Ok(()) } else { Err(format!("expected {} {:?} {:?}, got {} {error}", case.status, case.param, case.words, reply.status)) }
+    if right {
+        Ok(())
+    } else {
+        Err(format!("expected {} {:?} {:?}, got {} {error}", case.status, case.param, case.words, reply.status))
+    }
 }
 
 /// Processes by name: none may have been replaced.
@@ -136,7 +147,9 @@ async fn every_bad_request_gets_a_clear_error_and_no_process_minds() {
         let checked = reply.and_then(|reply| check(&case, &reply));
         wrong.extend(checked.err().map(|reason| format!("{} {:.200}: {reason}", case.path, case.body)));
     }
-    for (method, path) in [("GET", COMPLETIONS), ("GET", CHAT), ("DELETE", "/v1/models"), ("POST", "/metrics"), ("PUT", COMPLETIONS)] {
+    for (method, path) in
+        [("GET", COMPLETIONS), ("GET", CHAT), ("DELETE", "/v1/models"), ("POST", "/metrics"), ("PUT", COMPLETIONS)]
+    {
         let reply = http::send(cluster.http, method, path, "").await.unwrap();
         if reply.status != 405 || reply.error().is_err() {
             wrong.push(format!("{method} {path}: {} {}", reply.status, reply.text));

@@ -56,7 +56,8 @@ impl Asked {
         };
         let bodies: Vec<Value> = (0..STREAMS + LATE).map(body).collect();
         let mut asked = Self { bodies, answers: Vec::new() };
-        let running: Vec<_> = (0..STREAMS + LATE).map(|n| asked.start(cluster, n, "undisturbed", 0, Arc::new(Semaphore::new(0)))).collect();
+        let running: Vec<_> =
+            (0..STREAMS + LATE).map(|n| asked.start(cluster, n, "undisturbed", 0, Arc::new(Semaphore::new(0)))).collect();
         for (n, running) in running.into_iter().enumerate() {
             let answer = running.await.unwrap();
             assert_eq!(answer.end, End::Whole, "undisturbed {n}");

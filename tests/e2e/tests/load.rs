@@ -34,7 +34,7 @@ async fn sampled(cluster: &Cluster, rows: &[Row], n: usize) -> Result<(), String
         "model": cluster.model, "prompt": prompt, "temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": n, "max_tokens": want,
         "ignore_eos": true, "return_token_ids": true,
     });
-    let (ids, usage) = if n % 2 == 0 {
+    let (ids, usage) = if n.is_multiple_of(2) {
         body["stream"] = json!(true);
         body["stream_options"] = json!({"include_usage": true});
         let answer = complete(cluster.http, "/v1/completions", &body).await;

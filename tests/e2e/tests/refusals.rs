@@ -114,7 +114,22 @@ async fn a_model_that_cannot_be_served_is_refused_by_name() {
     }
     scratch.node("decode", &half, &[]).await.assert_refused(&["half.gguf", "tensor"]);
     let (dir, model) = (scratch.text("up"), gpt2.display().to_string());
-    let up = ["local", "up", "--model", &model, "--coordinators", "1", "--prefill", "1", "--decode", "1", "--http", "127.0.0.1:0", "--dir", &dir];
+    let up = [
+        "local",
+        "up",
+        "--model",
+        &model,
+        "--coordinators",
+        "1",
+        "--prefill",
+        "1",
+        "--decode",
+        "1",
+        "--http",
+        "127.0.0.1:0",
+        "--dir",
+        &dir,
+    ];
     let ended = process::run("millctl", &up, WAIT_MAX).await;
     assert!(ended.code.is_some_and(|code| code != 0) && ended.stderr.contains("GPT2"), "{ended:?}");
     assert!(!ended.stdout.contains("ready"), "{ended:?}");
@@ -131,7 +146,22 @@ async fn a_port_in_use_is_refused_by_its_number() {
     scratch.coordinator(&tiny, &["--listen", &quic]).await.assert_refused(&[&quic, "in use"]);
     scratch.coordinator(&tiny, &["--http", &http]).await.assert_refused(&[&http, "in use"]);
     let (dir, model) = (scratch.text("up"), tiny.display().to_string());
-    let up = ["local", "up", "--model", &model, "--coordinators", "1", "--prefill", "1", "--decode", "1", "--http", &http, "--dir", &dir];
+    let up = [
+        "local",
+        "up",
+        "--model",
+        &model,
+        "--coordinators",
+        "1",
+        "--prefill",
+        "1",
+        "--decode",
+        "1",
+        "--http",
+        &http,
+        "--dir",
+        &dir,
+    ];
     let ended = process::run("millctl", &up, WAIT_MAX).await;
     assert!(ended.code.is_some_and(|code| code != 0) && ended.stderr.contains(&http), "{ended:?}");
 }
@@ -172,7 +202,8 @@ async fn a_second_node_of_one_name_or_with_another_model_is_refused_and_the_clus
     let cluster = Cluster::start(Plan::checksum(100)).await;
     let before = cluster.rests().await;
     let certs = cluster.dir().join(cluster.file()["certs"].as_str().unwrap()).display().to_string();
-    let issued = process::run("millctl", &["certs", "issue", "--dir", &certs, "--role", "prefill", "--name", "prefill-9"], WAIT_MAX).await;
+    let issued =
+        process::run("millctl", &["certs", "issue", "--dir", &certs, "--role", "prefill", "--name", "prefill-9"], WAIT_MAX).await;
     assert_eq!(issued.code, Some(0), "{issued:?}");
     let other = cluster.scratch().join("other");
     fs::create_dir(&other).unwrap();

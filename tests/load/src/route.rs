@@ -66,7 +66,7 @@ fn decide(holders: &Holders, names: &[BlockHash], tokens: usize) {
     let prefixes = holders.prefix_lengths(names);
     let view = |node: u16| NodeView {
         node: NodeId(node),
-        role: if node % 2 == 0 { Role::Prefill } else { Role::Decode },
+        role: if node.is_multiple_of(2) { Role::Prefill } else { Role::Decode },
         usable: true,
         epoch: Epoch(node.into()),
         load: Load { running: u32::from(node % 5), queued_tokens: u64::from(node) * 100, ..Load::default() },

@@ -135,6 +135,7 @@ pub struct SpanJob {
 
 /// What a node wants done.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a few live at a time")]
 pub enum Act {
     /// Say this on a link.
     Send(LinkNo, Message),

@@ -20,7 +20,7 @@ impl World {
             0..=2 => self.crash(host),
             3 => {
                 let life = self.hosts[host].life;
-                self.to_node(host, life, NodeEvent::Stop);
+                self.tell_node(host, life, NodeEvent::Stop);
             }
             4..=5 => self.close_way(host, None),
             6..=8 => {

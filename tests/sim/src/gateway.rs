@@ -80,6 +80,7 @@ pub struct Request {
 
 /// What the gateway wants done.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a few live at a time")]
 pub enum Act {
     /// Say this on a link.
     Send(LinkNo, Message),

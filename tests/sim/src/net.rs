@@ -79,8 +79,8 @@ impl World {
         let Some(state) = self.links.get(&link).filter(|l| l.open) else { return };
         let end = if to_dialler { Some(state.dialler) } else { state.acceptor };
         match end {
-            Some((host, life)) => self.to_node(host, life, NodeEvent::Message(link, message)),
-            None => self.to_coordinator(link, *message),
+            Some((host, life)) => self.tell_node(host, life, NodeEvent::Message(link, message)),
+            None => self.tell_coordinator(link, *message),
         }
     }
 
@@ -102,7 +102,7 @@ impl World {
             self.coordinator.down(link);
             return self.gateway.sweep(self.now, &self.coordinator);
         };
-        self.to_node(host, life, NodeEvent::Down(link));
+        self.tell_node(host, life, NodeEvent::Down(link));
         let cut: Vec<_> = self.streams.iter().filter(|(_, s)| s.job.link == link && s.host == host).map(|(no, _)| *no).collect();
         for no in cut {
             self.end_stream(no, Some("the connection is lost"));
@@ -131,7 +131,7 @@ impl World {
         let Some(node) = &state.node else { return };
         let (name, instance, who) = (state.name.clone(), node.uplink.instance(), node.uplink.joined());
         self.coordinator.up(self.now, (host, name), link, instance, who);
-        self.to_node(host, life, NodeEvent::UplinkUp(link));
+        self.tell_node(host, life, NodeEvent::UplinkUp(link));
     }
 
     pub(crate) fn dial_peer(&mut self, host: Host, life: Life, peer: &Peer) {
@@ -146,8 +146,8 @@ impl World {
         let to_life = self.hosts[to].life;
         let link = self.new_link((host, life), Some((to, to_life)));
         let own_name = self.hosts[host].name.clone();
-        self.to_node(host, life, NodeEvent::PeerUp(link, peer.name.clone(), epoch));
-        self.to_node(to, to_life, NodeEvent::PeerUp(link, own_name, own));
+        self.tell_node(host, life, NodeEvent::PeerUp(link, peer.name.clone(), epoch));
+        self.tell_node(to, to_life, NodeEvent::PeerUp(link, own_name, own));
     }
 
     // --- KV streams ------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ impl World {
         let digest_sum = stream.cells.iter().fold(0u64, |sum, cell| sum.wrapping_add(cell.digest));
         let event = NodeEvent::SpanSent(stream.job.attempt, stream.job.span, digest_sum);
         let (host, life) = (stream.host, stream.life);
-        self.to_node(host, life, event);
+        self.tell_node(host, life, event);
     }
 
     /// The receiving end of a stream, if it lives.
@@ -263,7 +263,7 @@ impl World {
         if let Some(node) = self.node(host, life).filter(|_| stream.lent) {
             stream.job.cells.iter().for_each(|(layer, _, slot, _)| node.memory.give_back(slot.slot, *layer));
         }
-        self.to_node(host, life, NodeEvent::SpanDrained(stream.job.attempt, error.filter(|_| !stream.sent)));
+        self.tell_node(host, life, NodeEvent::SpanDrained(stream.job.attempt, error.filter(|_| !stream.sent)));
     }
 
     /// The process on a host is gone, and all its links and streams with it.

@@ -214,7 +214,7 @@ impl World {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Node(host, life, event) => self.to_node(host, life, event),
+            Event::Node(host, life, event) => self.tell_node(host, life, event),
             Event::Turn(host, life) => self.turn(host, life),
             Event::Layer(host, life, layer) => self.compute(host, life, layer),
             Event::Arrives { link, to_dialler, message } => self.arrives(link, to_dialler, message),
@@ -250,7 +250,7 @@ impl World {
         state.node.as_mut().filter(|_| state.life == life)
     }
 
-    pub(crate) fn to_node(&mut self, host: Host, life: Life, event: NodeEvent) {
+    pub(crate) fn tell_node(&mut self, host: Host, life: Life, event: NodeEvent) {
         let after_us = self.random.between(TURN_US);
         if let Some(node) = self.node(host, life) {
             node.push(event);
@@ -325,7 +325,7 @@ impl World {
     }
 
     fn start(&mut self, host: Host) {
-        let (instance, offset_us) = (self.random.next().into(), self.random.below(1 << 40));
+        let (instance, offset_us) = (self.random.word().into(), self.random.below(1 << 40));
         let state = &mut self.hosts[host];
         if state.node.is_some() {
             return;
@@ -349,7 +349,7 @@ impl World {
 
     // --- coordinator and clients -----------------------------------------------------------------------------------
 
-    pub(crate) fn to_coordinator(&mut self, link: LinkNo, message: Message) {
+    pub(crate) fn tell_coordinator(&mut self, link: LinkNo, message: Message) {
         let from = self.coordinator.speaker(link);
         match (message, from) {
             (Message::Token(token), Some(from)) => self.gateway.token(from, token, &self.coordinator),

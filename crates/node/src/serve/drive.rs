@@ -132,7 +132,7 @@ impl Drive {
                     self.cancel_all_of(replica);
                 }
             }
-            LinkEvent::Message(message) => self.on_coordinator(replica, message)?,
+            LinkEvent::Message(message) => self.on_coordinator(replica, *message)?,
         }
         Ok(())
     }
@@ -220,7 +220,7 @@ impl Drive {
                     self.apply(attempt, effects);
                 }
             }
-            LinkEvent::Message(message) => self.on_peer_message(no, message),
+            LinkEvent::Message(message) => self.on_peer_message(no, *message),
             LinkEvent::Down(reason) => self.on_peer_down(no, &reason),
         }
     }

@@ -65,7 +65,7 @@ pub(super) enum LinkEvent {
     /// It is there, greetings exchanged.
     Up(Link),
     /// The peer says something.
-    Message(Message),
+    Message(Box<Message>),
     /// It is gone, and why.
     Down(String),
 }

@@ -53,7 +53,7 @@ pub(super) async fn read_link(
         return;
     }
     while let Some(message) = receiver.recv().await {
-        if events.send(event(LinkEvent::Message(message))).await.is_err() {
+        if events.send(event(LinkEvent::Message(Box::new(message)))).await.is_err() {
             return;
         }
     }

@@ -1,7 +1,8 @@
 //! The sending side of hand-overs: one machine for each attempt, and the tasks that read its cells onto streams.
 //!
 //! A task holds a read lock on every cell that it has given to the transport until the peer's transport has acknowledged it;
-//! an attempt's blocks are released only when all its tasks are through, so a slot that is written is never being read.
+//! an attempt's blocks are released only when all its tasks are through, so a slot that is written is never being read. Nobody who
+//! waits for that may hold the link: a lost connection lets go of what it never sent only when its last handle is dropped.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -85,7 +86,8 @@ impl Sendings {
 
     /// Attempts whose receiver is the node `name` and that have no link to it yet.
     pub(super) fn waiting_for(&self, name: &str) -> Vec<AttemptId> {
-        let waits = |s: &&Sending| s.link.is_none() && s.ticket.decode.as_ref().is_some_and(|peer| peer.name == name);
+        let meant = |s: &Sending| s.ticket.decode.as_ref().is_some_and(|peer| peer.name == name);
+        let waits = |s: &&Sending| s.link.is_none() && !s.machine.is_over() && meant(s);
         self.by_attempt.values().filter(waits).map(|s| s.ticket.attempt).collect()
     }
 
@@ -140,6 +142,9 @@ impl Sendings {
                     effects.push(Effect::Lost(kind, detail));
                 }
             }
+        }
+        if sending.machine.is_over() {
+            sending.link = None;
         }
         effects.extend(self.finish(attempt));
         effects
@@ -210,7 +215,7 @@ async fn send_span(mut job: SpanJob) {
 
 /// Puts the span on a stream and waits until nothing reads its cells any more: all acknowledged, or given up.
 async fn stream_span(job: &mut SpanJob) -> Result<(), String> {
-    let link = job.link.clone().ok_or("no link")?;
+    let link = job.link.take().ok_or("no link")?;
     let (lent, returned) = oneshot::channel();
     let (digests, payload) = lend_cells(job, lent);
     let digest_sum = digests.iter().fold(0u64, |sum, digest| sum.wrapping_add(*digest));
@@ -223,6 +228,7 @@ async fn stream_span(job: &mut SpanJob) -> Result<(), String> {
     if sent.is_ok() {
         let _ = job.events.send(Event::SpanSent { attempt: job.attempt, span: job.span, digest_sum }).await;
     }
+    drop(link);
     let _ = returned.await;
     sent.map(|_| ())
 }
