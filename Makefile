@@ -35,7 +35,7 @@ demo: setup ## build everything, run a whole cluster on this machine and talk to
 test: setup ## build everything and run every test
 	cd deploy && python3 -B -m unittest test_fetch
 	cargo build --release --workspace --all-targets
-	cargo test --release --workspace
+	cargo test --release --workspace --no-fail-fast
 
 check: setup ## formatting and lints; any finding fails
 	@cargo fmt --version >/dev/null 2>&1 || { echo "check: rustfmt is missing: rustup component add rustfmt" >&2; exit 1; }

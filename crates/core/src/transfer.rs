@@ -14,6 +14,10 @@ pub const CREDIT_MAX: u64 = 64 << 20;
 /// Below this a group of layers waits for the next layer, so that small models do not pay for a stream per layer.
 pub const GROUP_BYTES_MIN: u64 = 1 << 20;
 
+/// Bytes of one span, unless a single cell is larger. Well below a stream's flow-control window, so that a stream whose receiver has
+/// given up can always be sent to its end, and its cells come back.
+pub const SPAN_BYTES_MAX: u64 = 8 << 20;
+
 /// The grid of one hand-over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid {

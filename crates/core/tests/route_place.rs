@@ -128,9 +128,20 @@ proptest! {
 }
 
 #[test]
-fn an_idle_pair_of_equal_nodes_does_not_split() {
-    let nodes = [node(1, Role::Prefill), node(2, Role::Decode)];
-    assert_eq!(chosen(&nodes, &ask(500, 100)), (2, None), "a hand-over would only add to it");
+fn an_idle_decode_node_is_kept_free_unless_the_hand_over_costs_more() {
+    let mut nodes = [node(1, Role::Prefill), node(2, Role::Decode)];
+    assert_eq!(chosen(&nodes, &ask(500, 100)), (1, Some(2)), "the wire hides behind compute");
+    nodes[0].load.send_bytes_per_s = 1_000_000;
+    assert_eq!(chosen(&nodes, &ask(500, 100)), (2, None), "on a slow wire a hand-over would only add to it");
+}
+
+#[test]
+fn a_node_that_has_measured_nothing_is_like_its_peers() {
+    let mut nodes = [node(1, Role::Decode), node(2, Role::Decode)];
+    nodes[0].load.decode_step_us = 60_000;
+    nodes[0].load.prefill_ns_per_token = 2_000_000;
+    nodes[0].prefix_blocks = 20;
+    assert_eq!(chosen(&nodes, &ask(500, 100)), (1, None), "its prefix counts, not that its slowness is known");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{GROUP_BYTES_MIN, Grid, Span};
+use super::{GROUP_BYTES_MIN, Grid, SPAN_BYTES_MAX, Span};
 use crate::ids::{Generation, Time, TokenId};
 use crate::message::{FailKind, STREAM_CELLS_MAX};
 
@@ -291,7 +291,8 @@ impl Sender {
 
     fn within_credit(&self, layer: u16, layers: u16, block: u32, blocks: u32) -> Option<Span> {
         let cells_left = (self.credit_bytes - self.issued_bytes) / self.grid.cell_bytes;
-        let cells_max = cells_left.min(STREAM_CELLS_MAX as u64);
+        let span_cells = (SPAN_BYTES_MAX / self.grid.cell_bytes).clamp(1, STREAM_CELLS_MAX as u64);
+        let cells_max = cells_left.min(span_cells);
         let blocks = u64::from(blocks).min(cells_max) as u32;
         if blocks == 0 {
             return None;
