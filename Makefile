@@ -48,7 +48,7 @@ sim: ## run the whole cluster in the deterministic simulator (SEED=, SEEDS=, STE
 
 bench: setup ## measure a local cluster under load (BENCH_ARGS=...)
 	cargo build --release
-	cargo run --release -p millrace-load --bin millbench -- $(BENCH_ARGS)
+	"$(target_dir)/release/millbench" $(BENCH_ARGS)
 
 clean: ## remove what was built, and local clusters; the cache stays
 	cargo clean
