@@ -54,11 +54,13 @@ pub async fn run(name: &str, args: &[&str], wait_max: Duration) -> Ended {
     Ended { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
-/// Sends a signal (`KILL`, `STOP`, `CONT`, `TERM`); whether there was a process to take it.
+/// Sends a signal (`KILL`, `STOP`, `CONT`, `TERM`); whether there was a process to take it. The shell's own `kill`: the program
+/// of that name is a package of its own, which a fresh machine need not have.
 #[must_use]
 pub fn signal(name: &str, pid: u32) -> bool {
-    let mut kill = Command::new("kill");
-    let status = kill.arg(format!("-{name}")).arg(pid.to_string()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let mut kill = Command::new("sh");
+    let kill = kill.args(["-c", r#"kill -s "$0" "$1""#, name]).arg(pid.to_string());
+    let status = kill.stdout(Stdio::null()).stderr(Stdio::null()).status();
     status.is_ok_and(|status| status.success())
 }
 
