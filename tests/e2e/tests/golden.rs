@@ -16,6 +16,8 @@ const BLOCK_TOKENS: usize = 16;
 const LONG: usize = 1000;
 /// Requests at a time. That all at once give the same is shown in `load.rs`.
 const AT_ONCE: usize = 4;
+/// Blocks of a pool that keeps every prompt and answer of the reference: nothing is evicted between the cold pass and the warm.
+const POOL_BLOCKS: u32 = 1024;
 
 fn body(cluster: &Cluster, row: &Row, key: &str, prompt: Value) -> Value {
     json!({"model": cluster.model, key: prompt, "temperature": 0, "max_tokens": row.output_ids.len(), "return_token_ids": true})
@@ -75,31 +77,39 @@ async fn all<T>(rows: &[Row], ask: impl AsyncFn(&Row) -> Result<T, String>) -> V
     answers.into_iter().filter_map(Result::ok).collect()
 }
 
-/// Every prompt twice, and the second time its blocks are found again.
-async fn cold_and_warm(cluster: &Cluster, rows: &[Row]) {
+/// Every prompt twice; gives each row's cacheable tokens, and those found cached the second time.
+async fn cold_and_warm(cluster: &Cluster, rows: &[Row]) -> Vec<(u64, u64)> {
     all(rows, async |row| by_ids(cluster, row).await).await;
     cluster.rests().await;
     let cached = all(rows, async |row| by_ids(cluster, row).await).await;
-    for (row, cached) in rows.iter().zip(cached) {
-        let most = row.cacheable(BLOCK_TOKENS) as u64;
+    let pairs: Vec<_> = rows.iter().map(|row| row.cacheable(BLOCK_TOKENS) as u64).zip(cached).collect();
+    for (row, (most, cached)) in rows.iter().zip(&pairs) {
         assert!(cached <= most, "{}: {cached} tokens cached of a prompt of {}", row.name, row.prompt_ids.len());
-        assert!(most == 0 || cached > 0, "{}: nothing was cached of {} tokens", row.name, row.prompt_ids.len());
     }
+    pairs
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_prefill_and_one_decode_node_give_the_reference_ids() {
     let rows = rows();
-    let cluster = Cluster::start(Plan { coordinators: 1, prefill: 1, decode: 1, ..Plan::of(real_model()) }).await;
-    cold_and_warm(&cluster, &rows).await;
+    let cluster =
+        Cluster::start(Plan { coordinators: 1, prefill: 1, decode: 1, kv_blocks: POOL_BLOCKS, ..Plan::of(real_model()) }).await;
+    // Wherever a prompt is computed, both nodes have had its blocks.
+    let cached = cold_and_warm(&cluster, &rows).await;
+    for (row, (most, cached)) in rows.iter().zip(cached) {
+        assert!(most == 0 || cached > 0, "{}: nothing was cached of {} tokens", row.name, row.prompt_ids.len());
+    }
     cluster.rests().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_of_each_give_the_reference_ids_for_ids_texts_and_chats() {
     let rows: Vec<Row> = rows().into_iter().filter(|row| full() || row.prompt_ids.len() < LONG).collect();
-    let cluster = Cluster::start(Plan::of(real_model())).await;
-    cold_and_warm(&cluster, &rows).await;
+    let cluster = Cluster::start(Plan { kv_blocks: POOL_BLOCKS, ..Plan::of(real_model()) }).await;
+    // A busy holder may rightly be passed over for an idle node that has nothing: the rule holds on the whole only.
+    let (most, cached) =
+        cold_and_warm(&cluster, &rows).await.into_iter().fold((0, 0), |sum, pair| (sum.0 + pair.0, sum.1 + pair.1));
+    assert!(cached * 2 >= most, "{cached} tokens were cached of {most}");
     all(&rows, async |row| by_text(&cluster, row).await).await;
     all(&rows, async |row| by_chat(&cluster, row).await).await;
     cluster.rests().await;
