@@ -6,11 +6,13 @@
 //! out of the log).
 
 mod apply;
+mod audit;
 mod codec;
 mod command;
 
+pub use audit::{Audit, Checksum};
 pub use codec::{COMMAND_BYTES_MAX, CodecError, DELTAS_OPS_MAX, decode, decode_answer, encode, encode_answer};
-pub use command::{Answer, Command, DeltaVerdict, Node, NodeState, ReplicaInfo, SnapshotVerdict};
+pub use command::{Answer, Command, DeltaVerdict, DigestVerdict, Node, NodeState, ReplicaInfo, SnapshotVerdict};
 
 use alloc::collections::BTreeMap;
 use alloc::string::String;
@@ -61,6 +63,7 @@ pub struct Cluster {
     replicas: BTreeMap<ReplicaId, ReplicaInfo>,
     assemblies: BTreeMap<NodeId, Assembly>,
     holders: Holders,
+    audit: Audit,
 }
 
 impl Cluster {

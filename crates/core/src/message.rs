@@ -151,6 +151,8 @@ pub enum Message {
         /// The answer, or an error for the operator.
         result: Result<String, String>,
     },
+    /// What a node caches in short, each second to one replica, which passes it to the leader.
+    CacheDigest(CacheDigest),
 }
 
 impl Message {
@@ -173,6 +175,7 @@ impl Message {
             | Self::Heartbeat { .. }
             | Self::Delta(_)
             | Self::Snapshot(_)
+            | Self::CacheDigest(_)
             | Self::Token(_)
             | Self::Failed(_)
             | Self::Handover(_)

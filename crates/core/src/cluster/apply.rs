@@ -5,12 +5,12 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use super::{
-    ASSEMBLED_BLOCKS_MAX, Answer, Assembly, Cluster, Command, DeltaVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX, Node, NodeState,
-    RENEW_STEP_MAX_US, REPLICAS_MAX, ReplicaInfo, SnapshotVerdict, TENANTS_MAX,
+    ASSEMBLED_BLOCKS_MAX, Answer, Assembly, Cluster, Command, DeltaVerdict, DigestVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX,
+    Node, NodeState, RENEW_STEP_MAX_US, REPLICAS_MAX, ReplicaInfo, SnapshotVerdict, TENANTS_MAX,
 };
 use crate::identity::TenantKey;
 use crate::ids::{Epoch, NodeId, ReplicaId};
-use crate::message::{Delta, Join, Role, SnapshotPage};
+use crate::message::{CacheDigest, Delta, Join, Role, SnapshotPage};
 
 impl Cluster {
     /// Applies the entry at `index` of the log. One command an entry, indexes strictly growing (gaps are fine: the consensus
@@ -31,6 +31,11 @@ impl Cluster {
             Command::Snapshot(page) => Answer::Snapshot(self.page(page)),
             Command::PutTenant { name, key } => self.put_tenant(name, key),
             Command::Announce { replica, info } => self.announce(*replica, info),
+            Command::Digests(digests) => Answer::Digests(digests.iter().map(|digest| self.compare(digest)).collect()),
+            Command::Checksum { replica, checksum } => {
+                self.audit.hear(*replica, *checksum, self.replicas.len());
+                Answer::Done
+            }
         }
     }
 
@@ -130,6 +135,7 @@ impl Cluster {
         let over = |n: &&Node| n.state.alive() && n.lease_until_us <= self.now_us;
         let expired: Vec<_> = self.nodes.values().filter(over).map(|n| n.node).collect();
         expired.iter().for_each(|id| self.bury(*id, NodeState::Dead));
+        self.audit.note(self.checksum());
         Answer::Renewed { expired, stale }
     }
 
@@ -154,6 +160,13 @@ impl Cluster {
         match self.current(delta.node, delta.epoch) {
             Some(_) => self.holders.apply(delta),
             None => DeltaVerdict::StaleEpoch,
+        }
+    }
+
+    fn compare(&mut self, digest: &CacheDigest) -> DigestVerdict {
+        match self.current(digest.node, digest.epoch) {
+            Some(_) => self.holders.compare(digest),
+            None => DigestVerdict::StaleEpoch,
         }
     }
 

@@ -11,8 +11,8 @@ use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::{Answer, Assembly, Cluster, Command, NODES_MAX, Node, ReplicaInfo};
-use crate::holders::{Held, Holders, HoldersError};
+use super::{Answer, Assembly, Audit, Cluster, Command, NODES_MAX, Node, ReplicaInfo};
+use crate::holders::{Drift, Held, Holders, HoldersError};
 use crate::identity::TenantKey;
 use crate::ids::{Epoch, ReplicaId};
 use crate::message::{DELTA_OPS_MAX, ModelIdentity, SNAPSHOT_PAGE_MAX};
@@ -76,6 +76,7 @@ pub fn decode(bytes: &[u8]) -> Result<Command, CodecError> {
             within("operations", deltas.iter().map(|delta| delta.ops.len()).sum(), DELTAS_OPS_MAX)?;
         }
         Command::Snapshot(page) => within("blocks in a page", page.blocks.len(), SNAPSHOT_PAGE_MAX)?,
+        Command::Digests(digests) => within("digests", digests.len(), NODES_MAX)?,
         _ => {}
     }
     Ok(command)
@@ -151,13 +152,16 @@ struct Image {
     replicas: Vec<(ReplicaId, ReplicaInfo)>,
     assemblies: Vec<Assembly>,
     holders: Vec<Held>,
+    drift: Drift,
 }
 
 impl Cluster {
     /// The whole state, for a replica that lags behind the log. O(locations, sorted).
     #[must_use]
     pub fn snapshot(&self) -> Vec<u8> {
-        self.snapshot_pieces().flatten().collect()
+        let mut bytes = Vec::new();
+        self.snapshot_pieces().for_each(|piece| bytes.extend_from_slice(&piece));
+        bytes
     }
 
     /// The same in pieces, each made when it is asked for: the state without the index first, then the index, a thousandth at a time.
@@ -182,6 +186,7 @@ impl Cluster {
             replicas: self.replicas.iter().map(|(id, info)| (*id, info.clone())).collect(),
             assemblies: self.assemblies.values().cloned().collect(),
             holders: self.holders.held(),
+            drift: self.holders.drift(),
         }
     }
 
@@ -194,7 +199,7 @@ impl Cluster {
         let image: Image = from_archive(head)?;
         let listed = [image.nodes.len(), image.tenants.len(), image.replicas.len(), image.assemblies.len()];
         let mut holders = Holders::default();
-        holders.read(&image.holders, blocks)?;
+        holders.read((image.drift, &image.holders), blocks)?;
         let cluster = Self {
             applied: image.applied,
             now_us: image.now_us,
@@ -206,6 +211,7 @@ impl Cluster {
             replicas: image.replicas.into_iter().collect(),
             assemblies: image.assemblies.into_iter().map(|a| (a.node, a)).collect::<BTreeMap<_, _>>(),
             holders,
+            audit: Audit::default(),
         };
         let kept = [cluster.nodes.len(), cluster.tenants.len(), cluster.replicas.len(), cluster.assemblies.len()];
         if listed != kept {
@@ -255,7 +261,7 @@ mod tests {
             lease_until_us: LEASE_US,
         };
         let block = [1; 16];
-        let held = || Held { node: id, seq: 4, refused: 3, blocks: 1, digest: u128::from_le_bytes(block) };
+        let held = || Held { node: id, seq: 4, refused: 3, blocks: 1, digest: u128::from_le_bytes(block), drifted: true };
         let image = |nodes, holders| {
             let (tenants, replicas, assemblies) = (Vec::new(), Vec::new(), Vec::new());
             Image {
@@ -268,6 +274,7 @@ mod tests {
                 replicas,
                 assemblies,
                 holders,
+                drift: Drift { found: 2, repaired: 1 },
             }
         };
         let bytes = |image: &Image| {
@@ -278,6 +285,7 @@ mod tests {
         let whole = bytes(&image(vec![node("x")], vec![held()]));
         let cluster = Cluster::restore(&whole).unwrap();
         assert_eq!(cluster.holders().tally(id).unwrap().refused, 3);
+        assert_eq!(cluster.holders().drift(), Drift { found: 2, repaired: 1 });
         assert_eq!(cluster.snapshot(), whole);
         let restored = |image: &Image| Cluster::restore(&bytes(image)).unwrap_err();
         let twice = restored(&image(vec![node("x"), node("y")], vec![held()]));
