@@ -123,7 +123,7 @@ impl Plan {
             damaged: random.pick(&[0, 0, 20]),
             engine: random.pick(&[0, 0, 5]),
             report_lost: random.pick(&[0, 0, 50]),
-            drift: random.pick(&[0, 0, 0, 20]),
+            drift: random.pick(&[0, 0, 0, 300]),
         }
     }
 }
