@@ -1,7 +1,6 @@
 //! Bytes of commands, answers and snapshots: one version byte, then an rkyv archive, always validated. Equal states give equal bytes.
 
 use alloc::collections::BTreeMap;
-use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::api::high::{HighDeserializer, HighSerializer, HighValidator};
 use rkyv::bytecheck::CheckBytes;
@@ -10,14 +9,14 @@ use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::{Answer, Assembly, Cluster, Command, NODES_MAX, Node, ReplicaInfo};
+use super::policy::PolicyImage;
+use super::{Answer, Assembly, Cluster, Command, NODES_MAX, Node, Policy, ReplicaInfo};
 use crate::holders::{BLOCKS_MAX, Holders};
-use crate::identity::TenantKey;
 use crate::ids::{BlockHash, Epoch, NodeId, ReplicaId};
 use crate::message::{DELTA_OPS_MAX, ModelIdentity, SNAPSHOT_PAGE_MAX};
 
 /// Version of all three formats. A reader refuses any other.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// Bytes of one encoded command; a longer one is refused unread.
 pub const COMMAND_BYTES_MAX: usize = 4 << 20;
 /// Block operations in all deltas of one command: what a leader may fold into one entry.
@@ -126,7 +125,7 @@ struct Image {
     last_epoch: Epoch,
     model: Option<ModelIdentity>,
     nodes: Vec<Node>,
-    tenants: Vec<(String, TenantKey)>,
+    policy: PolicyImage,
     replicas: Vec<(ReplicaId, ReplicaInfo)>,
     assemblies: Vec<Assembly>,
     holders: Vec<Held>,
@@ -154,7 +153,7 @@ impl Cluster {
             last_epoch: self.last_epoch,
             model: self.model.clone(),
             nodes: self.nodes.values().cloned().collect(),
-            tenants: self.tenants.iter().map(|(name, key)| (name.clone(), *key)).collect(),
+            policy: self.policy.image(),
             replicas: self.replicas.iter().map(|(id, info)| (*id, info.clone())).collect(),
             assemblies: self.assemblies.values().cloned().collect(),
             holders: self.holders.nodes().map(held).collect(),
@@ -167,7 +166,7 @@ impl Cluster {
     /// When the bytes are not a snapshot, or of a state that no log leads to.
     pub fn restore(bytes: &[u8]) -> Result<Self, CodecError> {
         let image: Image = from_bytes(bytes)?;
-        let listed = [image.nodes.len(), image.tenants.len(), image.replicas.len(), image.assemblies.len(), image.holders.len()];
+        let listed = [image.nodes.len(), image.replicas.len(), image.assemblies.len(), image.holders.len()];
         let mut holders = Holders::default();
         for held in &image.holders {
             within("locations", holders.locations().saturating_add(held.blocks.len()), BLOCKS_MAX)?;
@@ -181,13 +180,13 @@ impl Cluster {
             model: image.model,
             names: image.nodes.iter().map(|node| (node.name.clone(), node.node)).collect(),
             nodes: image.nodes.into_iter().map(|node| (node.node, node)).collect(),
-            tenants: image.tenants.into_iter().collect(),
+            policy: Policy::restore(image.policy).map_err(CodecError::Inconsistent)?,
             replicas: image.replicas.into_iter().collect(),
             assemblies: image.assemblies.into_iter().map(|a| (a.node, a)).collect::<BTreeMap<_, _>>(),
             holders,
         };
-        let (nodes, tenants, replicas) = (cluster.nodes.len(), cluster.tenants.len(), cluster.replicas.len());
-        let kept = [nodes, tenants, replicas, cluster.assemblies.len(), cluster.holders.nodes().count()];
+        let (nodes, replicas) = (cluster.nodes.len(), cluster.replicas.len());
+        let kept = [nodes, replicas, cluster.assemblies.len(), cluster.holders.nodes().count()];
         if listed != kept {
             return Err(CodecError::Inconsistent("something is listed twice"));
         }
@@ -225,14 +224,14 @@ mod tests {
         };
         let held = || Held { node: id, seq: 4, refused: 3, blocks: vec![BlockHash([1; 16])] };
         let image = |nodes, holders| {
-            let (tenants, replicas, assemblies) = (Vec::new(), Vec::new(), Vec::new());
+            let (policy, replicas, assemblies) = (Policy::default().image(), Vec::new(), Vec::new());
             Image {
                 applied: 9,
                 now_us: 0,
                 last_epoch: epoch,
                 model: Some(model.clone()),
                 nodes,
-                tenants,
+                policy,
                 replicas,
                 assemblies,
                 holders,
