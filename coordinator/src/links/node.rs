@@ -54,6 +54,11 @@ impl Links {
             Message::Delta(delta) => self.on_report(served, delta.node, Report::Delta(delta)),
             Message::Snapshot(page) => self.on_report(served, page.node, Report::Page(page)),
             Message::CacheDigest(digest) => self.on_report(served, digest.node, Report::Digest(digest)),
+            Message::CacheReport(report) => self.with_number(served, |node| {
+                if report.node == node {
+                    self.proposer.nodes.orders.reported(report);
+                }
+            }),
             Message::Join(join) => self.on_join(served, join),
             Message::Leave { node, epoch } => self.on_leave(served, node, epoch),
             _ => debug!(node = served.who.name, "a message without meaning from a node"),

@@ -99,12 +99,13 @@ impl Audit {
 }
 
 impl Cluster {
-    /// The state at this entry in short: membership, and the index by its digests. O(nodes).
+    /// The state at this entry in short: membership, policy by its versions, the index by its digests. O(nodes + tenants).
     #[must_use]
     pub fn checksum(&self) -> Checksum {
         let mut bytes = Vec::new();
         let mut put = |value: u128| bytes.extend_from_slice(&value.to_le_bytes());
-        [self.now_us, self.last_epoch.0, self.nodes.len() as u64, self.tenants.len() as u64].iter().for_each(|n| put((*n).into()));
+        let policy = [self.policy.config().version(), self.policy.pins_version(), self.policy.tenants().count() as u64];
+        [self.now_us, self.last_epoch.0, self.nodes.len() as u64].iter().chain(&policy).for_each(|n| put((*n).into()));
         for node in self.nodes.values() {
             put(node.epoch.0.into());
             put(u128::from(node.lease_until_us) << 8 | node.state as u128);

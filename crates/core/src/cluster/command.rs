@@ -5,7 +5,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::Checksum;
+use super::{Checksum, PolicyAnswer, PolicyCommand};
 use crate::identity::TenantKey;
 use crate::ids::{Epoch, NodeId, ReplicaId};
 use crate::message::{CacheDigest, Delta, Join, ModelIdentity, Role, SnapshotPage};
@@ -65,6 +65,8 @@ pub enum Command {
         /// Where.
         info: ReplicaInfo,
     },
+    /// An operator changes settings, tenants or pins. Answers [`Answer::Policy`].
+    Policy(PolicyCommand),
     /// What nodes say of their caches in short, in the order of arrival. Answers [`Answer::Digests`].
     Digests(Vec<CacheDigest>),
     /// A replica says what its state was after an entry, in short. Answers [`Answer::Done`].
@@ -103,6 +105,8 @@ pub enum Answer {
     Snapshot(SnapshotVerdict),
     /// The tenant's key.
     Tenant(TenantKey),
+    /// For a change of policy.
+    Policy(PolicyAnswer),
     /// For each digest, in order.
     Digests(Vec<DigestVerdict>),
 }
