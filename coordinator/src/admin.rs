@@ -3,6 +3,7 @@
 //! It answers without a quorum too, from what this replica has applied, and says what it cannot know: `stale` is true when
 //! no quorum vouches for the state, and a member that cannot be asked has `reachable: false` and no term.
 
+mod route;
 mod view;
 
 use std::sync::Arc;
@@ -35,6 +36,7 @@ enum Query {
     CacheLookup(Text),
     CacheStat,
     RouteExplain(Text),
+    RouteDecisions(route::Which),
     /// Cordon, drain or readmit a node.
     SetState {
         node: String,
@@ -89,6 +91,7 @@ impl Admin {
             Query::CacheLookup(text) => self.cache_lookup(&text)?,
             Query::CacheStat => self.cache_stat(),
             Query::RouteExplain(text) => self.route_explain(&text)?,
+            Query::RouteDecisions(which) => self.route_decisions(&which).await?,
             Query::SetState { node, state } => self.set_state(&node, &state).await?,
         };
         Ok(answer.to_string())
@@ -163,11 +166,5 @@ impl Admin {
             "blocks": explained.blocks,
             "nodes": nodes,
         }))
-    }
-
-    fn route_explain(&self, text: &Text) -> Result<Value, String> {
-        let explained = self.explain(text)?;
-        let decision = explained.decision.as_ref().map_err(ToString::to_string)?;
-        Ok(self.decision(&explained, decision))
     }
 }

@@ -13,7 +13,7 @@ use opentelemetry_sdk::metrics::SdkMeterProvider;
 use prometheus::{Registry, TextEncoder};
 
 use crate::App;
-use crate::dispatch::Usage;
+use crate::dispatch::{BeliefCounts, Usage};
 use crate::raft::Role;
 
 /// From arrival to the first token, seconds.
@@ -42,6 +42,11 @@ pub const RAFT_TERM: &str = "millrace.raft.term";
 pub const RAFT_LEADER: &str = "millrace.raft.is_leader";
 /// Blocks of a node's pool, by `node` and `state`: free, evictable, in_use.
 pub const NODE_BLOCKS: &str = "millrace.node.blocks";
+
+/// Cached blocks that routing believed in, by `side`: prefill, decode.
+pub const ROUTE_BELIEF: &str = "millrace.route.belief_blocks";
+/// Cached blocks that were found there.
+pub const ROUTE_FOUND: &str = "millrace.route.found_blocks";
 
 const LATENCY_BOUNDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
@@ -89,6 +94,7 @@ impl Metrics {
             _provider: provider.clone(),
         };
         gauges(&meter, app);
+        beliefs(&meter, app);
         Ok(Arc::new(metrics))
     }
 
@@ -132,6 +138,20 @@ fn gauges(meter: &Meter, app: &Arc<App>) {
         }
     };
     meter.u64_observable_gauge(NODE_BLOCKS).with_callback(blocks).build();
+}
+
+/// Counters that the dispatcher keeps.
+fn beliefs(meter: &Meter, app: &Arc<App>) {
+    let counter = |name: &'static str, read: fn(BeliefCounts) -> [(&'static str, u64); 2]| {
+        let app = Arc::downgrade(app);
+        let observe = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+            let counts = app.upgrade().map(|app| read(app.dispatcher.beliefs()));
+            counts.into_iter().flatten().for_each(|(side, count)| observer.observe(count, &[KeyValue::new("side", side)]));
+        };
+        meter.u64_observable_counter(name).with_callback(observe).build();
+    };
+    counter(ROUTE_BELIEF, |counts| [("prefill", counts.prefill_belief), ("decode", counts.decode_belief)]);
+    counter(ROUTE_FOUND, |counts| [("prefill", counts.prefill_found), ("decode", counts.decode_found)]);
 }
 
 /// What each node that is heard of last said of itself.
