@@ -2,8 +2,10 @@
 //! when a node fails.
 //!
 //! [`request`] decides what becomes of one request; `millrace_core::route` where it goes; here is what joins them to the applied
-//! state, the links and the client, and `routing` what the gateway learns from what became of its [`decisions`]. One task drives one request; [`registry`] leads what nodes send to the right task.
+//! state, the links and the client, and `routing` what the gateway learns from what became of its [`decisions`]. One task drives one
+//! request; [`registry`] leads what nodes send to the right task.
 
+mod asked;
 pub mod decisions;
 mod observe;
 mod place;
@@ -20,18 +22,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use millrace_core::identity::Fingerprint;
-use millrace_core::ids::{Epoch, NodeId, ReplicaId, RequestId, TokenId};
+use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId, RequestId, TokenId};
 use millrace_core::message::{AttemptFailed, HandoverStats, ModelIdentity, TOKENS_MAX, TokenOut};
 use millrace_core::route::correct::Correction;
 use millrace_core::route::hot::Hot;
-use millrace_core::route::{Decision, NoPlace, Slo};
-use parking_lot::RwLock;
+use millrace_core::route::{Decision, NoPlace};
 use tokio::sync::{mpsc, watch};
 
 use crate::nodes::Nodes;
 use crate::raft::RaftStatus;
 use crate::state::SharedCluster;
 
+pub use asked::{Asked, AskedPrefixes};
 use decisions::Decisions;
 use registry::{Input, Registry};
 use request::Request;
@@ -60,7 +62,7 @@ struct Inner {
     raft: watch::Receiver<RaftStatus>,
     registry: Registry,
     routing: Routing,
-    slo: RwLock<Option<Slo>>,
+    asked: AskedPrefixes,
 }
 
 /// A running request. Dropping it cancels the request.
@@ -124,8 +126,8 @@ impl Dispatcher {
         raft: watch::Receiver<RaftStatus>,
     ) -> Self {
         let fingerprint = model.fingerprint();
-        let (registry, routing, slo) = (Registry::default(), Routing::default(), RwLock::default());
-        Self(Arc::new(Inner { me, model, fingerprint, cluster, nodes, raft, registry, routing, slo }))
+        let (registry, routing, asked) = (Registry::default(), Routing::default(), AskedPrefixes::default());
+        Self(Arc::new(Inner { me, model, fingerprint, cluster, nodes, raft, registry, routing, asked }))
     }
 
     /// Starts a request. Must be called on a tokio runtime.
@@ -133,7 +135,7 @@ impl Dispatcher {
     /// # Errors
     /// See [`SubmitError`]; nothing was started then.
     pub fn submit(&self, prompt: Prompt) -> Result<Running, SubmitError> {
-        check(&prompt)?;
+        self.check(&prompt)?;
         let (now, id) = (Instant::now(), RequestId(rand::random()));
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let inputs = self.0.registry.open(id)?;
@@ -153,6 +155,33 @@ impl Dispatcher {
     /// When the tenant is unknown.
     pub fn explain(&self, tenant: &str, tokens: &[TokenId], max_new: u32) -> Result<Explanation, SubmitError> {
         self.0.explain(Instant::now(), tenant, tokens, max_new)
+    }
+
+    /// The names of the full blocks of a prompt of this tenant. O(tokens).
+    ///
+    /// # Errors
+    /// When the tenant is unknown.
+    pub fn block_names(&self, tenant: &str, tokens: &[TokenId]) -> Result<Vec<BlockHash>, SubmitError> {
+        self.0.names_of(tenant, tokens)
+    }
+
+    /// Which beginnings of prompts this gateway is asked for most, the most frequent first.
+    #[must_use]
+    pub fn asked(&self, most: usize) -> Vec<Asked> {
+        self.0.asked.ranked(most)
+    }
+
+    /// Whether a prompt may be submitted at all, by the cluster's settings.
+    fn check(&self, prompt: &Prompt) -> Result<(), SubmitError> {
+        let (tokens_max, running_max) = {
+            let cluster = self.0.cluster.read();
+            (cluster.config().tokens_max().min(TOKENS_MAX), cluster.config().running_max())
+        };
+        check(prompt, tokens_max)?;
+        if self.running() >= running_max {
+            return Err(SubmitError::NoCapacity { retry_after_s: 1 });
+        }
+        Ok(())
     }
 
     /// Whether requests can be served.
@@ -184,11 +213,6 @@ impl Dispatcher {
     #[must_use]
     pub fn running(&self) -> usize {
         self.0.registry.running()
-    }
-
-    /// The objective of requests that name none themselves, from now on; `None` for none.
-    pub fn hold(&self, slo: Option<Slo>) {
-        *self.0.slo.write() = slo;
     }
 
     /// The last decisions.
@@ -235,7 +259,7 @@ impl Dispatcher {
     }
 }
 
-fn check(prompt: &Prompt) -> Result<(), SubmitError> {
+fn check(prompt: &Prompt, tokens_max: usize) -> Result<(), SubmitError> {
     if prompt.tokens.is_empty() {
         return Err(SubmitError::Invalid("the prompt is empty".into()));
     }
@@ -246,7 +270,7 @@ fn check(prompt: &Prompt) -> Result<(), SubmitError> {
         return Err(SubmitError::Invalid(format!("cache_salt: at most {CACHE_SALT_BYTES_MAX} bytes")));
     }
     match prompt.tokens.len().saturating_add(prompt.sampling.max_new as usize) {
-        tokens if tokens > TOKENS_MAX => Err(SubmitError::TooLong { tokens, max: TOKENS_MAX }),
+        tokens if tokens > tokens_max => Err(SubmitError::TooLong { tokens, max: tokens_max }),
         _ => Ok(()),
     }
 }

@@ -1,7 +1,7 @@
 //! Questions about routing: where a prompt would go and why, and what the last decisions were and became.
 
 use millrace_core::ids::{NodeId, ReplicaId, RequestId};
-use millrace_core::route::{Breakdown, Decision, TIE_PERCENT};
+use millrace_core::route::{Breakdown, Decision};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -181,7 +181,7 @@ fn reason(decision: &Decision, name: &impl Fn(NodeId) -> String) -> String {
     let mut words = match decision.alternatives.first() {
         None => "the only possible plan".to_owned(),
         Some(_) if decision.ties > 1 => {
-            format!("one of {} plans within {TIE_PERCENT} %, drawn by the request's seed", decision.ties)
+            format!("one of {} plans that cost as good as the same, drawn by the request's seed", decision.ties)
         }
         Some(next) => {
             let more_us = next.cost.total_us().saturating_sub(decision.cost.total_us());
@@ -244,7 +244,7 @@ mod tests {
         let cheapest = words(&decision());
         assert_eq!(cheapest, "cheapest: n3 alone would cost 90.0 ms more, 90.0 ms of it more queue");
         let tied = words(&Decision { ties: 3, decode: None, ..decision() });
-        assert!(tied.starts_with("one of 3 plans within 3 %") && tied.contains("without a hand-over"), "{tied}");
+        assert!(tied.starts_with("one of 3 plans that cost") && tied.contains("without a hand-over"), "{tied}");
         let mut spread = Decision { alternatives: vec![], exclusion_ignored: true, ..decision() };
         spread.cost.spread_us = 12_345;
         let spread = words(&spread);

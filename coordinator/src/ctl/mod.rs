@@ -7,9 +7,11 @@
 
 pub mod ask;
 pub mod cache;
+pub mod cache_admin;
 pub mod certs;
 pub mod cluster;
 pub mod cluster_file;
+pub mod config;
 pub mod context;
 pub mod demo;
 pub mod exit;
@@ -21,6 +23,7 @@ pub mod prompt;
 pub mod route;
 pub mod running;
 pub mod table;
+pub mod tenants;
 
 use std::process::ExitCode;
 
@@ -59,6 +62,12 @@ enum Command {
     /// Ask where a prompt would go, where others went, and why
     #[command(subcommand)]
     Route(route::Route),
+    /// Whose requests there are: keys and limits
+    #[command(subcommand)]
+    Tenants(tenants::Tenants),
+    /// Settings of the whole cluster
+    #[command(subcommand)]
+    Config(config::Config),
     /// Name clusters and choose among them
     #[command(subcommand)]
     Context(context::ContextCommand),
@@ -97,6 +106,8 @@ fn run(cli: Cli) -> Result<()> {
             Command::Nodes(command) => nodes::run(command).await,
             Command::Cache(command) => cache::run(command).await,
             Command::Route(command) => route::run(command).await,
+            Command::Tenants(command) => tenants::run(command).await,
+            Command::Config(command) => config::run(command).await,
             Command::Context(command) => context::run(command),
             Command::Demo(args) => demo::run(args).await,
         }

@@ -98,7 +98,7 @@ struct Ring {
 }
 
 /// What a decision was about.
-pub(super) struct Asked {
+pub(super) struct Question {
     pub attempt: AttemptId,
     pub tokens: u32,
     pub max_new: u32,
@@ -107,7 +107,7 @@ pub(super) struct Asked {
 
 impl Decisions {
     /// Keeps a decision. O(1).
-    pub(super) fn add(&self, asked: &Asked, placed: Result<Decision, NoPlace>) -> DecisionNo {
+    pub(super) fn add(&self, asked: &Question, placed: Result<Decision, NoPlace>) -> DecisionNo {
         let at_ms = unix_ms();
         let mut ring = self.0.lock();
         ring.made += 1;
@@ -115,7 +115,7 @@ impl Decisions {
         if ring.records.len() >= DECISIONS_MAX {
             ring.records.pop_front();
         }
-        let &Asked { attempt, tokens, max_new, hot } = asked;
+        let &Question { attempt, tokens, max_new, hot } = asked;
         let observed = Observed::default();
         ring.records.push_back(Record { no, at_ms, changed_ms: at_ms, attempt, tokens, max_new, hot, placed, observed });
         no
@@ -150,8 +150,8 @@ fn unix_ms() -> u64 {
 mod tests {
     use super::*;
 
-    fn asked(request: u128) -> Asked {
-        Asked { attempt: AttemptId { request: RequestId(request), attempt: 0 }, tokens: 1, max_new: 1, hot: None }
+    fn asked(request: u128) -> Question {
+        Question { attempt: AttemptId { request: RequestId(request), attempt: 0 }, tokens: 1, max_new: 1, hot: None }
     }
 
     #[test]
@@ -173,7 +173,9 @@ mod tests {
     #[test]
     fn what_is_listed_can_be_narrowed() {
         let decisions = Decisions::default();
-        (0..10).for_each(|request| drop(decisions.add(&asked(request % 2), Err(NoPlace::NoNodes))));
+        for request in 0..10 {
+            decisions.add(&asked(request % 2), Err(NoPlace::NoNodes));
+        }
         assert_eq!(decisions.list(0, 3, None).iter().map(|r| r.no).collect::<Vec<_>>(), [8, 9, 10]);
         assert_eq!(decisions.list(0, 2, Some(RequestId(0))).iter().map(|r| r.no).collect::<Vec<_>>(), [7, 9]);
         assert_eq!(decisions.list(u64::MAX, 9, None).len(), 0);

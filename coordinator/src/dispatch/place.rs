@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use millrace_core::cluster::Cluster;
+use millrace_core::cluster::{Cluster, Config as Settings};
 use millrace_core::identity::{Chain, TenantKey, block_names};
 use millrace_core::ids::{AttemptId, BlockHash, NodeId, TokenId};
 use millrace_core::message::{Message, Peer, Ticket};
 use millrace_core::route::correct::Correction;
 use millrace_core::route::{self, Ask, CostModel, Decision, NoPlace, NodeView, Slo, View, pairs};
 
-use super::decisions::{Asked, DecisionNo};
+use super::decisions::{DecisionNo, Question};
 use super::observe::{Plan, Watch};
 use super::registry::Placement;
 use super::request::Request;
@@ -75,19 +75,22 @@ impl Inner {
         let (tokens, attempt) = (request.tokens(), request.next_attempt());
         let names = self.names(&key, &prompt.cache_salt, &tokens);
         let hot = self.routing.hot(now, &names, attempt.attempt == 0);
+        if attempt.attempt == 0 {
+            self.asked.count(now, &prompt.tenant, &names);
+        }
         let max_new = prompt.sampling.max_new.saturating_sub(request.delivered()).max(1);
-        let asked = Asked { attempt, tokens: tokens.len() as u32, max_new, hot: hot.hot };
+        let question = Question { attempt, tokens: tokens.len() as u32, max_new, hot: hot.hot };
         let (decision, peers) = {
             let cluster = self.cluster.read();
             let views = self.views(now, &cluster, &names);
-            // The first token is what the objective is about: a request that has it is not refused for it.
-            let slo = self.objective(prompt.ttft_max).filter(|_| attempt.attempt == 0);
+            // The first token is what the objective is about: a request that moved is not refused for it.
+            let slo = objective(cluster.config(), prompt.ttft_max).filter(|_| attempt.attempt == 0);
             let wish = Wish { seed: seed(attempt), exclude: &avoid, slo, hot: &hot };
-            let decision = self.decide(&views, &asked, &wish);
+            let decision = self.decide(cluster.config(), &views, &question, &wish);
             let peers = decision.as_ref().ok().and_then(|decision| peers(&cluster, decision));
             (decision, peers)
         };
-        let no = self.routing.decisions.add(&asked, decision.clone());
+        let no = self.routing.decisions.add(&question, decision.clone());
         let decision = decision.map_err(NotPlaced::NoPlace)?;
         let (prefill, decode) = peers.ok_or(NotPlaced::NoPlace(NoPlace::NoNodes))?;
         self.routing.placed(now, &names, hot.hot, &decision);
@@ -96,7 +99,7 @@ impl Inner {
             attempt = %ticket.attempt, prefill = prefill.name, decode = decode.as_ref().map(|peer| peer.name.as_str()),
             cached_blocks = decision.prefill_cached_blocks, cost_us = decision.cost.total_us(), "placed"
         );
-        self.watch(now, no, &asked, decision, (&prefill, decode.as_ref().unwrap_or(&prefill)));
+        self.watch(now, no, &question, decision, (&prefill, decode.as_ref().unwrap_or(&prefill)));
         let (name, epoch) = (prefill.name.clone(), prefill.epoch);
         request.placed(now, prefill, decode);
         if !self.nodes.send(&name, epoch, Message::Assign(ticket)) {
@@ -122,7 +125,7 @@ impl Inner {
     }
 
     /// From now on what the nodes say of the attempt is compared with what was predicted.
-    fn watch(&self, now: Instant, no: DecisionNo, asked: &Asked, decision: Decision, (prefill, decode): (&Peer, &Peer)) {
+    fn watch(&self, now: Instant, no: DecisionNo, asked: &Question, decision: Decision, (prefill, decode): (&Peer, &Peer)) {
         let (tokens, cached) = (u64::from(asked.tokens), decision.prefill_cached_blocks as usize * self.block_tokens());
         let placement = Placement {
             prefill: decision.prefill,
@@ -146,21 +149,11 @@ impl Inner {
         self.routing.learn(now, learned);
     }
 
-    /// What the time to the first token and between tokens is to be: the client's own word on the first counts before the cluster's.
-    fn objective(&self, ttft_max: Option<Duration>) -> Option<Slo> {
-        let cluster = *self.slo.read();
-        let own = ttft_max.map(|ttft| Slo {
-            ttft_us: u64::try_from(ttft.as_micros()).unwrap_or(u64::MAX),
-            tpot_us: cluster.map_or(u64::MAX, |slo| slo.tpot_us),
-        });
-        own.or(cluster)
-    }
-
     fn block_tokens(&self) -> usize {
         usize::from(self.model.layout.block_tokens)
     }
 
-    fn decide(&self, nodes: &[NodeView], asked: &Asked, wish: &Wish) -> Result<Decision, NoPlace> {
+    fn decide(&self, config: &Settings, nodes: &[NodeView], asked: &Question, wish: &Wish) -> Result<Decision, NoPlace> {
         let layout = &self.model.layout;
         let ask = Ask {
             tokens: asked.tokens,
@@ -174,13 +167,19 @@ impl Inner {
             hot: wish.hot.hot,
             copying: &wish.hot.copying,
         };
-        route::place(&View { nodes, costs: CostModel::default() }, &ask)
+        route::place(&View { nodes, costs: config.costs(CostModel::default()) }, &ask)
     }
 
     /// The names of the full blocks of `tokens`. O(tokens): not to be done under the state's lock.
     fn names(&self, key: &TenantKey, salt: &[u8], tokens: &[TokenId]) -> Vec<BlockHash> {
         let full = tokens.len() / self.block_tokens() * self.block_tokens();
         block_names(&Chain::new(*key, &self.fingerprint, salt), &tokens[..full], self.block_tokens())
+    }
+
+    pub(super) fn names_of(&self, tenant: &str, tokens: &[TokenId]) -> Result<Vec<BlockHash>, SubmitError> {
+        let key = self.cluster.read().tenant(tenant).copied();
+        let key = key.ok_or_else(|| SubmitError::NotReady(format!("tenant {tenant:?} is not known here")))?;
+        Ok(self.names(&key, &[], tokens))
     }
 
     /// What is known of each live node, with a view to these blocks; sorted by node. O(blocks + nodes + tickets of the last moments).
@@ -210,9 +209,7 @@ impl Inner {
     }
 
     pub(super) fn explain(&self, now: Instant, tenant: &str, tokens: &[TokenId], max_new: u32) -> Result<Explanation, SubmitError> {
-        let key = self.cluster.read().tenant(tenant).copied();
-        let key = key.ok_or_else(|| SubmitError::NotReady(format!("tenant {tenant:?} is not known here")))?;
-        let names = self.names(&key, &[], tokens);
+        let names = self.names_of(tenant, tokens)?;
         let hot = self.routing.hot(now, &names, false);
         let cluster = self.cluster.read();
         let views = self.views(now, &cluster, &names);
@@ -222,15 +219,15 @@ impl Inner {
             cached_blocks: view.prefix_blocks,
             usable: view.usable,
         };
-        let asked = Asked { attempt: AttemptId::default(), tokens: tokens.len() as u32, max_new, hot: hot.hot };
-        let wish = Wish { seed: 0, exclude: &[], slo: self.objective(None), hot: &hot };
+        let asked = Question { attempt: AttemptId::default(), tokens: tokens.len() as u32, max_new, hot: hot.hot };
+        let wish = Wish { seed: 0, exclude: &[], slo: objective(cluster.config(), None), hot: &hot };
         Ok(Explanation {
             prompt_tokens: tokens.len(),
             block_tokens: self.block_tokens(),
             blocks: tokens.len() / self.block_tokens(),
             nodes: views.iter().map(cached).collect(),
             hot: hot.hot,
-            decision: self.decide(&views, &asked, &wish),
+            decision: self.decide(cluster.config(), &views, &asked, &wish),
         })
     }
 }
@@ -241,6 +238,16 @@ struct Wish<'a> {
     exclude: &'a [NodeId],
     slo: Option<Slo>,
     hot: &'a HotNow,
+}
+
+/// What the time to the first token and between tokens is to be: the client's own word on the first counts before the cluster's.
+fn objective(config: &Settings, ttft_max: Option<Duration>) -> Option<Slo> {
+    let cluster = config.slo();
+    let own = ttft_max.map(|ttft| Slo {
+        ttft_us: u64::try_from(ttft.as_micros()).unwrap_or(u64::MAX),
+        tpot_us: cluster.map_or(u64::MAX, |slo| slo.tpot_us),
+    });
+    own.or(cluster)
 }
 
 const fn seed(attempt: AttemptId) -> u64 {

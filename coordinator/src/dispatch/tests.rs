@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use millrace_core::cluster::{Answer, Command};
+use millrace_core::cluster::{Answer, Command, PolicyCommand};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{AttemptId, Epoch};
 use millrace_core::layout::{KvDtype, KvLayout};
@@ -287,7 +287,8 @@ async fn a_miss_of_the_objective_is_refused_in_time_and_with_the_time_to_wait() 
     assert!(world.dispatcher.submit(wish(50)).is_ok(), "no idle node could do it: to wait would not help");
     let record = &world.dispatcher.decisions().list(0, 9, None)[0];
     assert!(matches!(record.placed, Err(NoPlace::Overloaded { .. })), "a refusal is a decision too");
-    world.dispatcher.hold(Some(Slo { ttft_us: 1_000_000, tpot_us: u64::MAX }));
+    let set = vec![("slo.ttft_ms".to_owned(), Some(1_000))];
+    world.apply(&Command::Policy(PolicyCommand::SetConfig { if_version: None, set }));
     assert!(matches!(world.dispatcher.submit(prompt(100)), Err(SubmitError::TooLate { .. })), "the cluster's objective");
     assert!(world.dispatcher.submit(wish(5_000)).is_ok(), "the client's own counts before it");
 }

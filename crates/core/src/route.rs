@@ -28,8 +28,8 @@ use hot::Hot;
 pub const SIDE_MAX: usize = 64;
 /// Plans that [`Decision::alternatives`] names.
 pub const ALTERNATIVES_MAX: usize = 4;
-/// Plans whose cost is within this share of the best are equally good: one of them falls by the seed, so that gateways which
-/// know the same do not all send to the same node.
+/// Plans whose cost is within this share of the best are equally good, unless [`CostModel::tie_percent`] says otherwise: one of them
+/// falls by the seed, so that gateways which know the same do not all send to the same node.
 pub const TIE_PERCENT: u64 = 3;
 
 /// What the gateway knows of a node.
@@ -216,7 +216,7 @@ fn attempt(view: &View, ask: &Ask, exclude: &[NodeId]) -> Result<Decision, NoPla
             let (ttft_us, tpot_us, retry_after_us) = (late.ttft_us, late.tpot_us, late.retry_after_us);
             Err(NoPlace::Overloaded { ttft_us, tpot_us, retry_after_us })
         }
-        _ => Ok(decide(&terms, ask, &spread, &mut options.plans)),
+        _ => Ok(decide(&terms, ask, (&spread, view.costs.tie_percent), &mut options.plans)),
     }
 }
 
@@ -290,9 +290,9 @@ fn best_of(mut side: Vec<&Terms>, partial_us: impl Fn(&Terms) -> u64) -> Vec<&Te
 }
 
 /// Picks among the best of the non-empty `plans` and explains it. O(plans): only the best few are sorted.
-fn decide(terms: &[Terms], ask: &Ask, spread: &Spread, plans: &mut [Plan]) -> Decision {
+fn decide(terms: &[Terms], ask: &Ask, (spread, tie_percent): (&Spread, u32), plans: &mut [Plan]) -> Decision {
     let best_us = plans.iter().map(|plan| plan.cost_us).min().unwrap_or(0);
-    let band_us = best_us.saturating_add(best_us / 100 * TIE_PERCENT);
+    let band_us = best_us.saturating_add(best_us / 100 * u64::from(tie_percent));
     let ties = plans.iter().filter(|plan| plan.cost_us <= band_us).count();
     let kept = (ties + ALTERNATIVES_MAX).min(plans.len());
     plans.select_nth_unstable(kept - 1);

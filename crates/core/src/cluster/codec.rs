@@ -2,7 +2,6 @@
 //! A snapshot's archive has its length before it and the blocks of the index after it, in pieces ([`Cluster::snapshot_pieces`]).
 
 use alloc::collections::BTreeMap;
-use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::api::high::{HighDeserializer, HighSerializer, HighValidator};
 use rkyv::bytecheck::CheckBytes;
@@ -11,16 +10,16 @@ use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::{Answer, Assembly, Cluster, Command, NODES_MAX, Node, ReplicaInfo};
+use super::policy::PolicyImage;
+use super::{Answer, Assembly, Cluster, Command, NODES_MAX, Node, Policy, ReplicaInfo};
 use crate::holders::{Held, Holders, HoldersError};
-use crate::identity::TenantKey;
 use crate::ids::{Epoch, ReplicaId};
 use crate::message::{DELTA_OPS_MAX, ModelIdentity, SNAPSHOT_PAGE_MAX};
 
 /// Version of the formats of commands and answers. A reader refuses any other.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// Version of the format of snapshots.
-const SNAPSHOT_VERSION: u8 = 2;
+const SNAPSHOT_VERSION: u8 = 3;
 /// Bytes of one encoded command; a longer one is refused unread.
 pub const COMMAND_BYTES_MAX: usize = 4 << 20;
 /// Block operations in all deltas of one command: what a leader may fold into one entry.
@@ -147,7 +146,7 @@ struct Image {
     last_epoch: Epoch,
     model: Option<ModelIdentity>,
     nodes: Vec<Node>,
-    tenants: Vec<(String, TenantKey)>,
+    policy: PolicyImage,
     replicas: Vec<(ReplicaId, ReplicaInfo)>,
     assemblies: Vec<Assembly>,
     holders: Vec<Held>,
@@ -178,7 +177,7 @@ impl Cluster {
             last_epoch: self.last_epoch,
             model: self.model.clone(),
             nodes: self.nodes.values().cloned().collect(),
-            tenants: self.tenants.iter().map(|(name, key)| (name.clone(), *key)).collect(),
+            policy: self.policy.image(),
             replicas: self.replicas.iter().map(|(id, info)| (*id, info.clone())).collect(),
             assemblies: self.assemblies.values().cloned().collect(),
             holders: self.holders.held(),
@@ -192,7 +191,7 @@ impl Cluster {
     pub fn restore(bytes: &[u8]) -> Result<Self, CodecError> {
         let (head, blocks) = split_snapshot(bytes)?;
         let image: Image = from_archive(head)?;
-        let listed = [image.nodes.len(), image.tenants.len(), image.replicas.len(), image.assemblies.len()];
+        let listed = [image.nodes.len(), image.replicas.len(), image.assemblies.len()];
         let mut holders = Holders::default();
         holders.read(&image.holders, blocks)?;
         let cluster = Self {
@@ -202,12 +201,12 @@ impl Cluster {
             model: image.model,
             names: image.nodes.iter().map(|node| (node.name.clone(), node.node)).collect(),
             nodes: image.nodes.into_iter().map(|node| (node.node, node)).collect(),
-            tenants: image.tenants.into_iter().collect(),
+            policy: Policy::restore(image.policy).map_err(CodecError::Inconsistent)?,
             replicas: image.replicas.into_iter().collect(),
             assemblies: image.assemblies.into_iter().map(|a| (a.node, a)).collect::<BTreeMap<_, _>>(),
             holders,
         };
-        let kept = [cluster.nodes.len(), cluster.tenants.len(), cluster.replicas.len(), cluster.assemblies.len()];
+        let kept = [cluster.nodes.len(), cluster.replicas.len(), cluster.assemblies.len()];
         if listed != kept {
             return Err(CodecError::Inconsistent("something is listed twice"));
         }
@@ -257,14 +256,14 @@ mod tests {
         let block = [1; 16];
         let held = || Held { node: id, seq: 4, refused: 3, blocks: 1, digest: u128::from_le_bytes(block) };
         let image = |nodes, holders| {
-            let (tenants, replicas, assemblies) = (Vec::new(), Vec::new(), Vec::new());
+            let (policy, replicas, assemblies) = (Policy::default().image(), Vec::new(), Vec::new());
             Image {
                 applied: 9,
                 now_us: 0,
                 last_epoch: epoch,
                 model: Some(model.clone()),
                 nodes,
-                tenants,
+                policy,
                 replicas,
                 assemblies,
                 holders,

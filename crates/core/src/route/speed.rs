@@ -31,6 +31,8 @@ pub struct CostModel {
     pub slo_percent: u32,
     /// Weight of what a copy of a hot prefix will save, in percent; 0 makes no copies on purpose.
     pub spread_percent: u32,
+    /// Plans within this share of the best are equally good, in percent.
+    pub tie_percent: u32,
 }
 
 impl Default for CostModel {
@@ -48,6 +50,7 @@ impl Default for CostModel {
             stall_percent: 25,
             slo_percent: 400,
             spread_percent: 50,
+            tie_percent: super::TIE_PERCENT as u32,
         }
     }
 }
