@@ -5,6 +5,7 @@
 
 mod cache;
 mod config;
+mod route;
 mod tenants;
 mod view;
 
@@ -38,6 +39,7 @@ enum Query {
     CacheLookup(Text),
     CacheStat,
     RouteExplain(Text),
+    RouteDecisions(route::Which),
     /// Cordon, drain or readmit a node.
     SetState {
         node: String,
@@ -105,6 +107,7 @@ impl Admin {
             Query::CacheLookup(text) => self.cache_lookup(&text)?,
             Query::CacheStat => self.cache_stat(),
             Query::RouteExplain(text) => self.route_explain(&text)?,
+            Query::RouteDecisions(which) => self.route_decisions(&which).await?,
             Query::SetState { node, state } => self.set_state(&node, &state).await?,
             Query::Tenants(query) => self.tenants(query).await?,
             Query::Config(query) => self.settings(query).await?,
@@ -192,11 +195,5 @@ impl Admin {
             "blocks": explained.blocks,
             "nodes": nodes,
         }))
-    }
-
-    fn route_explain(&self, text: &Text) -> Result<Value, String> {
-        let explained = self.explain(text)?;
-        let decision = explained.decision.as_ref().map_err(ToString::to_string)?;
-        Ok(self.decision(&explained, decision))
     }
 }

@@ -1,7 +1,7 @@
 //! `millctl`: makes certificates, runs a whole cluster on one machine, asks a running one, and shows it off.
 //!
 //! `output` is the frame of every command: how it asks, prints, waits, changes. `context` says which cluster is meant, `ask` talks to any
-//! replica of it, `table` is what people see. One file for each group of commands: `cluster`, `nodes`, `cache`, `query` (routing), `certs`.
+//! replica of it, `table` is what people see. One file for each group of commands: `cluster`, `nodes`, `cache`, `route`, `certs`.
 //! `local` runs processes behind the `front`; `cluster_file` is what a local cluster writes down about itself and `running` finds it; `demo`
 //! is the show. Standard output carries answers only, everything else goes to standard error. The exit codes are [`Exit`].
 
@@ -20,7 +20,7 @@ pub mod local;
 pub mod nodes;
 pub mod output;
 pub mod prompt;
-pub mod query;
+pub mod route;
 pub mod running;
 pub mod table;
 pub mod tenants;
@@ -59,9 +59,9 @@ enum Command {
     /// Ask what is cached where
     #[command(subcommand)]
     Cache(cache::Cache),
-    /// Ask where a prompt would go, and why
+    /// Ask where a prompt would go, where others went, and why
     #[command(subcommand)]
-    Route(query::Route),
+    Route(route::Route),
     /// Whose requests there are: keys and limits
     #[command(subcommand)]
     Tenants(tenants::Tenants),
@@ -105,7 +105,7 @@ fn run(cli: Cli) -> Result<()> {
             Command::Cluster(command) => cluster::run(command).await,
             Command::Nodes(command) => nodes::run(command).await,
             Command::Cache(command) => cache::run(command).await,
-            Command::Route(command) => query::route(command).await,
+            Command::Route(command) => route::run(command).await,
             Command::Tenants(command) => tenants::run(command).await,
             Command::Config(command) => config::run(command).await,
             Command::Context(command) => context::run(command),

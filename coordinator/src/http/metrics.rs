@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use prometheus::{Registry, TextEncoder};
 
 use crate::App;
-use crate::dispatch::Usage;
+use crate::dispatch::{BeliefCounts, Usage};
 use crate::raft::Role;
 
 /// From arrival to the first token, seconds.
@@ -45,6 +45,10 @@ pub const RAFT_LEADER: &str = "millrace.raft.is_leader";
 /// Blocks of a node's pool, by `node` and `state`: free, evictable, pinned, in_use.
 pub const NODE_BLOCKS: &str = "millrace.node.blocks";
 
+/// Cached blocks that routing believed in, by `side`: prefill, decode.
+pub const ROUTE_BELIEF: &str = "millrace.route.belief_blocks";
+/// Cached blocks that were found there.
+pub const ROUTE_FOUND: &str = "millrace.route.found_blocks";
 /// Requests of a tenant that ended, by `tenant` and `outcome`.
 pub const TENANT_REQUESTS: &str = "millrace.tenant.requests";
 /// Tokens of a tenant, by `tenant` and `gen_ai.token.type`.
@@ -107,6 +111,7 @@ impl Metrics {
             _provider: provider.clone(),
         };
         gauges(&meter, app);
+        beliefs(&meter, app);
         Ok(Arc::new(metrics))
     }
 
@@ -158,6 +163,20 @@ fn gauges(meter: &Meter, app: &Arc<App>) {
         }
     };
     meter.u64_observable_gauge(NODE_BLOCKS).with_callback(blocks).build();
+}
+
+/// Counters that the dispatcher keeps.
+fn beliefs(meter: &Meter, app: &Arc<App>) {
+    let counter = |name: &'static str, read: fn(BeliefCounts) -> [(&'static str, u64); 2]| {
+        let app = Arc::downgrade(app);
+        let observe = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+            let counts = app.upgrade().map(|app| read(app.dispatcher.beliefs()));
+            counts.into_iter().flatten().for_each(|(side, count)| observer.observe(count, &[KeyValue::new("side", side)]));
+        };
+        meter.u64_observable_counter(name).with_callback(observe).build();
+    };
+    counter(ROUTE_BELIEF, |counts| [("prefill", counts.prefill_belief), ("decode", counts.decode_belief)]);
+    counter(ROUTE_FOUND, |counts| [("prefill", counts.prefill_found), ("decode", counts.decode_found)]);
 }
 
 /// What each node that is heard of last said of itself.
