@@ -3,6 +3,7 @@
 //! It answers without a quorum too, from what this replica has applied, and says what it cannot know: `stale` is true when
 //! no quorum vouches for the state, and a member that cannot be asked has `reachable: false` and no term.
 
+mod health;
 mod view;
 
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use millrace_core::ids::{ReplicaId, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use self::health::Refusals;
 use crate::config::Config;
 use crate::dispatch::{DEFAULT_TENANT, Dispatcher, Explanation};
 use crate::propose::{NoAnswer, Proposer};
@@ -60,6 +62,7 @@ pub struct Admin {
     checkpoint: Arc<Checkpoint>,
     /// Where our gateway listens.
     http: String,
+    refusals: Refusals,
 }
 
 /// A command that did not get into the log, for the operator. The first word of a refusal is `millctl`'s exit code.
@@ -71,7 +74,7 @@ impl Admin {
     /// An admin interface over one replica; `http` is where its gateway listens.
     #[must_use]
     pub fn new(config: Config, proposer: Proposer, dispatcher: Dispatcher, checkpoint: Arc<Checkpoint>, http: String) -> Self {
-        Self { config, proposer, dispatcher, checkpoint, http }
+        Self { config, proposer, dispatcher, checkpoint, http, refusals: Refusals::default() }
     }
 
     /// Answers a query.

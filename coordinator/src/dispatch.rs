@@ -13,6 +13,7 @@ mod types;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,6 +26,7 @@ use tokio::sync::{mpsc, watch};
 use crate::nodes::Nodes;
 use crate::raft::RaftStatus;
 use crate::state::SharedCluster;
+use crate::traffic::Traffic;
 
 use registry::{Input, Registry};
 use request::Request;
@@ -50,6 +52,7 @@ struct Inner {
     nodes: Arc<Nodes>,
     raft: watch::Receiver<RaftStatus>,
     registry: Registry,
+    traffic: Traffic,
 }
 
 /// A running request. Dropping it cancels the request.
@@ -111,7 +114,16 @@ impl Dispatcher {
         raft: watch::Receiver<RaftStatus>,
     ) -> Self {
         let fingerprint = model.fingerprint();
-        Self(Arc::new(Inner { me, model, fingerprint, cluster, nodes, raft, registry: Registry::default() }))
+        Self(Arc::new(Inner {
+            me,
+            model,
+            fingerprint,
+            cluster,
+            nodes,
+            raft,
+            registry: Registry::default(),
+            traffic: Traffic::default(),
+        }))
     }
 
     /// Starts a request. Must be called on a tokio runtime.
@@ -169,6 +181,18 @@ impl Dispatcher {
     #[must_use]
     pub fn running(&self) -> usize {
         self.0.registry.running()
+    }
+
+    /// What was served since the start.
+    #[must_use]
+    pub fn traffic(&self) -> &Traffic {
+        &self.0.traffic
+    }
+
+    /// How many requests of this replica still need each node.
+    #[must_use]
+    pub fn needed(&self) -> BTreeMap<NodeId, u32> {
+        self.0.registry.needed()
     }
 
     /// A token came from a node.
