@@ -3,7 +3,7 @@
 //! Names follow OpenTelemetry's conventions for generative AI where there is one (`gen_ai.*`); the rest begins with `millrace`.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use millrace_core::cluster::Node;
@@ -17,6 +17,7 @@ use prometheus::{Registry, TextEncoder};
 use crate::App;
 use crate::dispatch::{BeliefCounts, Usage};
 use crate::raft::Role;
+use crate::traffic::Traffic;
 
 /// From arrival to the first token, seconds.
 pub const TIME_TO_FIRST_TOKEN: &str = "gen_ai.server.time_to_first_token";
@@ -75,6 +76,8 @@ pub struct Metrics {
     tenant_requests: Counter<u64>,
     tenant_tokens: Counter<u64>,
     tenants: Mutex<BTreeSet<Arc<str>>>,
+    /// Counts the same for operators; it outlives the meter.
+    app: Weak<App>,
     /// Keeps the readers of the gauges alive.
     _provider: SdkMeterProvider,
 }
@@ -107,6 +110,7 @@ impl Metrics {
             tenant_requests: count(TENANT_REQUESTS),
             tenant_tokens: count(TENANT_TOKENS),
             tenants: Mutex::default(),
+            app: Arc::downgrade(app),
             registry,
             _provider: provider.clone(),
         };
@@ -129,8 +133,15 @@ impl Metrics {
         TenantMeter { metrics: self.clone(), tenant: label(&mut self.tenants.lock(), tenant) }
     }
 
+    fn traffic(&self, count: impl FnOnce(&Traffic)) {
+        if let Some(app) = self.app.upgrade() {
+            count(app.dispatcher.traffic());
+        }
+    }
+
     /// A request that never ran.
     pub fn refused(&self, code: &'static str) {
+        self.traffic(Traffic::failed);
         self.requests.add(1, &[KeyValue::new("outcome", code)]);
     }
 }
@@ -226,8 +237,12 @@ impl Watch {
     /// A token came.
     pub fn token(&mut self) {
         let now = Instant::now();
+        self.metrics.traffic(Traffic::token);
         match self.last_token.replace(now) {
-            None => self.metrics.first_token.record((now - self.started).as_secs_f64(), &[]),
+            None => {
+                self.metrics.traffic(|traffic| traffic.first_token(now - self.started));
+                self.metrics.first_token.record((now - self.started).as_secs_f64(), &[]);
+            }
             Some(last) => self.metrics.next_token.record((now - last).as_secs_f64(), &[]),
         }
     }
@@ -235,6 +250,7 @@ impl Watch {
     /// The choice is whole.
     pub fn end(&mut self, usage: &Usage) {
         self.close("ok");
+        self.metrics.traffic(|traffic| traffic.ended(usage.prompt_tokens, usage.cached_tokens));
         for (kind, tokens) in [("input", usage.prompt_tokens), ("cached", usage.cached_tokens), ("output", usage.completion_tokens)]
         {
             let (tokens, kind) = (u64::from(tokens), KeyValue::new("gen_ai.token.type", kind));
@@ -252,6 +268,7 @@ impl Watch {
 
     /// It failed.
     pub fn failed(&mut self, code: &'static str) {
+        self.metrics.traffic(Traffic::failed);
         self.close(code);
     }
 
