@@ -5,9 +5,9 @@
 
 mod cache;
 mod config;
+mod health;
 mod route;
 mod tenants;
-mod health;
 mod view;
 
 use std::sync::Arc;

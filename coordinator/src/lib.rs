@@ -12,6 +12,7 @@ pub mod ctl;
 pub mod deltas;
 pub mod dispatch;
 pub mod duties;
+pub mod event_bench;
 pub mod http;
 pub mod join;
 pub mod links;

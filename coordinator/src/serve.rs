@@ -73,7 +73,9 @@ pub async fn run(config: Config, shutdown: Shutdown) -> Result<()> {
             None
         }
         () = app.raft.stopped() => {
-            let failure = app.raft.status().failure.map_or_else(|| "it was stopped".into(), |failure| failure.to_string());
+            let differs = app.cluster.read().audit().differs_at().map(|entry| format!("its state after entry {entry} is not the majority's"));
+            let failure = app.raft.status().failure.map(|failure| failure.to_string()).or(differs);
+            let failure = failure.unwrap_or_else(|| "it was stopped".into());
             shutdown.begin("the log stopped");
             Some(failure)
         }

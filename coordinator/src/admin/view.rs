@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use millrace_core::cluster::Node;
+use millrace_core::holders::BLOCKS_MAX;
 use millrace_core::ids::ReplicaId;
 use serde_json::{Value, json};
 
@@ -149,6 +150,16 @@ impl Admin {
                 json!({"name": node.name, "blocks": tally.blocks, "seq": tally.seq, "digest": digest, "refused": tally.refused})
             })
             .collect();
-        json!({"blocks": holders.blocks(), "holders": holders.locations(), "applied": cluster.applied(), "nodes": per_node})
+        let (drift, audit) = (holders.drift(), cluster.audit());
+        let differing: Vec<Value> = audit.differing().map(|(id, entry)| json!({"replica": id.0, "entry": entry})).collect();
+        json!({
+            "blocks": holders.blocks(),
+            "holders": holders.locations(),
+            "holders_max": BLOCKS_MAX,
+            "applied": cluster.applied(),
+            "drift": {"found": drift.found, "repaired": drift.repaired},
+            "replicas": {"agreed": audit.agreed(), "differing": differing},
+            "nodes": per_node,
+        })
     }
 }

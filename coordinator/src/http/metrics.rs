@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use millrace_core::cluster::Node;
+use millrace_core::cluster::{Cluster, Node};
 use millrace_core::message::Load;
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Counter, Histogram, Meter, MeterProvider};
@@ -43,6 +43,16 @@ pub const RAFT_APPLIED: &str = "millrace.raft.applied";
 pub const RAFT_TERM: &str = "millrace.raft.term";
 /// 1 on the leader.
 pub const RAFT_LEADER: &str = "millrace.raft.is_leader";
+/// Pairs of a block and a node that holds it, in the index.
+pub const INDEX_LOCATIONS: &str = "millrace.index.locations";
+/// Blocks that the index had no room for, of nodes that are members.
+pub const INDEX_REFUSED: &str = "millrace.index.refused";
+/// Caches that the index was found to disagree with since the log began.
+pub const INDEX_DRIFT_FOUND: &str = "millrace.index.drift_found";
+/// Those of them mended by a snapshot of the node.
+pub const INDEX_DRIFT_REPAIRED: &str = "millrace.index.drift_repaired";
+/// Replicas whose state was not that of the majority since this one started.
+pub const REPLICAS_DIFFERING: &str = "millrace.replicas.differing";
 /// Blocks of a node's pool, by `node` and `state`: free, evictable, pinned, in_use.
 pub const NODE_BLOCKS: &str = "millrace.node.blocks";
 
@@ -161,6 +171,11 @@ fn gauges(meter: &Meter, app: &Arc<App>) {
     gauge(RAFT_APPLIED, |app| app.raft.status().applied);
     gauge(RAFT_TERM, |app| app.raft.status().term);
     gauge(RAFT_LEADER, |app| u64::from(app.raft.status().role == Role::Leader));
+    gauge(INDEX_LOCATIONS, |app| app.cluster.read().holders().locations() as u64);
+    gauge(INDEX_REFUSED, |app| refused(&app.cluster.read()));
+    gauge(INDEX_DRIFT_FOUND, |app| app.cluster.read().holders().drift().found);
+    gauge(INDEX_DRIFT_REPAIRED, |app| app.cluster.read().holders().drift().repaired);
+    gauge(REPLICAS_DIFFERING, |app| app.cluster.read().audit().differing().count() as u64);
     let app = Arc::downgrade(app);
     let blocks = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
         let Some(app) = app.upgrade() else { return };
@@ -188,6 +203,11 @@ fn beliefs(meter: &Meter, app: &Arc<App>) {
     };
     counter(ROUTE_BELIEF, |counts| [("prefill", counts.prefill_belief), ("decode", counts.decode_belief)]);
     counter(ROUTE_FOUND, |counts| [("prefill", counts.prefill_found), ("decode", counts.decode_found)]);
+}
+
+fn refused(cluster: &Cluster) -> u64 {
+    let holders = cluster.holders();
+    holders.nodes().filter_map(|node| holders.tally(node)).map(|tally| tally.refused).sum()
 }
 
 /// What each node that is heard of last said of itself.

@@ -58,6 +58,7 @@ impl Links {
                     self.proposer.nodes.orders.reported(report);
                 }
             }),
+            Message::CacheDigest(digest) => self.on_report(served, digest.node, Report::Digest(digest)),
             Message::Join(join) => self.on_join(served, join),
             Message::Leave { node, epoch } => self.on_leave(served, node, epoch),
             _ => debug!(node = served.who.name, "a message without meaning from a node"),
