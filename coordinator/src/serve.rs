@@ -11,6 +11,7 @@ use millrace_core::cluster::ReplicaInfo;
 use millrace_core::message::{ModelIdentity, Role};
 use millrace_node::endpoint::{Endpoint, EndpointConfig};
 use millrace_node::pki::Identity;
+use millrace_node::renew;
 use millrace_node::shutdown::Shutdown;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -138,6 +139,7 @@ fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica,
     tokio::spawn(duties.run(shutdown.clone()));
     tokio::spawn(pins::run(proposer.clone(), shutdown.clone()));
     links.dial(&endpoint, &shutdown);
+    tokio::spawn(renew::keep_renewed(endpoint.clone(), config.args.certs.clone(), renew::LOOK_INTERVAL, shutdown.clone()));
     tokio::spawn(links.accept(endpoint.clone()));
     let app = App { config, model, checkpoint, dispatcher, cluster, nodes, raft, admin, shutdown };
     Ok((Replica { app: Arc::new(app), endpoint, proposer }, listener))

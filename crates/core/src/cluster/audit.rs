@@ -8,7 +8,7 @@ use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::Cluster;
+use super::{Cluster, codec};
 use crate::ids::ReplicaId;
 
 /// How a checksum is computed. Replicas of two programs compare only what they compute alike: raise it with every change of
@@ -99,13 +99,12 @@ impl Audit {
 }
 
 impl Cluster {
-    /// The state at this entry in short: membership, policy by its versions, the index by its digests. O(nodes + tenants).
+    /// The state at this entry in short: membership, policy, and the index by its digests. O(nodes + policy).
     #[must_use]
     pub fn checksum(&self) -> Checksum {
         let mut bytes = Vec::new();
         let mut put = |value: u128| bytes.extend_from_slice(&value.to_le_bytes());
-        let policy = [self.policy.config().version(), self.policy.pins_version(), self.policy.tenants().count() as u64];
-        [self.now_us, self.last_epoch.0, self.nodes.len() as u64].iter().chain(&policy).for_each(|n| put((*n).into()));
+        [self.now_us, self.last_epoch.0, self.nodes.len() as u64].iter().for_each(|n| put((*n).into()));
         for node in self.nodes.values() {
             put(node.epoch.0.into());
             put(u128::from(node.lease_until_us) << 8 | node.state as u128);
@@ -115,6 +114,7 @@ impl Cluster {
             put(u128::from(held.seq) << 64 | u128::from(held.blocks));
             put(u128::from(held.refused) << 64 | u128::from(held.drifted));
         }
+        bytes.extend_from_slice(&codec::archive(&self.policy.image()));
         Checksum { method: METHOD, index: self.applied, sum: xxhash_rust::xxh3::xxh3_128(&bytes) }
     }
 

@@ -111,7 +111,7 @@ where
     bytes
 }
 
-fn archive<T>(value: &T) -> AlignedVec
+pub(super) fn archive<T>(value: &T) -> AlignedVec
 where
     T: for<'a> Serialize<HighSerializer<AlignedVec, ArenaHandle<'a>, Error>>,
 {
