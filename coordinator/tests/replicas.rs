@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use millrace_checkpoint::Checkpoint;
 use millrace_core::ids::{BlockHash, Epoch, NodeId};
 use millrace_core::layout::KvDtype;
-use millrace_core::message::{BlockOp, Delta, Hello, Join, Load, Message, ModelIdentity, Role};
+use millrace_core::message::{BlockOp, CacheDigest, Delta, Hello, Join, Load, Message, ModelIdentity, Role};
 use millrace_node::endpoint::{Endpoint, EndpointConfig, Target};
 use millrace_node::link::{Link, LinkReceiver};
 use millrace_node::pki::{Authority, Identity};
@@ -228,6 +228,15 @@ async fn three_replicas_take_nodes_in_and_survive_the_leader() {
     assert_eq!(links[third].recv().await, Message::WantSnapshot { epoch });
     for operator in &mut operators {
         operator.until(json!({"q": "cache_stat"}), |stat| stat["blocks"] == 1 && stat["nodes"][0]["seq"] == 1).await;
+    }
+
+    // A cache that differs after the same deltas is found, on every replica; and the replicas find each other equal.
+    let said = CacheDigest { node, epoch, seq: 1, blocks: 2, digest: 5 };
+    links[follower].link.send(&Message::CacheDigest(said)).unwrap();
+    assert_eq!(links[follower].recv().await, Message::WantSnapshot { epoch });
+    let agree = |s: &Value| s["replicas"]["agreed"].as_u64() > Some(0) && s["replicas"]["differing"] == json!([]);
+    for operator in &mut operators {
+        operator.until(json!({"q": "cache_stat"}), |stat| stat["drift"]["found"] == 1 && agree(stat)).await;
     }
 
     // The leader is lost; the others go on, with the same node and the same blocks.
