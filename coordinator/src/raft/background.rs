@@ -30,11 +30,7 @@ pub(super) type Spawn = Arc<dyn Fn(Job) + Send + Sync>;
 /// What other threads have done for the replica's, which looks at the start of each round.
 pub(super) enum Done<S> {
     /// The state after entry `at` is in a finished file.
-    Saved {
-        at: LogPoint,
-        file: PathBuf,
-        result: Result<u64, DiskError>,
-    },
+    Saved { at: LogPoint, file: PathBuf, result: Result<u64, DiskError> },
     /// A fresh segment is written.
     Rotated(Result<Wal, DiskError>),
     /// A peer's snapshot lies in a finished file and has been read.

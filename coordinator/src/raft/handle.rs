@@ -122,17 +122,8 @@ pub(super) fn assemble<M: StateMachine>(
     let parts = Parts { config, disk: disk.clone(), spawn, inputs, outgoing, ship, shared: shared.clone() };
     let (driver, status) = Driver::open(parts, machine, now)?;
     let tell = driver.background.tell.clone();
-    let dock = Dock {
-        me,
-        disk,
-        dir,
-        owner,
-        outgoing: out,
-        shared: shared.clone(),
-        status: status.clone(),
-        decode: M::decode,
-        tell,
-    };
+    let dock =
+        Dock { me, disk, dir, owner, outgoing: out, shared: shared.clone(), status: status.clone(), decode: M::decode, tell };
     let (waiting, frame_bytes) = (Arc::new(Semaphore::new(WAITING_MAX)), Arc::new(Semaphore::new(FRAMES_QUEUED_BYTES_MAX)));
     let handle = RaftHandle { inbox, ship: to_ship, status, shared, waiting, frame_bytes };
     Ok(Assembled { handle, driver, ship: Ship::new(dock), ship_inputs })

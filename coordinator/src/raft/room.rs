@@ -102,6 +102,9 @@ impl<M: StateMachine> Driver<M> {
     fn stand_still(&mut self) -> Result<(), Stop> {
         self.shared.full.store(true, Ordering::Relaxed);
         self.publish();
+        // The others will elect a leader who may commit what waits here, or not.
+        self.clients.lose_proposals();
+        self.clients.answer();
         let until = Instant::now() + RETRY_PAUSE;
         loop {
             match self.inputs.recv_timeout(until.saturating_duration_since(Instant::now())) {

@@ -483,7 +483,11 @@ mod tests {
             disk.crash(&mut |_| keep);
             let bodies = Wal::recover(&any, dir, &owner()).unwrap().unwrap().bodies;
             let whole = keep >= 40 + HEAD_BYTES;
-            assert_eq!(bodies, if whole { vec![b"kept".to_vec(), vec![7; 40]] } else { vec![b"kept".to_vec()] }, "{keep} bytes kept");
+            assert_eq!(
+                bodies,
+                if whole { vec![b"kept".to_vec(), vec![7; 40]] } else { vec![b"kept".to_vec()] },
+                "{keep} bytes kept"
+            );
         }
     }
 }

@@ -26,9 +26,21 @@ pub(super) enum Verdict {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Frame<'a> {
     /// `message`: the frame of a `MsgSnapshot` without data.
-    Begin { id: u64, total: u64, crc: u32, message: &'a [u8] },
-    Chunk { id: u64, offset: u64, data: &'a [u8] },
-    Ack { id: u64, verdict: Verdict },
+    Begin {
+        id: u64,
+        total: u64,
+        crc: u32,
+        message: &'a [u8],
+    },
+    Chunk {
+        id: u64,
+        offset: u64,
+        data: &'a [u8],
+    },
+    Ack {
+        id: u64,
+        verdict: Verdict,
+    },
 }
 
 /// Whether bytes claim to be a frame of a shipment.

@@ -53,17 +53,18 @@ async fn a_leader_with_a_full_disk_hands_over() {
     cluster.agree_on(&acknowledged).await;
 }
 
-async fn single(disk: &SimDisk) -> (RaftHandle, Journal) {
+async fn single(disk: &SimDisk, reserve_bytes: u64) -> (RaftHandle, Journal) {
     let journal = Journal::default();
-    let config = test_config(1, vec![1], "/d".into());
+    let config = RaftConfig { reserve_bytes, ..test_config(1, vec![1], "/d".into()) };
     let handle = start_on(Arc::new(disk.clone()), config, journal.clone(), mpsc::channel(1).0).unwrap();
     until("it leads", || (handle.status().role == Role::Leader).then_some(())).await;
     (handle, journal)
 }
 
+/// Commands until one is refused: those that were committed, and the refusal.
 async fn fill_up(handle: &RaftHandle) -> (Vec<Vec<u8>>, ProposeError) {
     let mut kept = Vec::new();
-    for i in 0..20 {
+    for i in 0..40 {
         match handle.propose(bulky(i)).await {
             Ok(_) => kept.push(bulky(i)),
             Err(error) => return (kept, error),
@@ -82,31 +83,26 @@ async fn commits_again(handle: &RaftHandle) {
 
 #[tokio::test]
 async fn a_single_replica_with_a_full_disk_says_so_and_recovers() {
-    // The reserve has 64 KiB: with a little room besides a bulky command fits, without it raft stands still.
-    for spare in [1 << 20, 0] {
+    // A bulky command fits a reserve of 1 MiB: it is kept, and the next refused. It does not fit 64 KiB: raft stands still with it.
+    for (reserve, refusal) in [(1 << 20, ProposeError::DiskFull), (1 << 16, ProposeError::Lost)] {
         let disk = SimDisk::default();
-        let (handle, journal) = single(&disk).await;
+        let (handle, journal) = single(&disk, reserve).await;
         handle.propose(b"first".to_vec()).await.unwrap();
-        disk.fill(spare);
-        let filling = tokio::spawn({
-            let handle = handle.clone();
-            async move { fill_up(&handle).await }
-        });
-        until("full", || handle.status().disk_full.then_some(())).await;
-        assert_eq!(journal.0.lock().unwrap()[0].1, b"first");
-        if spare == 0 {
-            assert_eq!(handle.propose(b"no".to_vec()).await, Err(ProposeError::DiskFull));
-            assert_eq!(handle.read_index().await, Err(ProposeError::DiskFull));
-            disk.free();
-        }
-        let (kept, error) = filling.await.unwrap();
-        assert_eq!(error, ProposeError::DiskFull);
+        disk.fill(0);
+        let (kept, error) = fill_up(&handle).await;
+        assert_eq!(error, refusal);
+        assert_eq!(handle.propose(b"no".to_vec()).await, Err(ProposeError::DiskFull));
+        let reads = handle.read_index().await;
+        assert_eq!(reads.is_ok(), error == ProposeError::DiskFull, "{reads:?}");
+        let status = handle.status();
+        assert!(status.disk_full && status.failure.is_none(), "{status:?}");
+        assert_eq!(journal.0.lock().unwrap()[0].1, b"first", "it answers for what it has applied");
         disk.free();
         commits_again(&handle).await;
         handle.shutdown();
         handle.stopped().await;
         disk.crash(&mut |n| n / 2);
-        let (handle, journal) = single(&disk).await;
+        let (handle, journal) = single(&disk, reserve).await;
         handle.propose(b"last".to_vec()).await.unwrap();
         let journal: Vec<Vec<u8>> = journal.0.lock().unwrap().iter().map(|(_, command)| command.clone()).collect();
         assert!(kept.iter().all(|command| journal.contains(command)), "what was acknowledged is there");
@@ -117,7 +113,7 @@ async fn a_single_replica_with_a_full_disk_says_so_and_recovers() {
 #[tokio::test]
 async fn a_failed_sync_stops_the_replica_and_loses_nothing_acknowledged() {
     let disk = SimDisk::default();
-    let (handle, _) = single(&disk).await;
+    let (handle, _) = single(&disk, 1 << 20).await;
     handle.propose(b"kept".to_vec()).await.unwrap();
     disk.fail_next_sync();
     assert_eq!(handle.propose(b"unknown".to_vec()).await, Err(ProposeError::Stopped));
@@ -125,7 +121,7 @@ async fn a_failed_sync_stops_the_replica_and_loses_nothing_acknowledged() {
     let failure = handle.status().failure;
     assert!(matches!(&failure, Some(RaftFailure::Disk(text)) if text.contains("sync")), "{failure:?}");
     disk.crash(&mut |_| 0);
-    let (handle, journal) = single(&disk).await;
+    let (handle, journal) = single(&disk, 1 << 20).await;
     handle.propose(b"after".to_vec()).await.unwrap();
     let journal: Vec<Vec<u8>> = journal.0.lock().unwrap().iter().map(|(_, command)| command.clone()).collect();
     assert_eq!(journal, [b"kept".to_vec(), b"after".to_vec()]);

@@ -32,7 +32,8 @@ pub(super) fn check(history: &[Op]) -> Result<(), Vec<Op>> {
     history.iter().for_each(|op| registers.entry(op.key).or_default().push(*op));
     registers.into_values().try_for_each(|mut ops| {
         ops.sort_by_key(|op| op.call);
-        let read: HashSet<Option<u64>> = ops.iter().filter_map(|op| if let Kind::Read(v) = op.kind { Some(v) } else { None }).collect();
+        let read: HashSet<Option<u64>> =
+            ops.iter().filter_map(|op| if let Kind::Read(v) = op.kind { Some(v) } else { None }).collect();
         // A write that nobody has read and nobody has been told of might as well not have happened.
         ops.retain(|op| op.ret.is_some() || matches!(op.kind, Kind::Write(v) if read.contains(&Some(v))));
         if linearizable(&ops) { Ok(()) } else { Err(shortest(&ops)) }
@@ -63,7 +64,8 @@ fn linearizable(ops: &[Op]) -> bool {
     let start = Place { first: 0, done: 0, value: None };
     let (mut seen, mut open) = (HashSet::from([start.clone()]), vec![start]);
     while let Some(place) = open.pop() {
-        let left = || ops.iter().enumerate().skip(place.first).filter(|(i, _)| place.done >> (i - place.first) & 1 == 0);
+        let done = |i: usize| place.done.checked_shr((i - place.first) as u32).unwrap_or(0) & 1 == 1;
+        let left = || ops.iter().enumerate().skip(place.first).filter(|(i, _)| !done(*i));
         let Some(first_return) = left().filter_map(|(_, op)| op.ret).min() else { return true };
         for (i, op) in left().take_while(|(_, op)| op.call < first_return) {
             assert!(i - place.first < WINDOW_MAX, "too much in flight to search");

@@ -4,8 +4,8 @@
 mod cluster;
 mod disk;
 mod full;
-mod hostile;
 mod history;
+mod hostile;
 mod linear;
 mod ship;
 pub(super) mod simdisk;
@@ -220,7 +220,7 @@ impl Cluster {
 }
 
 fn test_config(id: u64, voters: Vec<u64>, dir: PathBuf) -> RaftConfig {
-    RaftConfig { tick: Duration::from_millis(20), reserve_bytes: 1 << 16, ..RaftConfig::new(id, voters, dir, "test") }
+    RaftConfig { tick: Duration::from_millis(20), reserve_bytes: 1 << 20, ..RaftConfig::new(id, voters, dir, "test") }
 }
 
 /// Polls until there is a value; panics after [`DEADLINE`].

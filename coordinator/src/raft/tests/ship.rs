@@ -21,10 +21,7 @@ async fn one_behind() -> (Cluster, u64, Vec<(u64, Vec<u8>)>) {
         acknowledged.push((cluster.commit(&command(i)).await, command(i)));
     }
     acknowledged.extend(cluster.commit_many(0..40).await);
-    until("the log is compacted", || {
-        cluster.running().iter().all(|h| h.status().first_index > 13).then_some(())
-    })
-    .await;
+    until("the log is compacted", || cluster.running().iter().all(|h| h.status().first_index > 13).then_some(())).await;
     (cluster, late, acknowledged)
 }
 
@@ -82,8 +79,8 @@ async fn snapshots_of_liars_leave_nothing_behind() {
     let (of_leader, of_other) = (snapshot(leader.id, leader.term), snapshot(other, leader.term));
     let junk = b"no state of this machine";
     let frames = [
-        (other, put_all(1, &[1, 100, 0], Some(&of_other))),         // a follower
-        (other, put_all(1, &[2, 100, 0], Some(&of_leader))),        // in the leader's name
+        (other, put_all(1, &[1, 100, 0], Some(&of_other))),           // a follower
+        (other, put_all(1, &[2, 100, 0], Some(&of_leader))),          // in the leader's name
         (leader.id, put_all(1, &[3, u64::MAX, 0], Some(&of_leader))), // larger than any
         (leader.id, put_all(1, &[4, 100, 0], Some(b"no message"))),
         (leader.id, put_all(2, &[5, 0], Some(junk))), // of nothing that was begun

@@ -182,7 +182,7 @@ impl World {
         let id = i as u64 + 1;
         let (to_network, outgoing) = mpsc::channel(4096);
         let log = LogLimits { entries_max: 40, bytes_max: 1 << 20, entries_kept: 5 };
-        let config = RaftConfig { log, ..test_config(id, (1..=REPLICAS).collect(), "/raft".into()) };
+        let config = RaftConfig { log, reserve_bytes: 1 << 16, ..test_config(id, (1..=REPLICAS).collect(), "/raft".into()) };
         let (registers, jobs) = (Registers::default(), Jobs::default());
         let waiting = jobs.clone();
         let spawn: Spawn = Arc::new(move |job| waiting.lock().unwrap().push(job));
@@ -288,7 +288,8 @@ impl World {
         let timeout = 10 + hash(&[self.seed, i as u64, live.driver.ticks / 37]) as usize % 10;
         live.driver.node.raft.set_randomized_election_timeout(timeout);
         let after = live.handle.status();
-        if after.applied > before.applied && after.first_index > before.applied + 1 && after.snapshot_index == after.first_index - 1 {
+        if after.applied > before.applied && after.first_index > before.applied + 1 && after.snapshot_index == after.first_index - 1
+        {
             self.story.snapshots_installed += 1;
         }
         if after.role == Role::Leader && (after.term, after.id) > self.leader_seen {
