@@ -4,6 +4,7 @@
 //! [`request`] decides what becomes of one request; `millrace_core::route` where it goes; here is what joins them to the applied
 //! state, the links and the client. One task drives one request; [`registry`] leads what nodes send to the right task.
 
+mod asked;
 mod place;
 pub mod registry;
 pub mod request;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use millrace_core::identity::Fingerprint;
-use millrace_core::ids::{NodeId, ReplicaId, RequestId, TokenId};
+use millrace_core::ids::{BlockHash, NodeId, ReplicaId, RequestId, TokenId};
 use millrace_core::message::{AttemptFailed, HandoverStats, ModelIdentity, TOKENS_MAX, TokenOut};
 use millrace_core::route::{Decision, NoPlace};
 use tokio::sync::{mpsc, watch};
@@ -26,6 +27,7 @@ use crate::nodes::Nodes;
 use crate::raft::RaftStatus;
 use crate::state::SharedCluster;
 
+pub use asked::{Asked, AskedPrefixes};
 use registry::{Input, Registry};
 use request::Request;
 pub use types::{
@@ -50,6 +52,7 @@ struct Inner {
     nodes: Arc<Nodes>,
     raft: watch::Receiver<RaftStatus>,
     registry: Registry,
+    asked: AskedPrefixes,
 }
 
 /// A running request. Dropping it cancels the request.
@@ -111,7 +114,16 @@ impl Dispatcher {
         raft: watch::Receiver<RaftStatus>,
     ) -> Self {
         let fingerprint = model.fingerprint();
-        Self(Arc::new(Inner { me, model, fingerprint, cluster, nodes, raft, registry: Registry::default() }))
+        Self(Arc::new(Inner {
+            me,
+            model,
+            fingerprint,
+            cluster,
+            nodes,
+            raft,
+            registry: Registry::default(),
+            asked: AskedPrefixes::default(),
+        }))
     }
 
     /// Starts a request. Must be called on a tokio runtime.
@@ -119,7 +131,7 @@ impl Dispatcher {
     /// # Errors
     /// See [`SubmitError`]; nothing was started then.
     pub fn submit(&self, prompt: Prompt) -> Result<Running, SubmitError> {
-        check(&prompt)?;
+        self.check(&prompt)?;
         let (now, id) = (Instant::now(), RequestId(rand::random()));
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let inputs = self.0.registry.open(id)?;
@@ -138,6 +150,33 @@ impl Dispatcher {
     /// When the tenant is unknown.
     pub fn explain(&self, tenant: &str, tokens: &[TokenId], max_new: u32) -> Result<Explanation, SubmitError> {
         self.0.explain(Instant::now(), tenant, tokens, max_new)
+    }
+
+    /// The names of the full blocks of a prompt of this tenant. O(tokens).
+    ///
+    /// # Errors
+    /// When the tenant is unknown.
+    pub fn block_names(&self, tenant: &str, tokens: &[TokenId]) -> Result<Vec<BlockHash>, SubmitError> {
+        self.0.names_of(tenant, tokens)
+    }
+
+    /// Which beginnings of prompts this gateway is asked for most, the most frequent first.
+    #[must_use]
+    pub fn asked(&self, most: usize) -> Vec<Asked> {
+        self.0.asked.ranked(most)
+    }
+
+    /// Whether a prompt may be submitted at all, by the cluster's settings.
+    fn check(&self, prompt: &Prompt) -> Result<(), SubmitError> {
+        let (tokens_max, running_max) = {
+            let cluster = self.0.cluster.read();
+            (cluster.config().tokens_max().min(TOKENS_MAX), cluster.config().running_max())
+        };
+        check(prompt, tokens_max)?;
+        if self.running() >= running_max {
+            return Err(SubmitError::NoCapacity { retry_after_s: 1 });
+        }
+        Ok(())
     }
 
     /// Whether requests can be served.
@@ -192,7 +231,7 @@ impl Dispatcher {
     }
 }
 
-fn check(prompt: &Prompt) -> Result<(), SubmitError> {
+fn check(prompt: &Prompt, tokens_max: usize) -> Result<(), SubmitError> {
     if prompt.tokens.is_empty() {
         return Err(SubmitError::Invalid("the prompt is empty".into()));
     }
@@ -203,7 +242,7 @@ fn check(prompt: &Prompt) -> Result<(), SubmitError> {
         return Err(SubmitError::Invalid(format!("cache_salt: at most {CACHE_SALT_BYTES_MAX} bytes")));
     }
     match prompt.tokens.len().saturating_add(prompt.sampling.max_new as usize) {
-        tokens if tokens > TOKENS_MAX => Err(SubmitError::TooLong { tokens, max: TOKENS_MAX }),
+        tokens if tokens > tokens_max => Err(SubmitError::TooLong { tokens, max: tokens_max }),
         _ => Ok(()),
     }
 }

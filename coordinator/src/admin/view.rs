@@ -97,7 +97,8 @@ impl Admin {
         let load = seen.map(|seen| seen.load).unwrap_or_default();
         let total = if load.total_blocks == 0 { node.slots } else { load.total_blocks };
         let known = load.total_blocks != 0;
-        let in_use = total.saturating_sub(load.free_blocks).saturating_sub(load.evictable_blocks);
+        let idle = load.free_blocks.saturating_add(load.evictable_blocks).saturating_add(load.pinned_blocks);
+        let in_use = total.saturating_sub(idle);
         json!({
             "id": node.node.0,
             "name": node.name,
@@ -111,6 +112,7 @@ impl Admin {
                 "total": total,
                 "free": known.then_some(load.free_blocks),
                 "evictable": known.then_some(load.evictable_blocks),
+                "pinned": known.then_some(load.pinned_blocks),
                 "in_use": known.then_some(in_use),
                 "cached": cached,
             },

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use millrace_core::cluster::Cluster;
+use millrace_core::cluster::{Cluster, Config as Settings};
 use millrace_core::identity::{Chain, TenantKey, block_names};
 use millrace_core::ids::{BlockHash, NodeId, TokenId};
 use millrace_core::message::{Message, Peer, Ticket};
@@ -70,12 +70,16 @@ impl Inner {
         let key = key.ok_or_else(|| NotPlaced::NoTenant(prompt.tenant.clone()))?;
         let tokens = request.tokens();
         let names = self.names(&key, &prompt.cache_salt, &tokens);
+        if request.next_attempt().attempt == 0 {
+            self.asked.count(now, &prompt.tenant, &names);
+        }
         let max_new = prompt.sampling.max_new.saturating_sub(request.delivered()).max(1);
         let seed = (request.id().0 as u64).wrapping_add(u64::from(request.next_attempt().attempt));
         let (decision, prefill, decode) = {
             let cluster = self.cluster.read();
             let views = self.views(now, &cluster, &names);
-            let decision = self.decide(&views, tokens.len(), max_new, seed, &avoid).map_err(NotPlaced::NoPlace)?;
+            let decision =
+                self.decide(cluster.config(), &views, (tokens.len(), max_new, seed), &avoid).map_err(NotPlaced::NoPlace)?;
             let gone = || NotPlaced::NoPlace(NoPlace::NoNodes);
             let prefill = cluster.peer(decision.prefill).ok_or_else(gone)?;
             let decode = decision.decode.map(|node| cluster.peer(node).ok_or_else(gone)).transpose()?;
@@ -121,7 +125,13 @@ impl Inner {
         usize::from(self.model.layout.block_tokens)
     }
 
-    fn decide(&self, nodes: &[NodeView], tokens: usize, max_new: u32, seed: u64, exclude: &[NodeId]) -> Result<Decision, NoPlace> {
+    fn decide(
+        &self,
+        config: &Settings,
+        nodes: &[NodeView],
+        (tokens, max_new, seed): (usize, u32, u64),
+        exclude: &[NodeId],
+    ) -> Result<Decision, NoPlace> {
         let layout = &self.model.layout;
         let ask = Ask {
             tokens: tokens as u32,
@@ -131,15 +141,21 @@ impl Inner {
             layers: layout.layers,
             seed,
             exclude,
-            slo: None,
+            slo: config.slo(),
         };
-        route::place(&View { nodes, costs: CostModel::default() }, &ask)
+        route::place(&View { nodes, costs: config.costs(CostModel::default()) }, &ask)
     }
 
     /// The names of the full blocks of `tokens`. O(tokens): not to be done under the state's lock.
     fn names(&self, key: &TenantKey, salt: &[u8], tokens: &[TokenId]) -> Vec<BlockHash> {
         let full = tokens.len() / self.block_tokens() * self.block_tokens();
         block_names(&Chain::new(*key, &self.fingerprint, salt), &tokens[..full], self.block_tokens())
+    }
+
+    pub(super) fn names_of(&self, tenant: &str, tokens: &[TokenId]) -> Result<Vec<BlockHash>, SubmitError> {
+        let key = self.cluster.read().tenant(tenant).copied();
+        let key = key.ok_or_else(|| SubmitError::NotReady(format!("tenant {tenant:?} is not known here")))?;
+        Ok(self.names(&key, &[], tokens))
     }
 
     /// What is known of each live node, with a view to these blocks. O(blocks + nodes x requests in flight).
@@ -167,9 +183,7 @@ impl Inner {
     }
 
     pub(super) fn explain(&self, now: Instant, tenant: &str, tokens: &[TokenId], max_new: u32) -> Result<Explanation, SubmitError> {
-        let key = self.cluster.read().tenant(tenant).copied();
-        let key = key.ok_or_else(|| SubmitError::NotReady(format!("tenant {tenant:?} is not known here")))?;
-        let names = self.names(&key, &[], tokens);
+        let names = self.names_of(tenant, tokens)?;
         let cluster = self.cluster.read();
         let views = self.views(now, &cluster, &names);
         let cached = |view: &NodeView| CachedAt {
@@ -183,7 +197,7 @@ impl Inner {
             block_tokens: self.block_tokens(),
             blocks: tokens.len() / self.block_tokens(),
             nodes: views.iter().map(cached).collect(),
-            decision: self.decide(&views, tokens.len(), max_new, 0, &[]),
+            decision: self.decide(cluster.config(), &views, (tokens.len(), max_new, 0), &[]),
         })
     }
 }

@@ -79,6 +79,8 @@ pub enum FailureKind {
     SlowClient,
     /// This replica is stopping (503).
     Stopping,
+    /// The tenant was deleted (401).
+    TenantGone,
 }
 
 /// What a request took.

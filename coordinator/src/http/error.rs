@@ -56,6 +56,7 @@ impl ApiError {
             FailureKind::Rejected => (StatusCode::BAD_REQUEST, "rejected"),
             FailureKind::SlowClient => (StatusCode::REQUEST_TIMEOUT, "slow_client"),
             FailureKind::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+            FailureKind::TenantGone => (StatusCode::UNAUTHORIZED, "tenant_deleted"),
         };
         let retry_after_s = matches!(kind, FailureKind::NoCapacity | FailureKind::NoNodes | FailureKind::Stopping).then_some(1);
         Self { retry_after_s, ..Self::new(status, code, detail) }

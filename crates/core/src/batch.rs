@@ -7,6 +7,7 @@
 
 mod schedule;
 mod sequence;
+mod upkeep;
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::format;
@@ -253,6 +254,7 @@ impl Batch {
             waiting: self.waiting.len() as u32,
             free_blocks: pool.free,
             evictable_blocks: pool.evictable,
+            pinned_blocks: pool.pinned,
             total_blocks: pool.total,
             ..Load::default()
         }

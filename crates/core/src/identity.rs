@@ -19,6 +19,22 @@ impl core::fmt::Debug for TenantKey {
     }
 }
 
+impl TenantKey {
+    /// Tells the tenant's blocks from others' on a node, where names do not say whose they are.
+    #[must_use]
+    pub fn owner(&self) -> Owner {
+        let digest = blake3::keyed_hash(&self.0, b"millrace owner v1");
+        let mut short = [0; 8];
+        short.copy_from_slice(&digest.as_bytes()[..8]);
+        Owner(u64::from_le_bytes(short))
+    }
+}
+
+/// Whose a cached block is, without saying who that is. Two tenants may have one by accident, once in 2^64: then evicting the blocks of one
+/// evicts the other's too, which costs time only.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Owner(pub u64);
+
 /// Digest of everything that two nodes must share for their KV to be interchangeable: weights, tokenizer, KV layout and dtype.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);

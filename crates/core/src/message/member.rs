@@ -128,6 +128,8 @@ pub struct Load {
     pub free_blocks: u32,
     /// Slots that hold cached blocks nobody reads: free on demand.
     pub evictable_blocks: u32,
+    /// Slots that hold pinned blocks nobody reads: kept.
+    pub pinned_blocks: u32,
     /// All slots.
     pub total_blocks: u32,
     /// Measured: nanoseconds to compute one prompt token; 0 when not known yet.
