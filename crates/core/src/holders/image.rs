@@ -10,6 +10,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 use super::place::Location;
 use super::shard::{SHARDS, shard_of};
 use super::{Drift, Holders, NodeBlocks, toggle};
+use crate::cluster::NODES_MAX;
 use crate::ids::{BlockHash, NodeId};
 use crate::message::Tier;
 
@@ -46,8 +47,8 @@ pub enum HoldersError {
     /// A node's blocks are not those that were written.
     #[error("the blocks of node {0} are not those that were written")]
     Digest(NodeId),
-    /// More locations than the index takes.
-    #[error("more locations than the index takes")]
+    /// More locations or nodes than the index takes.
+    #[error("more locations or nodes than the index takes")]
     TooMany,
 }
 
@@ -89,6 +90,9 @@ impl Holders {
     /// When it is not one that they write, to the byte.
     pub(crate) fn read(&mut self, (drift, held): (Drift, &[Held]), mut bytes: &[u8]) -> Result<(), HoldersError> {
         self.drift = drift;
+        if held.len() > NODES_MAX {
+            return Err(HoldersError::TooMany);
+        }
         for line in held {
             if self.nodes.contains_key(&line.node) {
                 return Err(HoldersError::Twice);

@@ -261,6 +261,9 @@ fn bytes_that_no_index_writes_are_refused() {
     assert_eq!(changed(18, 0), Err(HoldersError::Holder));
     assert_eq!(changed(19, 0xc0), Err(HoldersError::Holder), "no such tier");
     assert_eq!(changed(0, 0xff), Err(HoldersError::Order));
+    let line = |node| Held { node: NodeId(node), seq: 0, refused: 0, blocks: 0, digest: 0, drifted: false };
+    let crowd: Vec<_> = (1..=5000).map(line).collect();
+    assert_eq!(Holders::default().read((Drift::default(), &crowd), &[]), Err(HoldersError::TooMany));
     assert_eq!(changed(bytes.len() - 5, 1), Err(HoldersError::Digest(NodeId(1))));
 }
 
