@@ -103,7 +103,8 @@ impl Holders {
     /// An empty index that takes `locations_max` locations. Replicas of one cluster must agree about it.
     #[must_use]
     pub fn with_max(locations_max: usize) -> Self {
-        let shards = vec![Arc::new(Shard::default()); SHARDS];
+        let empty = Arc::new(Shard::default()); // shared until something is stored
+        let shards = vec![empty; SHARDS];
         let (incarnations, nodes) = (Incarnations::default(), BTreeMap::new());
         Self { shards, incarnations, nodes, locations: 0, off_device: 0, drift: Drift::default(), locations_max }
     }
