@@ -3,14 +3,18 @@
 //! It answers without a quorum too, from what this replica has applied, and says what it cannot know: `stale` is true when
 //! no quorum vouches for the state, and a member that cannot be asked has `reachable: false` and no term.
 
+mod cache;
+mod config;
 mod health;
+mod route;
+mod tenants;
 mod view;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use millrace_checkpoint::Checkpoint;
-use millrace_core::cluster::{Answer, Command, NodeState};
+use millrace_core::cluster::{Answer, Command, NodeState, PolicyAnswer, PolicyCommand, PolicyError};
 use millrace_core::ids::{ReplicaId, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -37,11 +41,15 @@ enum Query {
     CacheLookup(Text),
     CacheStat,
     RouteExplain(Text),
+    RouteDecisions(route::Which),
     /// Cordon, drain or readmit a node.
     SetState {
         node: String,
         state: String,
     },
+    Tenants(tenants::TenantQuery),
+    Config(config::ConfigQuery),
+    Cache(cache::CacheQuery),
 }
 
 /// A prompt in one of three forms.
@@ -70,6 +78,16 @@ fn no_answer(error: &NoAnswer) -> String {
     format!("unavailable: {error}")
 }
 
+/// A refusal of the log, for the operator.
+fn refusal(error: &PolicyError) -> String {
+    let word = match error {
+        PolicyError::NotFound(_) => "not found",
+        PolicyError::Conflict(_) | PolicyError::Full(_) => "conflict",
+        PolicyError::Invalid(_) => "usage",
+    };
+    format!("{word}: {error}")
+}
+
 impl Admin {
     /// An admin interface over one replica; `http` is where its gateway listens.
     #[must_use]
@@ -92,7 +110,11 @@ impl Admin {
             Query::CacheLookup(text) => self.cache_lookup(&text)?,
             Query::CacheStat => self.cache_stat(),
             Query::RouteExplain(text) => self.route_explain(&text)?,
+            Query::RouteDecisions(which) => self.route_decisions(&which).await?,
             Query::SetState { node, state } => self.set_state(&node, &state).await?,
+            Query::Tenants(query) => self.tenants(query).await?,
+            Query::Config(query) => self.settings(query).await?,
+            Query::Cache(query) => self.cache(query).await?,
         };
         Ok(answer.to_string())
     }
@@ -124,6 +146,16 @@ impl Admin {
         match self.proposer.propose(&Command::SetState { node, state }).await {
             Ok(Answer::Done) => Ok(json!({"node": name, "state": state.as_str()})),
             Ok(Answer::Refused(reason)) => Err(format!("conflict: {reason}")),
+            Ok(other) => Err(format!("unexpected answer {other:?}")),
+            Err(error) => Err(no_answer(&error)),
+        }
+    }
+
+    /// Puts a change of policy into the log.
+    async fn change(&self, command: PolicyCommand) -> Result<PolicyAnswer, String> {
+        match self.proposer.propose(&Command::Policy(command)).await {
+            Ok(Answer::Policy(PolicyAnswer::Refused(error))) => Err(refusal(&error)),
+            Ok(Answer::Policy(answer)) => Ok(answer),
             Ok(other) => Err(format!("unexpected answer {other:?}")),
             Err(error) => Err(no_answer(&error)),
         }
@@ -166,11 +198,5 @@ impl Admin {
             "blocks": explained.blocks,
             "nodes": nodes,
         }))
-    }
-
-    fn route_explain(&self, text: &Text) -> Result<Value, String> {
-        let explained = self.explain(text)?;
-        let decision = explained.decision.as_ref().map_err(ToString::to_string)?;
-        Ok(self.decision(&explained, decision))
     }
 }

@@ -27,6 +27,7 @@ use crate::duties::Duties;
 use crate::http;
 use crate::links::{Links, RAFT_FRAMES_MAX, carry_raft};
 use crate::nodes::Nodes;
+use crate::pins;
 use crate::propose::Proposer;
 use crate::raft::{self, RaftConfig, RaftHandle};
 use crate::replicas::Replicas;
@@ -134,6 +135,7 @@ fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica,
     tokio::spawn(carry_raft(proposer.clone(), frames));
     tokio::spawn(deltas::run(proposer.clone(), inbox));
     tokio::spawn(duties.run(shutdown.clone()));
+    tokio::spawn(pins::run(proposer.clone(), shutdown.clone()));
     links.dial(&endpoint, &shutdown);
     tokio::spawn(renew::keep_renewed(endpoint.clone(), config.args.certs.clone(), renew::LOOK_INTERVAL, shutdown.clone()));
     tokio::spawn(links.accept(endpoint.clone()));

@@ -3,12 +3,10 @@
 use std::time::Instant;
 
 use millrace_core::cluster::Node;
-use millrace_core::ids::{NodeId, ReplicaId};
-use millrace_core::route::Decision;
+use millrace_core::ids::ReplicaId;
 use serde_json::{Value, json};
 
 use super::{Admin, health};
-use crate::dispatch::Explanation;
 use crate::raft::Role;
 
 /// Entries that a replica may be behind the leader and not be called stale: some milliseconds of a busy log.
@@ -112,7 +110,8 @@ impl Admin {
         let load = seen.map(|seen| seen.load).unwrap_or_default();
         let total = if load.total_blocks == 0 { node.slots } else { load.total_blocks };
         let known = load.total_blocks != 0;
-        let in_use = total.saturating_sub(load.free_blocks).saturating_sub(load.evictable_blocks);
+        let idle = load.free_blocks.saturating_add(load.evictable_blocks).saturating_add(load.pinned_blocks);
+        let in_use = total.saturating_sub(idle);
         json!({
             "id": node.node.0,
             "name": node.name,
@@ -127,6 +126,7 @@ impl Admin {
                 "total": total,
                 "free": known.then_some(load.free_blocks),
                 "evictable": known.then_some(load.evictable_blocks),
+                "pinned": known.then_some(load.pinned_blocks),
                 "in_use": known.then_some(in_use),
                 "cached": cached,
             },
@@ -150,35 +150,5 @@ impl Admin {
             })
             .collect();
         json!({"blocks": holders.blocks(), "holders": holders.locations(), "applied": cluster.applied(), "nodes": per_node})
-    }
-
-    /// A routing decision, term by term.
-    pub(super) fn decision(&self, explained: &Explanation, decision: &Decision) -> Value {
-        let name = |node: NodeId| explained.nodes.iter().find(|n| n.node == node).map(|n| n.name.clone());
-        let alternatives: Vec<Value> = decision
-            .alternatives
-            .iter()
-            .map(|(prefill, decode, us)| json!({"prefill": name(*prefill), "decode": decode.and_then(name), "total_us": us}))
-            .collect();
-        let cost = &decision.cost;
-        json!({
-            "prompt_tokens": explained.prompt_tokens,
-            "prefill": name(decision.prefill),
-            "decode": decision.decode.and_then(name),
-            "prefill_cached_blocks": decision.prefill_cached_blocks,
-            "decode_cached_blocks": decision.decode_cached_blocks,
-            "cost": {
-                "total_us": cost.total_us(),
-                "queue_us": cost.queue_us,
-                "prefill_us": cost.prefill_us,
-                "tail_us": cost.tail_us,
-                "wait_us": cost.wait_us,
-                "decode_us": cost.decode_us,
-                "harm_us": cost.harm_us,
-                "slo_us": cost.slo_us,
-                "ttft_us": cost.ttft_us,
-            },
-            "alternatives": alternatives,
-        })
     }
 }

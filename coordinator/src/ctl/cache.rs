@@ -5,6 +5,7 @@ use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::cache_admin::{self, CacheAdmin};
 use super::output::{Answer, Ask};
 use super::prompt::Prompt;
 use super::table::{Cell, Column, Page, Tone, cell, column, wide};
@@ -18,6 +19,9 @@ pub enum Cache {
     /// How much is cached
     #[command(after_help = "Example:\n  millctl cache stat --watch")]
     Stat(Ask),
+    #[command(flatten)]
+    /// What changes caches or looks into them
+    Admin(CacheAdmin),
 }
 
 /// Runs one.
@@ -26,6 +30,7 @@ pub enum Cache {
 /// The cluster does not answer, or refuses the prompt.
 pub async fn run(command: Cache) -> Result<()> {
     match command {
+        Cache::Admin(command) => cache_admin::run(command).await,
         Cache::Stat(ask) => ask.show::<Stat>(json!({"q": "cache_stat"})).await.map(drop),
         Cache::Lookup(prompt) => prompt.ask.show::<Lookup>(prompt.query("cache_lookup")?).await.map(drop),
     }

@@ -1,17 +1,18 @@
 //! `millctl`: makes certificates, runs a whole cluster on one machine, asks a running one, and shows it off.
 //!
 //! `output` is the frame of every command: how it asks, prints, waits, changes. `context` says which cluster is meant, `ask` talks to any
-//! replica of it, `table` is what people see. One file for each group of commands: `cluster`, `nodes`, `cache`, `query` (routing), `certs`,
-//! `doctor`, `top`.
+//! replica of it, `table` is what people see. One file for each group of commands: `cluster`, `nodes`, `cache`, `route`, `certs`, `doctor`, `top`.
 //! `local` runs processes behind the `front`; `cluster_file` is what a local cluster writes down about itself and `running` finds it; `demo`
 //! is the show. Standard output carries answers only, everything else goes to standard error. The exit codes are [`Exit`].
 
 pub mod ask;
 pub mod cache;
+pub mod cache_admin;
 pub mod certs;
 pub mod cluster;
 pub mod cluster_file;
 pub mod completion;
+pub mod config;
 pub mod context;
 pub mod dates;
 pub mod demo;
@@ -22,9 +23,10 @@ pub mod local;
 pub mod nodes;
 pub mod output;
 pub mod prompt;
-pub mod query;
+pub mod route;
 pub mod running;
 pub mod table;
+pub mod tenants;
 pub mod top;
 
 use std::process::ExitCode;
@@ -61,9 +63,15 @@ enum Command {
     /// Ask what is cached where
     #[command(subcommand)]
     Cache(cache::Cache),
-    /// Ask where a prompt would go, and why
+    /// Ask where a prompt would go, where others went, and why
     #[command(subcommand)]
-    Route(query::Route),
+    Route(route::Route),
+    /// Whose requests there are: keys and limits
+    #[command(subcommand)]
+    Tenants(tenants::Tenants),
+    /// Settings of the whole cluster
+    #[command(subcommand)]
+    Config(config::Config),
     /// A live screen: nodes, load, requests, cache hits, tokens a second
     Top(top::TopArgs),
     /// Look at everything and say what is wrong and what cures it; exit code 3 when something is, 4 without a quorum
@@ -113,7 +121,9 @@ fn run(cli: Cli) -> Result<()> {
             Command::Cluster(command) => cluster::run(command).await,
             Command::Nodes(command) => nodes::run(command).await,
             Command::Cache(command) => cache::run(command).await,
-            Command::Route(command) => query::route(command).await,
+            Command::Route(command) => route::run(command).await,
+            Command::Tenants(command) => tenants::run(command).await,
+            Command::Config(command) => config::run(command).await,
             Command::Context(command) => context::run(command),
             Command::Top(args) => top::run(args).await,
             Command::Doctor(args) => doctor::run(args).await,

@@ -13,13 +13,13 @@ use super::output::Ask;
 pub struct PromptForm {
     /// Text; @FILE reads it from a file
     #[arg(long)]
-    prompt: Option<String>,
+    pub(super) prompt: Option<String>,
     /// Token ids: 1,2,3
     #[arg(long, value_delimiter = ',')]
-    tokens: Option<Vec<u32>>,
+    pub(super) tokens: Option<Vec<u32>>,
     /// A chat: a JSON array of messages; @FILE reads it from a file
     #[arg(long)]
-    messages: Option<String>,
+    pub(super) messages: Option<String>,
 }
 
 /// A question about a prompt.
@@ -41,20 +41,31 @@ impl Prompt {
     /// A file cannot be read; [`Exit::Usage`] when the messages are no JSON.
     pub fn query(&self, q: &str) -> Result<Value> {
         let mut query = json!({"q": q});
-        if let Some(text) = &self.form.prompt {
-            query["text"] = json!(at_file(text)?);
-        }
-        if let Some(tokens) = &self.form.tokens {
-            query["tokens"] = json!(tokens);
-        }
-        if let Some(messages) = &self.form.messages {
-            let wrong = |error| Exit::Usage.error(format!("--messages: {error}"));
-            query["messages"] = serde_json::from_str(&at_file(messages)?).map_err(wrong)?;
-        }
+        self.form.write(&mut query)?;
         if let Some(tenant) = &self.tenant {
             query["tenant"] = json!(tenant);
         }
         Ok(query)
+    }
+}
+
+impl PromptForm {
+    /// Adds the prompt to a question.
+    ///
+    /// # Errors
+    /// As [`Prompt::query`].
+    pub(super) fn write(&self, query: &mut Value) -> Result<()> {
+        if let Some(text) = &self.prompt {
+            query["text"] = json!(at_file(text)?);
+        }
+        if let Some(tokens) = &self.tokens {
+            query["tokens"] = json!(tokens);
+        }
+        if let Some(messages) = &self.messages {
+            let wrong = |error| Exit::Usage.error(format!("--messages: {error}"));
+            query["messages"] = serde_json::from_str(&at_file(messages)?).map_err(wrong)?;
+        }
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Names follow OpenTelemetry's conventions for generative AI where there is one (`gen_ai.*`); the rest begins with `millrace`.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -10,10 +11,11 @@ use millrace_core::message::Load;
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Counter, Histogram, Meter, MeterProvider};
 use opentelemetry_sdk::metrics::SdkMeterProvider;
+use parking_lot::Mutex;
 use prometheus::{Registry, TextEncoder};
 
 use crate::App;
-use crate::dispatch::Usage;
+use crate::dispatch::{BeliefCounts, Usage};
 use crate::raft::Role;
 use crate::traffic::Traffic;
 
@@ -41,8 +43,22 @@ pub const RAFT_APPLIED: &str = "millrace.raft.applied";
 pub const RAFT_TERM: &str = "millrace.raft.term";
 /// 1 on the leader.
 pub const RAFT_LEADER: &str = "millrace.raft.is_leader";
-/// Blocks of a node's pool, by `node` and `state`: free, evictable, in_use.
+/// Blocks of a node's pool, by `node` and `state`: free, evictable, pinned, in_use.
 pub const NODE_BLOCKS: &str = "millrace.node.blocks";
+
+/// Cached blocks that routing believed in, by `side`: prefill, decode.
+pub const ROUTE_BELIEF: &str = "millrace.route.belief_blocks";
+/// Cached blocks that were found there.
+pub const ROUTE_FOUND: &str = "millrace.route.found_blocks";
+/// Requests of a tenant that ended, by `tenant` and `outcome`.
+pub const TENANT_REQUESTS: &str = "millrace.tenant.requests";
+/// Tokens of a tenant, by `tenant` and `gen_ai.token.type`.
+pub const TENANT_TOKENS: &str = "millrace.tenant.tokens";
+
+/// Tenants that have a label of their own: the first that ask; the rest are [`OTHER_TENANTS`].
+pub const TENANT_LABELS_MAX: usize = 64;
+/// The label of the rest.
+pub const OTHER_TENANTS: &str = "other";
 
 const LATENCY_BOUNDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
@@ -59,6 +75,9 @@ pub struct Metrics {
     kv_bytes: Counter<u64>,
     /// Counts the same for operators; it outlives the meter.
     app: Weak<App>,
+    tenant_requests: Counter<u64>,
+    tenant_tokens: Counter<u64>,
+    tenants: Mutex<BTreeSet<Arc<str>>>,
     /// Keeps the readers of the gauges alive.
     _provider: SdkMeterProvider,
 }
@@ -89,10 +108,14 @@ impl Metrics {
             migrations: count(MIGRATIONS),
             kv_bytes: meter.u64_counter(KV_BYTES).with_unit("By").build(),
             app: Arc::downgrade(app),
+            tenant_requests: count(TENANT_REQUESTS),
+            tenant_tokens: count(TENANT_TOKENS),
+            tenants: Mutex::default(),
             registry,
             _provider: provider.clone(),
         };
         gauges(&meter, app);
+        beliefs(&meter, app);
         Ok(Arc::new(metrics))
     }
 
@@ -108,6 +131,12 @@ impl Metrics {
         if let Some(app) = self.app.upgrade() {
             count(app.dispatcher.traffic());
         }
+    }
+
+    /// Where to count the requests of a tenant.
+    #[must_use]
+    pub fn of_tenant(self: &Arc<Self>, tenant: &str) -> TenantMeter {
+        TenantMeter { metrics: self.clone(), tenant: label(&mut self.tenants.lock(), tenant) }
     }
 
     /// A request that never ran.
@@ -136,13 +165,29 @@ fn gauges(meter: &Meter, app: &Arc<App>) {
     let blocks = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
         let Some(app) = app.upgrade() else { return };
         for (name, load) in loads(&app) {
-            let in_use = load.total_blocks.saturating_sub(load.free_blocks + load.evictable_blocks);
-            for (state, count) in [("free", load.free_blocks), ("evictable", load.evictable_blocks), ("in_use", in_use)] {
+            let idle = load.free_blocks.saturating_add(load.evictable_blocks).saturating_add(load.pinned_blocks);
+            let in_use = load.total_blocks.saturating_sub(idle);
+            let pinned = ("pinned", load.pinned_blocks);
+            for (state, count) in [("free", load.free_blocks), ("evictable", load.evictable_blocks), pinned, ("in_use", in_use)] {
                 observer.observe(u64::from(count), &[KeyValue::new("node", name.clone()), KeyValue::new("state", state)]);
             }
         }
     };
     meter.u64_observable_gauge(NODE_BLOCKS).with_callback(blocks).build();
+}
+
+/// Counters that the dispatcher keeps.
+fn beliefs(meter: &Meter, app: &Arc<App>) {
+    let counter = |name: &'static str, read: fn(BeliefCounts) -> [(&'static str, u64); 2]| {
+        let app = Arc::downgrade(app);
+        let observe = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+            let counts = app.upgrade().map(|app| read(app.dispatcher.beliefs()));
+            counts.into_iter().flatten().for_each(|(side, count)| observer.observe(count, &[KeyValue::new("side", side)]));
+        };
+        meter.u64_observable_counter(name).with_callback(observe).build();
+    };
+    counter(ROUTE_BELIEF, |counts| [("prefill", counts.prefill_belief), ("decode", counts.decode_belief)]);
+    counter(ROUTE_FOUND, |counts| [("prefill", counts.prefill_found), ("decode", counts.decode_found)]);
 }
 
 /// What each node that is heard of last said of itself.
@@ -152,9 +197,30 @@ fn loads(app: &App) -> Vec<(String, Load)> {
     cluster.nodes().filter_map(load).collect()
 }
 
+/// The instruments, for one tenant.
+#[derive(Clone)]
+pub struct TenantMeter {
+    metrics: Arc<Metrics>,
+    tenant: Arc<str>,
+}
+
+/// The tenant's label: its name while there are few.
+fn label(labels: &mut BTreeSet<Arc<str>>, tenant: &str) -> Arc<str> {
+    if let Some(known) = labels.get(tenant) {
+        return known.clone();
+    }
+    if labels.len() >= TENANT_LABELS_MAX {
+        return OTHER_TENANTS.into();
+    }
+    let label: Arc<str> = tenant.into();
+    labels.insert(label.clone());
+    label
+}
+
 /// Measures one choice. A choice that is dropped before its end counts as cancelled.
 pub struct Watch {
     metrics: Arc<Metrics>,
+    tenant: Arc<str>,
     started: Instant,
     last_token: Option<Instant>,
     over: bool,
@@ -163,8 +229,9 @@ pub struct Watch {
 impl Watch {
     /// From now.
     #[must_use]
-    pub fn start(metrics: &Arc<Metrics>) -> Self {
-        Self { metrics: metrics.clone(), started: Instant::now(), last_token: None, over: false }
+    pub fn start(meter: &TenantMeter) -> Self {
+        let TenantMeter { metrics, tenant } = meter.clone();
+        Self { metrics, tenant, started: Instant::now(), last_token: None, over: false }
     }
 
     /// A token came.
@@ -186,7 +253,9 @@ impl Watch {
         self.metrics.traffic(|traffic| traffic.ended(usage.prompt_tokens, usage.cached_tokens));
         for (kind, tokens) in [("input", usage.prompt_tokens), ("cached", usage.cached_tokens), ("output", usage.completion_tokens)]
         {
-            self.metrics.tokens.add(u64::from(tokens), &[KeyValue::new("gen_ai.token.type", kind)]);
+            let (tokens, kind) = (u64::from(tokens), KeyValue::new("gen_ai.token.type", kind));
+            self.metrics.tenant_tokens.add(tokens, &[kind.clone(), self.tenant()]);
+            self.metrics.tokens.add(tokens, &[kind]);
         }
         if usage.timings.attempts > 1 {
             self.metrics.migrations.add(1, &[]);
@@ -206,7 +275,13 @@ impl Watch {
     fn close(&mut self, outcome: &'static str) {
         self.over = true;
         self.metrics.duration.record(self.started.elapsed().as_secs_f64(), &[]);
-        self.metrics.requests.add(1, &[KeyValue::new("outcome", outcome)]);
+        let outcome = KeyValue::new("outcome", outcome);
+        self.metrics.tenant_requests.add(1, &[outcome.clone(), self.tenant()]);
+        self.metrics.requests.add(1, &[outcome]);
+    }
+
+    fn tenant(&self) -> KeyValue {
+        KeyValue::new("tenant", self.tenant.clone())
     }
 }
 
@@ -215,5 +290,20 @@ impl Drop for Watch {
         if !self.over {
             self.close("cancelled");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_bounded_and_stay() {
+        let mut labels = BTreeSet::new();
+        for i in 0..2 * TENANT_LABELS_MAX {
+            let expected = if i < TENANT_LABELS_MAX { format!("t{i}") } else { OTHER_TENANTS.to_owned() };
+            assert_eq!(*label(&mut labels, &format!("t{i}")), *expected);
+        }
+        assert_eq!((&*label(&mut labels, "t3"), labels.len()), ("t3", TENANT_LABELS_MAX));
     }
 }

@@ -53,6 +53,11 @@ impl Links {
             Message::Handover(stats) => self.with_number(served, |node| self.dispatcher.handover(node, stats)),
             Message::Delta(delta) => self.on_report(served, delta.node, Report::Delta(delta)),
             Message::Snapshot(page) => self.on_report(served, page.node, Report::Page(page)),
+            Message::CacheReport(report) => self.with_number(served, |node| {
+                if report.node == node {
+                    self.proposer.nodes.orders.reported(report);
+                }
+            }),
             Message::Join(join) => self.on_join(served, join),
             Message::Leave { node, epoch } => self.on_leave(served, node, epoch),
             _ => debug!(node = served.who.name, "a message without meaning from a node"),

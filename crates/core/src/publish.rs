@@ -86,6 +86,13 @@ impl Publisher {
         }
     }
 
+    /// The last sequence number that the log is known to have applied, when nothing is on the way to it: then the index and
+    /// the pool must be equal.
+    #[must_use]
+    pub fn settled(&self) -> Option<u64> {
+        (self.flight == Flight::Idle && self.pending.is_empty()).then_some(self.applied)
+    }
+
     /// The log and the node disagree: everything waiting is replaced by a snapshot.
     pub fn want_snapshot(&mut self, epoch: Epoch) {
         if epoch == self.epoch && !matches!(self.flight, Flight::Snapshot(..)) {

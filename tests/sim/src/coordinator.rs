@@ -207,7 +207,7 @@ impl Coordinator {
                 links.map(|(link, (_, epoch))| (*link, must_join_again(*epoch))).collect()
             }
             Answer::Refused(reason) if !waiting.is_empty() => panic!("an entry is refused: {reason}"),
-            Answer::Refused(_) | Answer::Done | Answer::Tenant(_) => Vec::new(),
+            Answer::Refused(_) | Answer::Done | Answer::Tenant(_) | Answer::Policy(_) => Vec::new(),
         }
     }
 }

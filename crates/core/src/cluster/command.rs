@@ -5,6 +5,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
 
+use super::{PolicyAnswer, PolicyCommand};
 use crate::identity::TenantKey;
 use crate::ids::{Epoch, NodeId, ReplicaId};
 use crate::message::{Delta, Join, ModelIdentity, Role, SnapshotPage};
@@ -64,6 +65,8 @@ pub enum Command {
         /// Where.
         info: ReplicaInfo,
     },
+    /// An operator changes settings, tenants or pins. Answers [`Answer::Policy`].
+    Policy(PolicyCommand),
 }
 
 /// What an applied entry gives back to its proposer.
@@ -93,6 +96,8 @@ pub enum Answer {
     Snapshot(SnapshotVerdict),
     /// The tenant's key.
     Tenant(TenantKey),
+    /// For a change of policy.
+    Policy(PolicyAnswer),
 }
 
 /// What became of a delta.

@@ -53,6 +53,11 @@ impl Uplinks {
         self.joined
     }
 
+    /// The last delta that the log has applied, when nothing is under way to it.
+    pub(super) fn settled(&self) -> Option<u64> {
+        self.publisher.as_ref().and_then(Publisher::settled)
+    }
+
     pub(super) fn up(&mut self, now: Time, replica: ReplicaId, no: LinkNo, link: Link) {
         self.links.insert(replica, (no, link));
         self.home.get_or_insert(replica);
