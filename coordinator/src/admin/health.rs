@@ -75,7 +75,7 @@ impl Admin {
             "needed": self.needed(),
             "traffic": self.dispatcher.traffic().figures(),
             "refusals": self.refusals.view(Instant::now()),
-            "ready": self.dispatcher.ready().err(),
+            "not_ready": self.dispatcher.ready().err(),
         })
     }
 

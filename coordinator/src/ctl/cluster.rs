@@ -109,7 +109,7 @@ pub struct Member {
     /// Whom it refused lately.
     pub refusals: Vec<Refusal>,
     /// Why its gateway takes no requests, if it takes none.
-    pub ready: Option<String>,
+    pub not_ready: Option<String>,
     /// Requests that it runs.
     pub requests: Option<u64>,
     /// What it has served since it started.
@@ -171,7 +171,7 @@ impl Answer for Status {
 impl Status {
     fn verdict(&self, check: bool) -> Result<()> {
         if !self.quorum {
-            let hint = "requests are still served from what is known; `millctl doctor` looks at each replica by itself";
+            let hint = "streams in flight go on; `millctl doctor` looks at each replica by itself";
             return Err(Exit::Unavailable.hinted("there is no quorum: nothing can be changed", hint));
         }
         let members = self.members.iter().filter(|member| !member.reachable || member.failure.is_some()).map(|m| &m.name);

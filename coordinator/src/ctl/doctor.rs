@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use self::checks::{Check, Verdict, diagnose};
-use super::ask::Asker;
+use super::ask::{AskError, Asker};
 use super::cluster::{Member, Status};
 use super::context::{Door, Reach, Which};
 use super::exit::Exit;
@@ -202,7 +202,8 @@ async fn ask_all(asker: &mut Asker, replica: &mut Replica) {
         }
         Err(error) => Err(error),
     };
-    replica.member = asked.map_err(|error| error.to_string()).and_then(|(value, (began, wall))| {
+    let asked = asked.map_err(|error| reason(error, &replica.name));
+    replica.member = asked.and_then(|(value, (began, wall))| {
         let member: Member = serde_json::from_value(value).map_err(|e| format!("its answer has another shape: {e}"))?;
         let half_ms = began.elapsed().as_millis() as i64 / 2;
         let ours_ms = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as i64 + half_ms;
@@ -212,6 +213,16 @@ async fn ask_all(asker: &mut Asker, replica: &mut Replica) {
     if let Ok(member) = &replica.member {
         replica.name.clone_from(&member.name);
         replica.status = asker.ask(&json!({"q": "status"})).await.ok().and_then(|status| serde_json::from_value(status).ok());
+    }
+}
+
+/// Why the one replica that was asked did not answer, without what the report says anyway.
+fn reason(error: AskError, name: &str) -> String {
+    match error {
+        AskError::Unavailable(reason) | AskError::Denied(reason) => {
+            reason.strip_prefix(name).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&reason).to_owned()
+        }
+        AskError::Refused(_) => error.to_string(),
     }
 }
 

@@ -74,7 +74,13 @@ pub struct Drain {
 /// The cluster does not answer, or refuses; [`Exit::NotFound`] without such a node; [`Exit::Timeout`] when a drain takes too long.
 pub async fn run(command: Nodes) -> Result<()> {
     match command {
-        Nodes::List(ask) => ask.show::<List>(json!({"q": "status"})).await.map(drop),
+        Nodes::List(ask) => {
+            let question = async |line: &mut Line| {
+                let mut status = line.ask(&json!({"q": "status"})).await?;
+                Ok(json!({"nodes": status["nodes"].take(), "stale": status["stale"].take()}))
+            };
+            ask.show_of::<List>(question).await.map(drop)
+        }
         Nodes::Show(shown) => show(&shown).await,
         Nodes::Cordon(node) => set(&node, "cordoned", None).await,
         Nodes::Uncordon(node) => set(&node, "up", None).await,

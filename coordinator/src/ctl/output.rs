@@ -28,7 +28,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use super::ask::Asker;
 use super::context::{Reach, Which};
@@ -313,15 +313,16 @@ impl Printer {
     }
 
     fn text<A: Answer>(&self, value: &Value, answer: &A) -> Result<String> {
+        let versioned = Versioned { version: API_VERSION, fields: value };
         Ok(match self.format {
             Format::Table => answer.page().render(false, self.colour),
             Format::Wide => answer.page().render(true, self.colour),
             // One document a line, so that a program can read them as they come.
-            Format::Json if self.watch => versioned(value).to_string() + "\n",
-            Format::Json => serde_json::to_string_pretty(&versioned(value)).context("writing JSON")? + "\n",
+            Format::Json if self.watch => serde_json::to_string(&versioned).context("writing JSON")? + "\n",
+            Format::Json => serde_json::to_string_pretty(&versioned).context("writing JSON")? + "\n",
             Format::Yaml => {
                 let start = if self.watch { "---\n" } else { "" };
-                start.to_owned() + &yaml_serde::to_string(&versioned(value)).context("writing YAML")?
+                start.to_owned() + &yaml_serde::to_string(&versioned).context("writing YAML")?
             }
             Format::Name => answer.names().into_iter().map(|name| name + "\n").collect(),
         })
@@ -329,10 +330,12 @@ impl Printer {
 }
 
 /// An object with the version before its own fields.
-fn versioned(value: &Value) -> Value {
-    let mut fields = Map::from_iter([("apiVersion".to_owned(), json!(API_VERSION))]);
-    fields.extend(value.as_object().cloned().unwrap_or_default());
-    Value::Object(fields)
+#[derive(Serialize)]
+struct Versioned<'a> {
+    #[serde(rename = "apiVersion")]
+    version: &'static str,
+    #[serde(flatten)]
+    fields: &'a Value,
 }
 
 /// Whether the user wants colours: <https://no-color.org>.
@@ -354,6 +357,7 @@ fn write_out(before: &str, text: &str) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use serde::Deserialize;
+    use serde_json::json;
 
     use super::super::table::{Column, cell, column, wide};
     use super::*;
@@ -399,6 +403,7 @@ mod tests {
         assert_eq!(text(Format::Json, true).lines().count(), 1);
         let yaml: Value = yaml_serde::from_str(&text(Format::Yaml, false)).unwrap();
         assert_eq!(yaml, json, "both say the same");
+        assert!(text(Format::Yaml, false).starts_with("apiVersion: admin/v1\n"), "the version is first");
         assert!(text(Format::Yaml, true).starts_with("---\n"));
     }
 

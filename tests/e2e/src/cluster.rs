@@ -38,13 +38,15 @@ pub struct Plan {
     pub kv_blocks: u32,
     /// Instead of the model: checksums, with this delay for each token.
     pub checksum_us: Option<u64>,
+    /// Whether a process that dies is started again.
+    pub restart: bool,
 }
 
 impl Plan {
     /// Seven processes that compute `model` in f32.
     #[must_use]
     pub fn of(model: PathBuf) -> Self {
-        Self { model, coordinators: 3, prefill: 2, decode: 2, kv_blocks: 512, checksum_us: None }
+        Self { model, coordinators: 3, prefill: 2, decode: 2, kv_blocks: 512, checksum_us: None, restart: true }
     }
 
     /// Seven processes with the checksum engine over the tiny model's shape.
@@ -64,6 +66,9 @@ impl Plan {
         add("--dir", dir.display().to_string());
         if let Some(us) = self.checksum_us {
             add("--checksum-engine", us.to_string());
+        }
+        if !self.restart {
+            args.push("--no-restart".into());
         }
         args
     }
@@ -199,6 +204,24 @@ impl Cluster {
     pub async fn millctl(&self, args: &[&str]) -> Ended {
         let dir = self.dir().display().to_string();
         process::run("millctl", &[args, &["--dir", &dir]].concat(), WAIT_MAX).await
+    }
+
+    /// Starts `millctl` on this cluster and leaves it running, its output on a pipe; it is killed when dropped.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn millctl_running(&self, args: &[&str]) -> Child {
+        let mut command = Command::new(binary("millctl"));
+        command.args(args).arg("--dir").arg(self.dir()).stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
+        command.spawn().expect("millctl runs")
+    }
+
+    /// Environment variables that keep what `millctl` writes for a user below [`Cluster::scratch`].
+    #[must_use]
+    pub fn user(&self) -> Vec<(String, String)> {
+        let below = |name: &str| self.scratch().join(name).display().to_string();
+        vec![("XDG_STATE_HOME".into(), below("state")), ("XDG_CONFIG_HOME".into(), below("config"))]
     }
 
     /// What an operator sees.

@@ -44,7 +44,16 @@ pub fn binary(name: &str) -> PathBuf {
 /// # Panics
 /// When it does not end.
 pub async fn run(name: &str, args: &[&str], wait_max: Duration) -> Ended {
+    run_as(&[], name, args, wait_max).await
+}
+
+/// [`run`] with environment variables.
+///
+/// # Panics
+/// When it does not end.
+pub async fn run_as(env: &[(String, String)], name: &str, args: &[&str], wait_max: Duration) -> Ended {
     let mut command = tokio::process::Command::new(binary(name));
+    command.envs(env.iter().map(|(name, value)| (name, value)));
     let child = command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).spawn();
     let ended = child.unwrap_or_else(|e| panic!("{name}: {e}")).wait_with_output();
     let output = tokio::time::timeout(wait_max, ended).await;

@@ -85,7 +85,8 @@ fn replicas(findings: &Findings) -> Vec<Check> {
     let mut topic = Topic::new("replicas");
     for Replica { name, address, member, .. } in &findings.replicas {
         if let Err(reason) = member {
-            let detail = format!("{name} at {address}: {reason}");
+            let detail =
+                if reason.starts_with(address) { format!("{name} at {reason}") } else { format!("{name} at {address}: {reason}") };
             topic.add(Verdict::Bad, detail, "read its log and start it again; if its machine is gone, `millctl members replace`");
         }
     }
@@ -104,7 +105,7 @@ fn quorum(findings: &Findings) -> Vec<Check> {
         } else {
             format!("{needed} of {all} replicas must run, {answer} do: start {} more", needed - answer)
         };
-        topic.add(Verdict::Bad, "there is none: requests are served, nothing can be changed", cure);
+        topic.add(Verdict::Bad, "there is none: streams in flight go on, nothing can be changed", cure);
         return topic.checks;
     };
     if leaders.len() > 1 {
@@ -268,9 +269,22 @@ fn index(findings: &Findings) -> Vec<Check> {
             topic.add(Verdict::Warn, format_args!("{refused} blocks of {name} have no place"), cure);
         }
     }
-    let drifted: u64 = ["drift", "drifts", "drift_found"].iter().map(|name| count(cache, name)).sum();
-    let (blocks, holders) = (count(cache, "blocks"), count(cache, "holders"));
-    topic.or_ok(format_args!("{blocks} blocks in {holders} places, {drifted} drifts found and repaired so far"))
+    let (found, repaired) = (count(&cache["drift"], "found"), count(&cache["drift"], "repaired"));
+    if found > repaired {
+        let cure = "the node is asked for all of its blocks by itself; if this stays, restart that node";
+        topic.add(Verdict::Warn, format_args!("{} of {found} drifts are not repaired yet", found - repaired), cure);
+    }
+    for differs in cache["replicas"]["differing"].as_array().into_iter().flatten() {
+        let (replica, entry) = (count(differs, "replica"), count(differs, "entry"));
+        let cure = "stop it and replace it with an empty one: `millctl members replace`; keep its folder, it shows a defect";
+        topic.add(Verdict::Bad, format_args!("replica {replica} differs from the majority after entry {entry}"), cure);
+    }
+    let (blocks, holders, most) = (count(cache, "blocks"), count(cache, "holders"), count(cache, "holders_max"));
+    if most > 0 && holders.saturating_mul(10) > most.saturating_mul(9) {
+        let cure = "smaller pools or fewer nodes; beyond the bound new blocks are not known and are computed again";
+        topic.add(Verdict::Warn, format_args!("{holders} of at most {most} places are in use"), cure);
+    }
+    topic.or_ok(format_args!("{blocks} blocks in {holders} places; {found} drifts found and {repaired} repaired so far"))
 }
 
 fn gateways(findings: &Findings) -> Vec<Check> {
@@ -278,7 +292,7 @@ fn gateways(findings: &Findings) -> Vec<Check> {
     let cure = "look at that replica's log; clients are served by the others meanwhile";
     for replica in &findings.replicas {
         if let (Some(Err(error)), Ok(member)) = (&replica.http, &replica.member) {
-            let why = member.ready.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+            let why = member.not_ready.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
             let http = member.http.as_deref().unwrap_or("-");
             topic.add(Verdict::Warn, format_args!("{} at http://{http} {error}{why}", replica.name), cure);
         }
@@ -420,6 +434,13 @@ mod tests {
         assert_sick(|f| f.status.as_mut().unwrap().nodes[0].state = "cordoned".into(), "nodes: d-1 is cordoned");
         assert_sick(|f| f.status.as_mut().unwrap().nodes[0].blocks.free = Some(0), "nodes: d-1 is full");
         assert_sick(|f| f.cache.as_mut().unwrap()["nodes"] = json!([{"name": "d-1", "refused": 4}]), "index: 4 blocks of d-1");
+        assert_sick(|f| f.cache.as_mut().unwrap()["drift"] = json!({"found": 3, "repaired": 2}), "index: 1 of 3 drifts");
+        let differing = json!({"agreed": 5, "differing": [{"replica": 2, "entry": 77}]});
+        assert_sick(
+            |f| f.cache.as_mut().unwrap()["replicas"] = differing,
+            "index: replica 2 differs from the majority after entry 77",
+        );
+        assert_sick(|f| f.cache.as_mut().unwrap()["holders_max"] = json!(3), "index: 3 of at most 3 places");
         assert_sick(|f| f.replicas[0].http = Some(Err("answers 503".into())), "gateways: c-1 at http://127.0.0.1:1 answers 503");
         assert_sick(|f| f.replicas[0].skew_ms = Some((90_000, 1)), "clocks: replicas are 89998 ms apart");
     }

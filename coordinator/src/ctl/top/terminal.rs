@@ -55,7 +55,7 @@ impl Screen {
         let mut lines: Vec<&str> = text.lines().take(rows - 1).collect();
         lines.push("q quits");
         // Home, each line cleared to its end, and what is below: nothing flickers.
-        let body: String = lines.iter().map(|line| format!("{line}\x1b[K")).collect::<Vec<_>>().join("\r\n");
+        let body: String = lines.iter().map(|line| format!("{line}\x1b[K")).collect::<Vec<_>>().join("\n");
         write(&format!("\x1b[H{body}\x1b[J"))
     }
 }
