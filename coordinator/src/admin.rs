@@ -5,6 +5,8 @@
 
 mod cache;
 mod config;
+mod health;
+mod route;
 mod tenants;
 mod view;
 
@@ -17,6 +19,7 @@ use millrace_core::ids::{ReplicaId, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use self::health::Refusals;
 use crate::config::Config;
 use crate::dispatch::{DEFAULT_TENANT, Dispatcher, Explanation};
 use crate::propose::{NoAnswer, Proposer};
@@ -38,6 +41,7 @@ enum Query {
     CacheLookup(Text),
     CacheStat,
     RouteExplain(Text),
+    RouteDecisions(route::Which),
     /// Cordon, drain or readmit a node.
     SetState {
         node: String,
@@ -66,6 +70,7 @@ pub struct Admin {
     checkpoint: Arc<Checkpoint>,
     /// Where our gateway listens.
     http: String,
+    refusals: Refusals,
 }
 
 /// A command that did not get into the log, for the operator. The first word of a refusal is `millctl`'s exit code.
@@ -87,7 +92,7 @@ impl Admin {
     /// An admin interface over one replica; `http` is where its gateway listens.
     #[must_use]
     pub fn new(config: Config, proposer: Proposer, dispatcher: Dispatcher, checkpoint: Arc<Checkpoint>, http: String) -> Self {
-        Self { config, proposer, dispatcher, checkpoint, http }
+        Self { config, proposer, dispatcher, checkpoint, http, refusals: Refusals::default() }
     }
 
     /// Answers a query.
@@ -105,6 +110,7 @@ impl Admin {
             Query::CacheLookup(text) => self.cache_lookup(&text)?,
             Query::CacheStat => self.cache_stat(),
             Query::RouteExplain(text) => self.route_explain(&text)?,
+            Query::RouteDecisions(which) => self.route_decisions(&which).await?,
             Query::SetState { node, state } => self.set_state(&node, &state).await?,
             Query::Tenants(query) => self.tenants(query).await?,
             Query::Config(query) => self.settings(query).await?,
@@ -192,11 +198,5 @@ impl Admin {
             "blocks": explained.blocks,
             "nodes": nodes,
         }))
-    }
-
-    fn route_explain(&self, text: &Text) -> Result<Value, String> {
-        let explained = self.explain(text)?;
-        let decision = explained.decision.as_ref().map_err(ToString::to_string)?;
-        Ok(self.decision(&explained, decision))
     }
 }

@@ -268,9 +268,7 @@ fn evict(pool: &mut Pool, model: &mut Model, dice: &mut Dice) {
     });
     assert_eq!((planned, dropped), (count, count), "{what:?}");
     let mut told = drain(pool);
-    let key = |op: &BlockOp| match op {
-        BlockOp::Evicted(name) | BlockOp::Stored(name) | BlockOp::ToHost(name) | BlockOp::ToDisk(name) => name.0,
-    };
+    let key = |op: &BlockOp| op.block().0;
     ops.sort_by_key(key);
     told.sort_by_key(key);
     assert_eq!(told, ops);
