@@ -206,12 +206,13 @@ async fn eviction_empties_and_verification_finds_nothing(cluster: &Cluster) {
 async fn what_is_asked_most_is_known(cluster: &Cluster) {
     let often = prompt(77, TOKENS);
     for _ in 0..12 {
-        let _ = ask(cluster, cluster.http, &often, None).await.ok();
+        assert_eq!(ask(cluster, cluster.http, &often, None).await.status, 200);
     }
     let top = ctl(cluster, "cache top-prefixes").await;
     let first = &top["prefixes"][0];
     assert_eq!((&first["blocks"], &first["tenant"], &top["gateways"]), (&json!(BLOCKS), &json!("default"), &json!(3)), "{top}");
-    assert!(first["count"].as_u64() >= Some(12), "{top}");
+    // Counts may have been halved once meanwhile.
+    assert!(first["count"].as_u64() >= Some(6), "{top}");
 }
 
 /// The running requests of a tenant that is deleted end with an error that says so, and its key ends.
