@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use millrace_core::cluster::{Answer, Command, PolicyCommand};
+use millrace_core::cluster::{Answer, Command, Limits, PolicyCommand};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{AttemptId, Epoch};
 use millrace_core::layout::{KvDtype, KvLayout};
@@ -338,4 +338,51 @@ fn a_prefix_shows_in_the_explanation() {
     let explained = world.dispatcher.explain(DEFAULT_TENANT, &tokens, 4).unwrap();
     assert_eq!((explained.blocks, explained.nodes[0].cached_blocks), (2, 2));
     assert_eq!(explained.decision.unwrap().prefill, node.who.0);
+}
+
+fn set(key: &str, value: u64) -> Command {
+    Command::Policy(PolicyCommand::SetConfig { if_version: None, set: vec![(key.into(), Some(value))] })
+}
+
+#[tokio::test]
+async fn settings_count_from_the_moment_that_they_are_applied() {
+    let mut world = World::new();
+    let _node = world.join("decode-0", Role::Decode, 1);
+    let _running = world.dispatcher.submit(prompt(20)).unwrap();
+    world.apply(&set("request.running_max", 1));
+    assert_eq!(world.dispatcher.submit(prompt(20)).unwrap_err(), SubmitError::NoCapacity { retry_after_s: 1 });
+    world.apply(&set("request.running_max", 2));
+    world.apply(&set("request.tokens_max", 23));
+    assert_eq!(world.dispatcher.submit(prompt(20)).unwrap_err(), SubmitError::TooLong { tokens: 24, max: 23 });
+    world.apply(&set("request.tokens_max", 24));
+    world.dispatcher.submit(prompt(20)).unwrap();
+    world.apply(&set("request.running_max", 4));
+    // A thousand tokens take a second by the router's own figures: no node can hold this objective.
+    world.apply(&set("slo.ttft_ms", 1));
+    assert!(matches!(world.dispatcher.submit(prompt(1000)), Err(SubmitError::NoCapacity { .. })));
+    world.apply(&set("slo.ttft_ms", 0));
+    world.dispatcher.submit(prompt(1000)).unwrap();
+}
+
+#[tokio::test]
+async fn a_deleted_tenants_requests_end() {
+    let mut world = World::new();
+    let mut node = world.join("decode-0", Role::Decode, 1);
+    let (name, key) = ("acme".to_owned(), TenantKey([9; 32]));
+    let create = PolicyCommand::CreateTenant { name: name.clone(), key, api_key: None, limits: Limits::default() };
+    world.apply(&Command::Policy(create));
+    let mut running = world.dispatcher.submit(Prompt { tenant: name.clone(), ..prompt(20) }).unwrap();
+    let ticket = node.ticket().await;
+    assert!(ticket.tenant_key == key);
+    let mut other = world.dispatcher.submit(prompt(20)).unwrap();
+    let others = node.ticket().await;
+    world.apply(&Command::Policy(PolicyCommand::DeleteTenant { name }));
+    assert!(matches!(running.next().await, Some(Event::Failed { kind: FailureKind::TenantGone, .. })));
+    assert_eq!(node.sent.recv().await, Some(Message::Cancel(ticket.attempt)));
+    for index in 0..4 {
+        world.dispatcher.token(node.who.0, out(others.attempt, index, index == 3));
+    }
+    assert_eq!(tokens(&mut other).await, [0, 1, 2, 3], "others go on");
+    let asked = world.dispatcher.asked(9);
+    assert_eq!(asked.iter().map(|a| (a.tenant.as_str(), a.blocks)).collect::<Vec<_>>().len(), 2);
 }
