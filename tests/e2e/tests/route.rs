@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use millrace_e2e::cluster::{Cluster, Plan};
-use millrace_e2e::{eventually, http};
+use millrace_e2e::{WAIT_MAX, eventually, http};
 use serde_json::{Value, json};
 
 const COMPLETIONS: &str = "/v1/completions";
@@ -45,7 +45,7 @@ async fn decisions_are_kept(cluster: &Cluster) {
 /// The same prompt again: a decode node has it now and does the little that is left by itself.
 async fn what_is_cached_stays_where_it_is_decoded(cluster: &Cluster) {
     let list = prompt(1, 200).iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-    let explained = eventually("the index shows the blocks", async || {
+    let explained = eventually("the index shows the blocks", WAIT_MAX, async || {
         let explained = ctl(cluster, &["route", "explain", "--tokens", &list]).await;
         let cached = explained["prefill_cached_blocks"].as_u64() >= Some(12);
         if cached && explained["decode"].is_null() { Ok(explained) } else { Err(explained.to_string()) }
@@ -68,7 +68,7 @@ async fn what_is_cached_stays_where_it_is_decoded(cluster: &Cluster) {
 async fn a_miss_is_refused_at_once(cluster: &Cluster) {
     let busy: Vec<_> =
         (10..18).map(|n| tokio::spawn(http::send(cluster.http, "POST", COMPLETIONS, body(cluster, &prompt(n, 400), 2)))).collect();
-    let refused = eventually("a request is refused", async || {
+    let refused = eventually("a request is refused", WAIT_MAX, async || {
         let reply = http::post_with(cluster.http, COMPLETIONS, body(cluster, &prompt(30, 40), 2), (TTFT, "700")).await.unwrap();
         if reply.status == 429 { Ok(reply) } else { Err(format!("{}: {}", reply.status, reply.text)) }
     });
