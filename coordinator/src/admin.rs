@@ -5,6 +5,7 @@
 
 mod cache;
 mod config;
+mod health;
 mod route;
 mod tenants;
 mod view;
@@ -18,6 +19,7 @@ use millrace_core::ids::{ReplicaId, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use self::health::Refusals;
 use crate::config::Config;
 use crate::dispatch::{DEFAULT_TENANT, Dispatcher, Explanation};
 use crate::propose::{NoAnswer, Proposer};
@@ -68,6 +70,7 @@ pub struct Admin {
     checkpoint: Arc<Checkpoint>,
     /// Where our gateway listens.
     http: String,
+    refusals: Refusals,
 }
 
 /// A command that did not get into the log, for the operator. The first word of a refusal is `millctl`'s exit code.
@@ -89,7 +92,7 @@ impl Admin {
     /// An admin interface over one replica; `http` is where its gateway listens.
     #[must_use]
     pub fn new(config: Config, proposer: Proposer, dispatcher: Dispatcher, checkpoint: Arc<Checkpoint>, http: String) -> Self {
-        Self { config, proposer, dispatcher, checkpoint, http }
+        Self { config, proposer, dispatcher, checkpoint, http, refusals: Refusals::default() }
     }
 
     /// Answers a query.

@@ -18,6 +18,7 @@ mod types;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -32,6 +33,7 @@ use tokio::sync::{mpsc, watch};
 use crate::nodes::Nodes;
 use crate::raft::RaftStatus;
 use crate::state::SharedCluster;
+use crate::traffic::Traffic;
 
 pub use asked::{Asked, AskedPrefixes};
 use decisions::Decisions;
@@ -63,6 +65,7 @@ struct Inner {
     registry: Registry,
     routing: Routing,
     asked: AskedPrefixes,
+    traffic: Traffic,
 }
 
 /// A running request. Dropping it cancels the request.
@@ -127,7 +130,8 @@ impl Dispatcher {
     ) -> Self {
         let fingerprint = model.fingerprint();
         let (registry, routing, asked) = (Registry::default(), Routing::default(), AskedPrefixes::default());
-        Self(Arc::new(Inner { me, model, fingerprint, cluster, nodes, raft, registry, routing, asked }))
+        let traffic = Traffic::default();
+        Self(Arc::new(Inner { me, model, fingerprint, cluster, nodes, raft, registry, routing, asked, traffic }))
     }
 
     /// Starts a request. Must be called on a tokio runtime.
@@ -231,6 +235,18 @@ impl Dispatcher {
     #[must_use]
     pub fn beliefs(&self) -> BeliefCounts {
         self.0.routing.beliefs()
+    }
+
+    /// What was served since the start.
+    #[must_use]
+    pub fn traffic(&self) -> &Traffic {
+        &self.0.traffic
+    }
+
+    /// How many requests of this replica still need each node.
+    #[must_use]
+    pub fn needed(&self) -> BTreeMap<NodeId, u32> {
+        self.0.registry.needed()
     }
 
     /// A token came from a node.

@@ -1,7 +1,7 @@
 //! The table of running requests: leads what nodes send to the task of its request, and knows what was sent where so lately
 //! that the nodes' own figures cannot show it yet.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -178,6 +178,17 @@ impl Registry {
                 views[at].inflight_sequences += coming;
             }
         }
+    }
+
+    /// How many requests still need each node: the one that decodes, and the one that computes the prompt until that is done.
+    pub fn needed(&self) -> BTreeMap<NodeId, u32> {
+        let mut needed = BTreeMap::new();
+        for placement in self.placements() {
+            let prefill = (placement.decode.is_none() || !placement.decoding).then_some(placement.prefill);
+            let decode = placement.decode.filter(|decode| Some(*decode) != prefill);
+            prefill.into_iter().chain(decode).for_each(|node| *needed.entry(node).or_default() += 1);
+        }
+        needed
     }
 
     /// Takes no new requests and ends those that run.

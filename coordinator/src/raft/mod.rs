@@ -14,7 +14,7 @@
 //! in memory and on disk; `wal` and `snapshot` the two files; `codec` their bytes; `bench` commits a second.
 
 mod admit;
-mod bench;
+pub(crate) mod bench;
 mod clients;
 mod codec;
 mod driver;
