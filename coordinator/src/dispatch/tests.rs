@@ -48,6 +48,7 @@ fn status() -> RaftStatus {
         voters: Arc::from([1]),
         frames_refused: 0,
         sends_dropped: 0,
+        disk_full: false,
         failure: None,
     }
 }

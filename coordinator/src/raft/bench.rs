@@ -44,17 +44,23 @@ pub enum BenchError {
 struct Nothing;
 
 impl StateMachine for Nothing {
+    type State = ();
+
     fn apply(&mut self, _: u64, _: &[u8]) -> Vec<u8> {
         Vec::new()
     }
 
-    fn snapshot(&self) -> Vec<u8> {
+    fn view(&self) {}
+
+    fn encode((): &()) -> Vec<u8> {
         Vec::new()
     }
 
-    fn restore(&mut self, _: &[u8]) -> Result<(), RestoreError> {
+    fn decode(_: &[u8]) -> Result<(), RestoreError> {
         Ok(())
     }
+
+    fn install(&mut self, (): ()) {}
 }
 
 /// Commits `count` commands of `bytes` bytes, `outstanding` at a time, through three replicas with their logs under `dir`

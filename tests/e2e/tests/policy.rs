@@ -206,7 +206,7 @@ async fn eviction_empties_and_verification_finds_nothing(cluster: &Cluster) {
 async fn what_is_asked_most_is_known(cluster: &Cluster) {
     let often = prompt(77, TOKENS);
     for _ in 0..12 {
-        ask(cluster, cluster.http, &often, None).await.ok();
+        let _ = ask(cluster, cluster.http, &often, None).await.ok();
     }
     let top = ctl(cluster, "cache top-prefixes").await;
     let first = &top["prefixes"][0];
