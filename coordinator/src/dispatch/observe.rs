@@ -76,19 +76,23 @@ impl Watch {
 
     /// A token.
     pub(super) fn token(&mut self, now: Instant, token: &TokenOut) -> Learned {
-        let mut learned = Learned::default();
-        if token.attempt != self.plan.attempt || self.newest.is_some_and(|(index, _)| token.index <= index) {
+        if token.attempt != self.plan.attempt {
+            return Learned::default();
+        }
+        // Tokens come over two links: the one that brings the statistics may be overtaken.
+        let mut learned = if self.observed.cached_tokens.is_none() { self.prompt(token) } else { Learned::default() };
+        if self.newest.is_some_and(|(index, _)| token.index <= index) {
             return learned;
         }
         self.observed.tokens += 1;
         if self.newest.is_none() {
             self.observed.ttft_us = Some(us(self.placed, now));
-            learned = self.first(token);
+            learned.observed = Some((self.plan.no, self.observed));
         } else if self.steady.is_none() {
             // The time before the second token is the hand-over's.
             (self.steady, self.told) = (Some((token.index, now)), Some((token.index, now)));
         } else {
-            learned.seen = self.step(token.index, now);
+            learned.seen = learned.seen.or_else(|| self.step(token.index, now));
         }
         self.newest = Some((token.index, now));
         if token.finish.is_some() {
@@ -98,7 +102,7 @@ impl Watch {
     }
 
     /// The first token of the attempt brings what its prompt took.
-    fn first(&mut self, token: &TokenOut) -> Learned {
+    fn prompt(&mut self, token: &TokenOut) -> Learned {
         let Some(stats) = &token.prefill else { return Learned::default() };
         let Plan { decision, prefill, tokens, block_tokens, .. } = &self.plan;
         let cached = stats.cached_tokens.min(*tokens);
@@ -226,6 +230,17 @@ mod tests {
         assert_eq!(learned.believed, Some(Believed { role: Side::Prefill, belief: 3, found: 2 }));
         let (no, observed) = learned.observed.unwrap();
         assert_eq!((no, observed.ttft_us, observed.cached_tokens, observed.outcome), (9, Some(200_000), Some(32), None));
+    }
+
+    #[test]
+    fn an_overtaken_first_token_still_tells_what_was_found() {
+        let at = Instant::now();
+        let mut watch = watch(at);
+        assert!(watch.token(at, &token(5)).seen.is_none());
+        let stats = PrefillStats { node: "p".into(), cached_tokens: 48, queue_us: 7, compute_us: 50_000 };
+        let learned = watch.token(at + Duration::from_millis(3), &TokenOut { prefill: Some(stats), ..token(4) });
+        assert_eq!(learned.believed, Some(Believed { role: Side::Prefill, belief: 3, found: 3 }));
+        assert_eq!(learned.observed.unwrap().1.ttft_us, Some(0));
     }
 
     #[test]

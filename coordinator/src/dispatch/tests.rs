@@ -348,7 +348,7 @@ fn set(key: &str, value: u64) -> Command {
 #[tokio::test]
 async fn settings_count_from_the_moment_that_they_are_applied() {
     let mut world = World::new();
-    let _node = world.join("decode-0", Role::Decode, 1);
+    let node = world.join("decode-0", Role::Decode, 1);
     let _running = world.dispatcher.submit(prompt(20)).unwrap();
     world.apply(&set("request.running_max", 1));
     assert_eq!(world.dispatcher.submit(prompt(20)).unwrap_err(), SubmitError::NoCapacity { retry_after_s: 1 });
@@ -358,9 +358,9 @@ async fn settings_count_from_the_moment_that_they_are_applied() {
     world.apply(&set("request.tokens_max", 24));
     world.dispatcher.submit(prompt(20)).unwrap();
     world.apply(&set("request.running_max", 4));
-    // A thousand tokens take a second by the router's own figures: no node can hold this objective.
-    world.apply(&set("slo.ttft_ms", 1));
-    assert!(matches!(world.dispatcher.submit(prompt(1000)), Err(SubmitError::NoCapacity { .. })));
+    loaded(&world, &node, 3_000);
+    world.apply(&set("slo.ttft_ms", 2_500));
+    assert!(matches!(world.dispatcher.submit(prompt(1000)), Err(SubmitError::TooLate { ttft_us: 4_000_000, .. })));
     world.apply(&set("slo.ttft_ms", 0));
     world.dispatcher.submit(prompt(1000)).unwrap();
 }

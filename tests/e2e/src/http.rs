@@ -51,6 +51,17 @@ impl Response {
     }
 }
 
+impl Response {
+    async fn whole(mut self) -> Result<Reply, String> {
+        let mut whole = Vec::new();
+        while let Some(piece) = self.piece().await? {
+            whole.extend_from_slice(&piece);
+        }
+        let text = String::from_utf8(whole).map_err(|e| e.to_string())?;
+        Ok(Reply { status: self.status, headers: self.headers.clone(), text })
+    }
+}
+
 /// A whole answer.
 #[derive(Debug)]
 pub struct Reply {
@@ -124,19 +135,23 @@ pub async fn open_as(
     body: impl Into<Bytes>,
     key: Option<&str>,
 ) -> Result<Response, String> {
-    let wait = tokio::time::timeout(WAIT_MAX, begin(at, method, path, body.into(), key));
+    let bearer = key.map(|key| ("authorization", format!("Bearer {key}")));
+    let wait = tokio::time::timeout(WAIT_MAX, begin(at, method, path, body.into(), bearer));
     wait.await.map_err(|_| format!("{method} {path}: no answer within {} s", WAIT_MAX.as_secs()))?
 }
 
-async fn begin(at: SocketAddr, method: &str, path: &str, body: Bytes, key: Option<&str>) -> Result<Response, String> {
+/// A header beside those that every request has.
+type Header = Option<(&'static str, String)>;
+
+async fn begin(at: SocketAddr, method: &str, path: &str, body: Bytes, header: Header) -> Result<Response, String> {
     let failed = |what: &str, error: &dyn std::fmt::Display| format!("{method} {path}: {what}: {error}");
     let stream = TcpStream::connect(at).await.map_err(|e| failed("connecting", &e))?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| failed("connecting", &e))?;
     let connection = tokio::spawn(async move { drop(connection.await) });
     let mut request = Request::builder().method(method).uri(path).header("host", at.to_string());
-    if let Some(key) = key {
-        request = request.header("authorization", format!("Bearer {key}"));
+    if let Some((name, value)) = header {
+        request = request.header(name, value);
     }
     let request = request.header("content-type", "application/json").body(Full::new(body)).map_err(|e| failed("asking", &e))?;
     let response = sender.send_request(request).await.map_err(|e| failed("asking", &e))?;
@@ -157,13 +172,15 @@ pub async fn send(at: SocketAddr, method: &str, path: &str, body: impl Into<Byte
 /// # Errors
 /// There is no whole answer.
 pub async fn send_as(at: SocketAddr, method: &str, path: &str, body: impl Into<Bytes>, key: Option<&str>) -> Result<Reply, String> {
-    let mut response = open_as(at, method, path, body, key).await?;
-    let mut whole = Vec::new();
-    while let Some(piece) = response.piece().await? {
-        whole.extend_from_slice(&piece);
-    }
-    let text = String::from_utf8(whole).map_err(|e| e.to_string())?;
-    Ok(Reply { status: response.status, headers: response.headers.clone(), text })
+    open_as(at, method, path, body, key).await?.whole().await
+}
+
+/// Posts to `path` with one header more, and waits for the whole answer.
+///
+/// # Errors
+/// There is no whole answer.
+pub async fn post_with(at: SocketAddr, path: &str, body: impl Into<Bytes>, header: (&'static str, &str)) -> Result<Reply, String> {
+    begin(at, "POST", path, body.into(), Some((header.0, header.1.to_owned()))).await?.whole().await
 }
 
 /// How long a status line may take to come, for [`raw`].

@@ -32,8 +32,16 @@ pub fn measure(runs: usize) -> Vec<Row> {
         let measured = |f: &dyn Fn()| (0..runs).map(|_| timed_us(f)).collect::<Vec<_>>();
         let with = measured(&|| decide(&holders, &name(&prompt), tokens));
         let without = measured(&|| decide(&holders, &names, tokens));
+        let views = views(&holders, &names);
+        let alone = measured(&|| choose(&views, tokens));
+        let a_second = with.iter().map(|us| 1e6 / us).collect();
         rows.push(Row::new(format!("route decision, {NODES} nodes, {tokens} tokens, naming included, us"), with));
+        rows.push(Row::new(
+            format!("route decision, {NODES} nodes, {tokens} tokens, naming included, decisions/s, one thread"),
+            a_second,
+        ));
         rows.push(Row::new(format!("route decision, {NODES} nodes, {tokens} tokens, names at hand, us"), without));
+        rows.push(Row::new(format!("route decision, {NODES} nodes, {tokens} tokens, lookup done, us"), alone));
     }
     rows
 }
@@ -63,6 +71,10 @@ fn holders(names: &[BlockHash]) -> Holders {
 }
 
 fn decide(holders: &Holders, names: &[BlockHash], tokens: usize) {
+    choose(&views(holders, names), tokens);
+}
+
+fn views(holders: &Holders, names: &[BlockHash]) -> Vec<NodeView> {
     let prefixes = holders.prefix_lengths(names);
     let view = |node: u16| NodeView {
         node: NodeId(node),
@@ -76,7 +88,10 @@ fn decide(holders: &Holders, names: &[BlockHash], tokens: usize) {
         inflight_sequences: 0,
         correction: Default::default(),
     };
-    let nodes: Vec<_> = (1..=NODES).map(view).collect();
+    (1..=NODES).map(view).collect()
+}
+
+fn choose(nodes: &[NodeView], tokens: usize) {
     let ask = Ask {
         tokens: tokens as u32,
         max_new: 256,
@@ -89,5 +104,5 @@ fn decide(holders: &Holders, names: &[BlockHash], tokens: usize) {
         hot: None,
         copying: &[],
     };
-    black_box(place(&View { nodes: &nodes, costs: CostModel::default() }, &ask)).expect("every node has room");
+    black_box(place(&View { nodes, costs: CostModel::default() }, &ask)).expect("every node has room");
 }
