@@ -5,6 +5,7 @@
 
 mod cache;
 mod config;
+mod snapshot;
 mod tenants;
 mod view;
 
@@ -46,6 +47,7 @@ enum Query {
     Tenants(tenants::TenantQuery),
     Config(config::ConfigQuery),
     Cache(cache::CacheQuery),
+    Snapshot(snapshot::SnapshotQuery),
 }
 
 /// A prompt in one of three forms.
@@ -66,6 +68,7 @@ pub struct Admin {
     checkpoint: Arc<Checkpoint>,
     /// Where our gateway listens.
     http: String,
+    saves: snapshot::Saves,
 }
 
 /// A command that did not get into the log, for the operator. The first word of a refusal is `millctl`'s exit code.
@@ -87,7 +90,7 @@ impl Admin {
     /// An admin interface over one replica; `http` is where its gateway listens.
     #[must_use]
     pub fn new(config: Config, proposer: Proposer, dispatcher: Dispatcher, checkpoint: Arc<Checkpoint>, http: String) -> Self {
-        Self { config, proposer, dispatcher, checkpoint, http }
+        Self { config, proposer, dispatcher, checkpoint, http, saves: snapshot::Saves::default() }
     }
 
     /// Answers a query.
@@ -109,6 +112,7 @@ impl Admin {
             Query::Tenants(query) => self.tenants(query).await?,
             Query::Config(query) => self.settings(query).await?,
             Query::Cache(query) => self.cache(query).await?,
+            Query::Snapshot(query) => self.snapshot(query).await?,
         };
         Ok(answer.to_string())
     }

@@ -39,6 +39,7 @@ impl Admin {
             "committed": status.committed,
             "leader": status.leader,
             "reachable": true,
+            "disk_full": status.disk_full,
             "failure": status.failure.map(|failure| failure.to_string()),
         })
     }

@@ -22,6 +22,7 @@ pub mod output;
 pub mod prompt;
 pub mod query;
 pub mod running;
+pub mod snapshot;
 pub mod table;
 pub mod tenants;
 
@@ -68,6 +69,9 @@ enum Command {
     /// Settings of the whole cluster
     #[command(subcommand)]
     Config(config::Config),
+    /// Save the replicated state, look into a saved one, begin a new cluster from one
+    #[command(subcommand)]
+    Snapshot(snapshot::Snapshot),
     /// Name clusters and choose among them
     #[command(subcommand)]
     Context(context::ContextCommand),
@@ -108,6 +112,7 @@ fn run(cli: Cli) -> Result<()> {
             Command::Route(command) => query::route(command).await,
             Command::Tenants(command) => tenants::run(command).await,
             Command::Config(command) => config::run(command).await,
+            Command::Snapshot(command) => snapshot::run(command).await,
             Command::Context(command) => context::run(command),
             Command::Demo(args) => demo::run(args).await,
         }

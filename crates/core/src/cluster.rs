@@ -9,6 +9,7 @@ mod apply;
 mod codec;
 mod command;
 mod policy;
+mod refound;
 
 pub use codec::{COMMAND_BYTES_MAX, CodecError, DELTAS_OPS_MAX, decode, decode_answer, encode, encode_answer};
 pub use command::{Answer, Command, DeltaVerdict, Node, NodeState, ReplicaInfo, SnapshotVerdict};

@@ -13,7 +13,7 @@ fn command(i: u8) -> Vec<u8> {
 
 /// A cluster with a replica that needs a snapshot of some 20 chunks; gives the replica's id.
 async fn one_behind() -> (Cluster, u64, Vec<(u64, Vec<u8>)>) {
-    let mut cluster = Cluster::start_with(SMALL_LOG);
+    let cluster = Cluster::start_with(SMALL_LOG);
     let late = cluster.leader_of(&[1, 2, 3]).await.status().id % REPLICAS + 1;
     cluster.crash(late).await;
     let mut acknowledged = Vec::new();
