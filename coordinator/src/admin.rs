@@ -5,6 +5,8 @@
 
 mod cache;
 mod config;
+mod health;
+mod route;
 mod snapshot;
 mod tenants;
 mod view;
@@ -18,6 +20,7 @@ use millrace_core::ids::{ReplicaId, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use self::health::Refusals;
 use crate::config::Config;
 use crate::dispatch::{DEFAULT_TENANT, Dispatcher, Explanation};
 use crate::propose::{NoAnswer, Proposer};
@@ -39,6 +42,7 @@ enum Query {
     CacheLookup(Text),
     CacheStat,
     RouteExplain(Text),
+    RouteDecisions(route::Which),
     /// Cordon, drain or readmit a node.
     SetState {
         node: String,
@@ -69,6 +73,7 @@ pub struct Admin {
     /// Where our gateway listens.
     http: String,
     saves: snapshot::Saves,
+    refusals: Refusals,
 }
 
 /// A command that did not get into the log, for the operator. The first word of a refusal is `millctl`'s exit code.
@@ -90,7 +95,8 @@ impl Admin {
     /// An admin interface over one replica; `http` is where its gateway listens.
     #[must_use]
     pub fn new(config: Config, proposer: Proposer, dispatcher: Dispatcher, checkpoint: Arc<Checkpoint>, http: String) -> Self {
-        Self { config, proposer, dispatcher, checkpoint, http, saves: snapshot::Saves::default() }
+        let (saves, refusals) = (snapshot::Saves::default(), Refusals::default());
+        Self { config, proposer, dispatcher, checkpoint, http, saves, refusals }
     }
 
     /// Answers a query.
@@ -108,6 +114,7 @@ impl Admin {
             Query::CacheLookup(text) => self.cache_lookup(&text)?,
             Query::CacheStat => self.cache_stat(),
             Query::RouteExplain(text) => self.route_explain(&text)?,
+            Query::RouteDecisions(which) => self.route_decisions(&which).await?,
             Query::SetState { node, state } => self.set_state(&node, &state).await?,
             Query::Tenants(query) => self.tenants(query).await?,
             Query::Config(query) => self.settings(query).await?,
@@ -196,11 +203,5 @@ impl Admin {
             "blocks": explained.blocks,
             "nodes": nodes,
         }))
-    }
-
-    fn route_explain(&self, text: &Text) -> Result<Value, String> {
-        let explained = self.explain(text)?;
-        let decision = explained.decision.as_ref().map_err(ToString::to_string)?;
-        Ok(self.decision(&explained, decision))
     }
 }

@@ -11,6 +11,7 @@ use millrace_core::cluster::ReplicaInfo;
 use millrace_core::message::{ModelIdentity, Role};
 use millrace_node::endpoint::{Endpoint, EndpointConfig};
 use millrace_node::pki::Identity;
+use millrace_node::renew;
 use millrace_node::shutdown::Shutdown;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -72,7 +73,9 @@ pub async fn run(config: Config, shutdown: Shutdown) -> Result<()> {
             None
         }
         () = app.raft.stopped() => {
-            let failure = app.raft.status().failure.map_or_else(|| "it was stopped".into(), |failure| failure.to_string());
+            let differs = app.cluster.read().audit().differs_at().map(|entry| format!("its state after entry {entry} is not the majority's"));
+            let failure = app.raft.status().failure.map(|failure| failure.to_string()).or(differs);
+            let failure = failure.unwrap_or_else(|| "it was stopped".into());
             shutdown.begin("the log stopped");
             Some(failure)
         }
@@ -136,6 +139,7 @@ fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica,
     tokio::spawn(duties.run(shutdown.clone()));
     tokio::spawn(pins::run(proposer.clone(), shutdown.clone()));
     links.dial(&endpoint, &shutdown);
+    tokio::spawn(renew::keep_renewed(endpoint.clone(), config.args.certs.clone(), renew::LOOK_INTERVAL, shutdown.clone()));
     tokio::spawn(links.accept(endpoint.clone()));
     let app = App { config, model, checkpoint, dispatcher, cluster, nodes, raft, admin, shutdown };
     Ok((Replica { app: Arc::new(app), endpoint, proposer }, listener))

@@ -9,9 +9,9 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_core::message::{Hello, Message};
-use millrace_node::endpoint::{Endpoint, EndpointConfig};
+use millrace_node::endpoint::{CloseCode, ConnectError, Endpoint, EndpointConfig, Target};
 use millrace_node::link::{Link, LinkError, LinkReceiver};
-use millrace_node::pki::Identity;
+use millrace_node::pki::{Identity, Leaf, PkiError};
 use serde_json::Value;
 
 use super::cluster_file::ClusterFile;
@@ -170,6 +170,23 @@ impl Asker {
     #[must_use]
     pub fn linked_to(&self) -> Option<&str> {
         self.link.as_ref().map(|(link, _)| link.peer().name.as_str())
+    }
+
+    /// The certificate that the replica at the other end of the link showed.
+    #[must_use]
+    pub fn peer_leaf(&self) -> Option<Leaf> {
+        self.link.as_ref().and_then(|(link, _)| link.leaf())
+    }
+
+    /// Shakes hands with a process and tells the certificate that it shows; says nothing to it.
+    ///
+    /// # Errors
+    /// It cannot be reached, or is another than `target` says.
+    pub async fn handshake(&self, target: &Target) -> Result<Leaf, ConnectError> {
+        let connection = self.endpoint.connect(target).await?;
+        let leaf = connection.leaf();
+        connection.close(CloseCode::Done, "only looking");
+        leaf.ok_or_else(|| ConnectError::Certificate { addr: target.addr, source: PkiError::Peer("is missing".into()) })
     }
 
     /// Drops the link: its replica is known to be dead, which would take the transport a few seconds to find out.

@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::exit::Exit;
-use super::nodes::{NODES, Node};
+use super::nodes::{Model, NODES, Node};
 use super::output::{Answer, Ask};
 use super::table::{Column, Page, Tone, cell, column, maybe, wide, word};
+use crate::traffic::Figures;
 
 /// The commands.
 #[derive(Subcommand, Debug)]
@@ -99,6 +100,34 @@ pub struct Member {
     pub reachable: bool,
     /// Why its log stopped.
     pub failure: Option<String>,
+    /// The protocol that it speaks.
+    pub protocol: Option<String>,
+    /// Its wall clock, milliseconds since 1970.
+    pub wall_ms: Option<u64>,
+    /// What it serves.
+    pub model: Option<Model>,
+    /// Whom it refused lately.
+    pub refusals: Vec<Refusal>,
+    /// Why its gateway takes no requests, if it takes none.
+    pub ready: Option<String>,
+    /// Requests that it runs.
+    pub requests: Option<u64>,
+    /// What it has served since it started.
+    pub traffic: Option<Figures>,
+}
+
+/// A peer that a replica refused.
+#[derive(Serialize, Deserialize, Clone, Debug, Default)]
+#[serde(default)]
+pub struct Refusal {
+    /// Whom.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+    /// When it was last so, milliseconds ago.
+    pub ago_ms: u64,
+    /// How often.
+    pub times: u64,
 }
 
 const MEMBERS: &[Column<Member>] = &[
@@ -111,6 +140,7 @@ const MEMBERS: &[Column<Member>] = &[
     column("TERM", |m| maybe(m.term)),
     column("APPLIED", |m| maybe(m.applied)),
     column("LAG", |m| maybe(m.lag)),
+    wide("REQUESTS", |m| maybe(m.requests)),
     wide("VERSION", |m| maybe(m.version.as_ref())),
     wide("FAILURE", |m| maybe(m.failure.as_ref()).tone(if m.failure.is_some() { Tone::Bad } else { Tone::Plain })),
 ];
@@ -176,7 +206,7 @@ mod tests {
         assert!(text.starts_with("cluster x   model m   http -   leader coordinator-1   quorum\n"), "{text}");
         assert!(text.contains("coordinator-1  leader  127.0.0.1:7001"), "{text}");
         let node: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
-        assert_eq!(node, ["decode-1", "decode", "up", "yes", "0", "0", "2", "7", "64"]);
+        assert_eq!(node, ["decode-1", "decode", "up", "yes", "0", "0", "0", "2", "7", "64"]);
     }
 
     #[test]

@@ -115,7 +115,7 @@ pub struct Wait {
     pub timeout: f64,
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
+pub(super) fn seconds(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|e| format!("{e}"))?;
     // A year is beyond anybody's patience, and far below what a duration holds.
     if (0.05..=31_536_000.0).contains(&seconds) { Ok(seconds) } else { Err("expected 0.05 seconds to a year".into()) }

@@ -145,7 +145,8 @@ impl Answer for Saved {
     fn page(&self) -> Page {
         let Head { cluster, replica, applied, bytes, fresh } = &self.head;
         let vouched = if *fresh { "" } else { "   (no quorum vouches for it: changes may be missing)" };
-        Page::new().line(format_args!("{}: cluster {cluster} at entry {applied}, {bytes} bytes, from {replica}{vouched}", self.file))
+        Page::new()
+            .line(format_args!("{}: cluster {cluster} at entry {applied}, {bytes} bytes, from {replica}{vouched}", self.file))
     }
 }
 

@@ -22,7 +22,8 @@ struct Closing(Arc<Inner>, millrace_core::ids::RequestId);
 
 impl Drop for Closing {
     fn drop(&mut self) {
-        self.0.registry.close(self.1);
+        let learned = self.0.registry.close(self.1);
+        self.0.routing.learn(Instant::now(), learned);
     }
 }
 

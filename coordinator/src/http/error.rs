@@ -82,6 +82,10 @@ impl From<SubmitError> for ApiError {
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "capacity", message);
                 Self { retry_after_s: Some(retry_after_s), ..error }
             }
+            SubmitError::TooLate { retry_after_s, .. } => {
+                let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "objective", message);
+                Self { retry_after_s: Some(retry_after_s), ..error }
+            }
             SubmitError::NoNodes { .. } => Self::failed(FailureKind::NoNodes, &message),
             SubmitError::NotReady(_) => {
                 let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message);

@@ -3,10 +3,10 @@
 //! Names follow OpenTelemetry's conventions for generative AI where there is one (`gen_ai.*`); the rest begins with `millrace`.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use millrace_core::cluster::Node;
+use millrace_core::cluster::{Cluster, Node};
 use millrace_core::message::Load;
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Counter, Histogram, Meter, MeterProvider};
@@ -15,8 +15,9 @@ use parking_lot::Mutex;
 use prometheus::{Registry, TextEncoder};
 
 use crate::App;
-use crate::dispatch::Usage;
+use crate::dispatch::{BeliefCounts, Usage};
 use crate::raft::Role;
+use crate::traffic::Traffic;
 
 /// From arrival to the first token, seconds.
 pub const TIME_TO_FIRST_TOKEN: &str = "gen_ai.server.time_to_first_token";
@@ -42,9 +43,23 @@ pub const RAFT_APPLIED: &str = "millrace.raft.applied";
 pub const RAFT_TERM: &str = "millrace.raft.term";
 /// 1 on the leader.
 pub const RAFT_LEADER: &str = "millrace.raft.is_leader";
+/// Pairs of a block and a node that holds it, in the index.
+pub const INDEX_LOCATIONS: &str = "millrace.index.locations";
+/// Blocks that the index had no room for, of nodes that are members.
+pub const INDEX_REFUSED: &str = "millrace.index.refused";
+/// Caches that the index was found to disagree with since the log began.
+pub const INDEX_DRIFT_FOUND: &str = "millrace.index.drift_found";
+/// Those of them mended by a snapshot of the node.
+pub const INDEX_DRIFT_REPAIRED: &str = "millrace.index.drift_repaired";
+/// Replicas whose state was not that of the majority since this one started.
+pub const REPLICAS_DIFFERING: &str = "millrace.replicas.differing";
 /// Blocks of a node's pool, by `node` and `state`: free, evictable, pinned, in_use.
 pub const NODE_BLOCKS: &str = "millrace.node.blocks";
 
+/// Cached blocks that routing believed in, by `side`: prefill, decode.
+pub const ROUTE_BELIEF: &str = "millrace.route.belief_blocks";
+/// Cached blocks that were found there.
+pub const ROUTE_FOUND: &str = "millrace.route.found_blocks";
 /// Requests of a tenant that ended, by `tenant` and `outcome`.
 pub const TENANT_REQUESTS: &str = "millrace.tenant.requests";
 /// Tokens of a tenant, by `tenant` and `gen_ai.token.type`.
@@ -71,6 +86,8 @@ pub struct Metrics {
     tenant_requests: Counter<u64>,
     tenant_tokens: Counter<u64>,
     tenants: Mutex<BTreeSet<Arc<str>>>,
+    /// Counts the same for operators; it outlives the meter.
+    app: Weak<App>,
     /// Keeps the readers of the gauges alive.
     _provider: SdkMeterProvider,
 }
@@ -103,10 +120,12 @@ impl Metrics {
             tenant_requests: count(TENANT_REQUESTS),
             tenant_tokens: count(TENANT_TOKENS),
             tenants: Mutex::default(),
+            app: Arc::downgrade(app),
             registry,
             _provider: provider.clone(),
         };
         gauges(&meter, app);
+        beliefs(&meter, app);
         Ok(Arc::new(metrics))
     }
 
@@ -124,8 +143,15 @@ impl Metrics {
         TenantMeter { metrics: self.clone(), tenant: label(&mut self.tenants.lock(), tenant) }
     }
 
+    fn traffic(&self, count: impl FnOnce(&Traffic)) {
+        if let Some(app) = self.app.upgrade() {
+            count(app.dispatcher.traffic());
+        }
+    }
+
     /// A request that never ran.
     pub fn refused(&self, code: &'static str) {
+        self.traffic(Traffic::failed);
         self.requests.add(1, &[KeyValue::new("outcome", code)]);
     }
 }
@@ -145,6 +171,11 @@ fn gauges(meter: &Meter, app: &Arc<App>) {
     gauge(RAFT_APPLIED, |app| app.raft.status().applied);
     gauge(RAFT_TERM, |app| app.raft.status().term);
     gauge(RAFT_LEADER, |app| u64::from(app.raft.status().role == Role::Leader));
+    gauge(INDEX_LOCATIONS, |app| app.cluster.read().holders().locations() as u64);
+    gauge(INDEX_REFUSED, |app| refused(&app.cluster.read()));
+    gauge(INDEX_DRIFT_FOUND, |app| app.cluster.read().holders().drift().found);
+    gauge(INDEX_DRIFT_REPAIRED, |app| app.cluster.read().holders().drift().repaired);
+    gauge(REPLICAS_DIFFERING, |app| app.cluster.read().audit().differing().count() as u64);
     let app = Arc::downgrade(app);
     let blocks = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
         let Some(app) = app.upgrade() else { return };
@@ -158,6 +189,25 @@ fn gauges(meter: &Meter, app: &Arc<App>) {
         }
     };
     meter.u64_observable_gauge(NODE_BLOCKS).with_callback(blocks).build();
+}
+
+/// Counters that the dispatcher keeps.
+fn beliefs(meter: &Meter, app: &Arc<App>) {
+    let counter = |name: &'static str, read: fn(BeliefCounts) -> [(&'static str, u64); 2]| {
+        let app = Arc::downgrade(app);
+        let observe = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+            let counts = app.upgrade().map(|app| read(app.dispatcher.beliefs()));
+            counts.into_iter().flatten().for_each(|(side, count)| observer.observe(count, &[KeyValue::new("side", side)]));
+        };
+        meter.u64_observable_counter(name).with_callback(observe).build();
+    };
+    counter(ROUTE_BELIEF, |counts| [("prefill", counts.prefill_belief), ("decode", counts.decode_belief)]);
+    counter(ROUTE_FOUND, |counts| [("prefill", counts.prefill_found), ("decode", counts.decode_found)]);
+}
+
+fn refused(cluster: &Cluster) -> u64 {
+    let holders = cluster.holders();
+    holders.nodes().filter_map(|node| holders.tally(node)).map(|tally| tally.refused).sum()
 }
 
 /// What each node that is heard of last said of itself.
@@ -207,8 +257,12 @@ impl Watch {
     /// A token came.
     pub fn token(&mut self) {
         let now = Instant::now();
+        self.metrics.traffic(Traffic::token);
         match self.last_token.replace(now) {
-            None => self.metrics.first_token.record((now - self.started).as_secs_f64(), &[]),
+            None => {
+                self.metrics.traffic(|traffic| traffic.first_token(now - self.started));
+                self.metrics.first_token.record((now - self.started).as_secs_f64(), &[]);
+            }
             Some(last) => self.metrics.next_token.record((now - last).as_secs_f64(), &[]),
         }
     }
@@ -216,6 +270,7 @@ impl Watch {
     /// The choice is whole.
     pub fn end(&mut self, usage: &Usage) {
         self.close("ok");
+        self.metrics.traffic(|traffic| traffic.ended(usage.prompt_tokens, usage.cached_tokens));
         for (kind, tokens) in [("input", usage.prompt_tokens), ("cached", usage.cached_tokens), ("output", usage.completion_tokens)]
         {
             let (tokens, kind) = (u64::from(tokens), KeyValue::new("gen_ai.token.type", kind));
@@ -233,6 +288,7 @@ impl Watch {
 
     /// It failed.
     pub fn failed(&mut self, code: &'static str) {
+        self.metrics.traffic(Traffic::failed);
         self.close(code);
     }
 

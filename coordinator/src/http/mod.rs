@@ -37,6 +37,8 @@ use crate::dispatch::Prompt;
 
 /// Bytes of a request body.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
+/// A client's own objective for the time to the first token, milliseconds: 429 when it is predicted to be missed.
+pub const TTFT_HEADER: &str = "x-millrace-ttft-ms";
 /// Time in which a body must have come.
 pub const BODY_WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -125,10 +127,16 @@ impl Gateway {
             check(&rules, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?)
         };
         let wanted = tokio::task::spawn_blocking(parse).await.map_err(|_| crashed())??;
-        self.submit(caller, wanted, trace(headers)).await
+        self.submit(caller, wanted, ttft_max(headers)?, trace(headers)).await
     }
 
-    async fn submit(&self, caller: Caller, wanted: Wanted, trace: [u8; 25]) -> Result<Response, ApiError> {
+    async fn submit(
+        &self,
+        caller: Caller,
+        wanted: Wanted,
+        ttft_max: Option<Duration>,
+        trace: [u8; 25],
+    ) -> Result<Response, ApiError> {
         let Wanted { prompts, sampling, cache_salt, shape } = wanted;
         let prompt_tokens = prompts.iter().map(Vec::len).sum::<usize>() as u64;
         let permit = self.limiter.admit(&caller, prompts.len() as u32, prompt_tokens)?;
@@ -138,7 +146,7 @@ impl Gateway {
         for tokens in prompts {
             let (count, ignore_eos) = (tokens.len(), sampling.ignore_eos);
             let (sampling, tenant, cache_salt) = (sampling.clone(), caller.tenant.clone(), cache_salt.clone());
-            let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, trace };
+            let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, ttft_max, trace };
             let running = self.app.dispatcher.submit(prompt)?;
             first.get_or_insert(running.id().0);
             choices.push(Choice::new(running, &self.app.checkpoint, &shape, count, ignore_eos));
@@ -179,6 +187,15 @@ fn broken_json(error: &serde_json::Error) -> ApiError {
 
 fn crashed() -> ApiError {
     ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "the request could not be read")
+}
+
+/// What [`TTFT_HEADER`] says.
+fn ttft_max(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = headers.get(TTFT_HEADER) else { return Ok(None) };
+    let ms = value.to_str().ok().and_then(|text| text.trim().parse().ok()).map(Duration::from_millis);
+    let wrong =
+        || ApiError::invalid(TTFT_HEADER, format!("{TTFT_HEADER} must be milliseconds, from 1 to {}", REQUEST_BUDGET.as_millis()));
+    ms.filter(|ms| (Duration::from_millis(1)..=REQUEST_BUDGET).contains(ms)).map(Some).ok_or_else(wrong)
 }
 
 /// W3C `traceparent`: version, trace id, span id, flags; zeros when there is none or it is malformed.

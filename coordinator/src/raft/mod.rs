@@ -16,7 +16,7 @@
 
 mod admit;
 mod background;
-mod bench;
+pub(crate) mod bench;
 mod clients;
 mod codec;
 mod disk;

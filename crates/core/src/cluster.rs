@@ -6,13 +6,15 @@
 //! out of the log).
 
 mod apply;
+mod audit;
 mod codec;
 mod command;
 mod policy;
 mod refound;
 
+pub use audit::{Audit, Checksum};
 pub use codec::{COMMAND_BYTES_MAX, CodecError, DELTAS_OPS_MAX, decode, decode_answer, encode, encode_answer};
-pub use command::{Answer, Command, DeltaVerdict, Node, NodeState, ReplicaInfo, SnapshotVerdict};
+pub use command::{Answer, Command, DeltaVerdict, DigestVerdict, Node, NodeState, ReplicaInfo, SnapshotVerdict};
 pub use policy::{
     API_KEYS_MAX, ApiKeyDigest, Change, Config, Kind, Limits, PIN_BLOCKS_MAX, PINNED_BLOCKS_MAX, PINS_MAX, Pin, Policy,
     PolicyAnswer, PolicyCommand, PolicyError, SETTINGS, Setting, Spec, Tenant, ValueError,
@@ -67,6 +69,7 @@ pub struct Cluster {
     replicas: BTreeMap<ReplicaId, ReplicaInfo>,
     assemblies: BTreeMap<NodeId, Assembly>,
     holders: Holders,
+    audit: Audit,
 }
 
 impl Cluster {

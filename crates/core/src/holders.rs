@@ -22,10 +22,11 @@ use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
+use rkyv::{Archive, Deserialize, Serialize};
 
-use crate::cluster::DeltaVerdict;
+use crate::cluster::{DeltaVerdict, DigestVerdict};
 use crate::ids::{BlockHash, NodeId};
-use crate::message::{Delta, Tier};
+use crate::message::{CacheDigest, Delta, Tier};
 use incarnations::Incarnations;
 use place::{Incarnation, Location, Locations};
 use shard::{SHARDS, Shard, shard_of};
@@ -66,6 +67,17 @@ struct NodeBlocks {
     seq: u64,
     digest: u128,
     refused: u64,
+    /// Its cache was found to differ, and no snapshot has come since.
+    drifted: bool,
+}
+
+/// How often a node's cache and the index did not agree though they had applied the same, since the log began.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drift {
+    /// Found by [`Holders::compare`].
+    pub found: u64,
+    /// Mended since by a snapshot of the node; the others ended with its incarnation, or wait.
+    pub repaired: u64,
 }
 
 /// The index.
@@ -74,8 +86,10 @@ pub struct Holders {
     shards: Vec<Arc<Shard>>,
     incarnations: Incarnations,
     nodes: BTreeMap<NodeId, NodeBlocks>,
-    /// Of living incarnations.
+    /// Of living incarnations, as the next two.
     locations: usize,
+    off_device: u64,
+    drift: Drift,
     locations_max: usize,
 }
 
@@ -90,7 +104,8 @@ impl Holders {
     #[must_use]
     pub fn with_max(locations_max: usize) -> Self {
         let shards = vec![Arc::new(Shard::default()); SHARDS];
-        Self { shards, incarnations: Incarnations::default(), nodes: BTreeMap::new(), locations: 0, locations_max }
+        let (incarnations, nodes) = (Incarnations::default(), BTreeMap::new());
+        Self { shards, incarnations, nodes, locations: 0, off_device: 0, drift: Drift::default(), locations_max }
     }
 
     /// A new incarnation of `node`: known, at sequence number 0, holding nothing.
@@ -106,7 +121,7 @@ impl Holders {
                 self.incarnations.begin(node).expect("the living are fewer than the numbers, and no dead are left")
             }
         };
-        let fresh = NodeBlocks { incarnation, blocks: 0, off_device: 0, seq: 0, digest: 0, refused: 0 };
+        let fresh = NodeBlocks { incarnation, blocks: 0, off_device: 0, seq: 0, digest: 0, refused: 0, drifted: false };
         self.nodes.insert(node, fresh);
     }
 
@@ -114,6 +129,7 @@ impl Holders {
     pub fn drop_node(&mut self, node: NodeId) {
         if let Some(gone) = self.nodes.remove(&node) {
             self.locations -= gone.blocks as usize;
+            self.off_device -= gone.off_device;
             self.incarnations.end(gone.incarnation, gone.blocks as usize);
         }
     }
@@ -158,9 +174,29 @@ impl Holders {
         DeltaVerdict::Applied { seq: delta.seq }
     }
 
+    /// Compares what a known node says of its cache with what the index has after the same deltas. The caller has compared the epoch.
+    pub fn compare(&mut self, said: &CacheDigest) -> DigestVerdict {
+        let Some(node) = self.nodes.get_mut(&said.node) else { return DigestVerdict::StaleEpoch };
+        if said.seq < node.seq {
+            return DigestVerdict::Skipped; // deltas overtook it
+        }
+        if (said.seq, said.blocks, said.digest) == (node.seq, node.blocks, node.digest) {
+            return DigestVerdict::Same;
+        }
+        if node.refused > 0 {
+            let missing = said.blocks.saturating_sub(node.blocks) as usize;
+            let room = self.locations_max - self.locations > missing.saturating_mul(2);
+            return if room { DigestVerdict::Lacking } else { DigestVerdict::Skipped };
+        }
+        self.drift.found += u64::from(!node.drifted);
+        node.drifted = true;
+        DigestVerdict::Drifted
+    }
+
     /// Replaces all that is known of `node`, as its snapshot says; all of it counts as on the device until a delta says otherwise.
     /// Repeated names count once. O(blocks after).
     pub fn replace_node(&mut self, node: NodeId, seq: u64, blocks: &[BlockHash]) {
+        self.drift.repaired += u64::from(self.nodes.get(&node).is_some_and(|old| old.drifted));
         self.begin(node);
         let Some(mut fresh) = self.nodes.get(&node).copied() else { return };
         for block in blocks {
@@ -203,6 +239,7 @@ impl Holders {
         };
         let off = |tier: Option<Tier>| u64::from(tier.is_some_and(|tier| tier != Tier::Device));
         node.off_device = node.off_device + off(tier) - off(old);
+        self.off_device = self.off_device + off(tier) - off(old);
         if old.is_some() != tier.is_some() {
             node.digest = toggle(node.digest, block);
             (node.blocks, self.locations) = match tier {
@@ -265,6 +302,12 @@ impl Holders {
         self.locations
     }
 
+    /// How often nodes' caches did not agree with it.
+    #[must_use]
+    pub const fn drift(&self) -> Drift {
+        self.drift
+    }
+
     /// Different blocks in the tables, those of dead nodes included that no sweep has reached yet. O(shards). For an operator only:
     /// replicas may differ in it.
     #[must_use]
@@ -298,8 +341,11 @@ impl Holders {
         if self.nodes.iter().any(|(id, node)| counted.get(id) != Some(&(node.blocks, node.off_device, node.digest))) {
             return Err("a node's count or digest is not that of its blocks");
         }
-        let all: u64 = self.nodes.values().map(|node| node.blocks).sum();
-        if all != self.locations as u64 || self.locations > self.locations_max {
+        let all = |of: fn(&NodeBlocks) -> u64| self.nodes.values().map(of).sum::<u64>();
+        if all(|node| node.off_device) != self.off_device {
+            return Err("the count of blocks off the device is wrong");
+        }
+        if all(|node| node.blocks) != self.locations as u64 || self.locations > self.locations_max {
             return Err("the count of locations is wrong");
         }
         Ok(())

@@ -157,6 +157,8 @@ pub enum Message {
     CacheOrder(CacheOrder),
     /// What came of it.
     CacheReport(CacheReport),
+    /// What a node caches in short, each second to one replica, which passes it to the leader.
+    CacheDigest(CacheDigest),
 }
 
 impl Message {
@@ -180,6 +182,7 @@ impl Message {
             | Self::Heartbeat { .. }
             | Self::Delta(_)
             | Self::Snapshot(_)
+            | Self::CacheDigest(_)
             | Self::Token(_)
             | Self::Failed(_)
             | Self::Handover(_)

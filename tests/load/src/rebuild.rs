@@ -128,7 +128,9 @@ fn catch_up(dir: &Path, index: u64, state: &[u8]) -> Result<CaughtUp> {
             while let Some((to, frame)) = frames.blocking_recv() {
                 match replicas.get(to as usize - 1) {
                     Some(replica) => replica.step(from, &frame),
-                    None => late.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|replica| replica.step(from, &frame)),
+                    None => {
+                        late.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|replica| replica.step(from, &frame))
+                    }
                 }
             }
         });

@@ -5,11 +5,11 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use super::{
-    ASSEMBLED_BLOCKS_MAX, Answer, Assembly, Cluster, Command, DeltaVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX, Node, NodeState,
-    RENEW_STEP_MAX_US, REPLICAS_MAX, ReplicaInfo, SnapshotVerdict,
+    ASSEMBLED_BLOCKS_MAX, Answer, Assembly, Cluster, Command, DeltaVerdict, DigestVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX,
+    Node, NodeState, RENEW_STEP_MAX_US, REPLICAS_MAX, ReplicaInfo, SnapshotVerdict,
 };
 use crate::ids::{Epoch, NodeId, ReplicaId};
-use crate::message::{Delta, Join, Role, SnapshotPage};
+use crate::message::{CacheDigest, Delta, Join, Role, SnapshotPage};
 
 impl Cluster {
     /// Applies the entry at `index` of the log. One command an entry, indexes strictly growing (gaps are fine: the consensus
@@ -31,6 +31,11 @@ impl Cluster {
             Command::PutTenant { name, key } => self.policy.put_tenant(name, key),
             Command::Announce { replica, info } => self.announce(*replica, info),
             Command::Policy(command) => self.policy.apply(self.now_us, self.smallest_pool(), command),
+            Command::Digests(digests) => Answer::Digests(digests.iter().map(|digest| self.compare(digest)).collect()),
+            Command::Checksum { replica, checksum } => {
+                self.audit.hear(*replica, *checksum, self.replicas.len());
+                Answer::Done
+            }
         }
     }
 
@@ -131,6 +136,7 @@ impl Cluster {
         let expired: Vec<_> = self.nodes.values().filter(over).map(|n| n.node).collect();
         expired.iter().for_each(|id| self.bury(*id, NodeState::Dead));
         self.policy.expire(self.now_us);
+        self.audit.note(self.checksum());
         Answer::Renewed { expired, stale }
     }
 
@@ -155,6 +161,13 @@ impl Cluster {
         match self.current(delta.node, delta.epoch) {
             Some(_) => self.holders.apply(delta),
             None => DeltaVerdict::StaleEpoch,
+        }
+    }
+
+    fn compare(&mut self, digest: &CacheDigest) -> DigestVerdict {
+        match self.current(digest.node, digest.epoch) {
+            Some(_) => self.holders.compare(digest),
+            None => DigestVerdict::StaleEpoch,
         }
     }
 

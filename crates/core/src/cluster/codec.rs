@@ -11,8 +11,8 @@ use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
 use super::policy::PolicyImage;
-use super::{Answer, Assembly, Cluster, Command, NODES_MAX, Node, Policy, ReplicaInfo};
-use crate::holders::{Held, Holders, HoldersError};
+use super::{Answer, Assembly, Audit, Cluster, Command, NODES_MAX, Node, Policy, ReplicaInfo};
+use crate::holders::{Drift, Held, Holders, HoldersError};
 use crate::ids::{Epoch, ReplicaId};
 use crate::message::{DELTA_OPS_MAX, ModelIdentity, SNAPSHOT_PAGE_MAX};
 
@@ -75,6 +75,7 @@ pub fn decode(bytes: &[u8]) -> Result<Command, CodecError> {
             within("operations", deltas.iter().map(|delta| delta.ops.len()).sum(), DELTAS_OPS_MAX)?;
         }
         Command::Snapshot(page) => within("blocks in a page", page.blocks.len(), SNAPSHOT_PAGE_MAX)?,
+        Command::Digests(digests) => within("digests", digests.len(), NODES_MAX)?,
         _ => {}
     }
     Ok(command)
@@ -110,7 +111,7 @@ where
     bytes
 }
 
-fn archive<T>(value: &T) -> AlignedVec
+pub(super) fn archive<T>(value: &T) -> AlignedVec
 where
     T: for<'a> Serialize<HighSerializer<AlignedVec, ArenaHandle<'a>, Error>>,
 {
@@ -150,13 +151,16 @@ struct Image {
     replicas: Vec<(ReplicaId, ReplicaInfo)>,
     assemblies: Vec<Assembly>,
     holders: Vec<Held>,
+    drift: Drift,
 }
 
 impl Cluster {
     /// The whole state, for a replica that lags behind the log. O(locations, sorted).
     #[must_use]
     pub fn snapshot(&self) -> Vec<u8> {
-        self.snapshot_pieces().flatten().collect()
+        let mut bytes = Vec::new();
+        self.snapshot_pieces().for_each(|piece| bytes.extend_from_slice(&piece));
+        bytes
     }
 
     /// The same in pieces, each made when it is asked for: the state without the index first, then the index, a thousandth at a time.
@@ -181,6 +185,7 @@ impl Cluster {
             replicas: self.replicas.iter().map(|(id, info)| (*id, info.clone())).collect(),
             assemblies: self.assemblies.values().cloned().collect(),
             holders: self.holders.held(),
+            drift: self.holders.drift(),
         }
     }
 
@@ -193,7 +198,7 @@ impl Cluster {
         let image: Image = from_archive(head)?;
         let listed = [image.nodes.len(), image.replicas.len(), image.assemblies.len()];
         let mut holders = Holders::default();
-        holders.read(&image.holders, blocks)?;
+        holders.read((image.drift, &image.holders), blocks)?;
         let cluster = Self {
             applied: image.applied,
             now_us: image.now_us,
@@ -205,6 +210,7 @@ impl Cluster {
             replicas: image.replicas.into_iter().collect(),
             assemblies: image.assemblies.into_iter().map(|a| (a.node, a)).collect::<BTreeMap<_, _>>(),
             holders,
+            audit: Audit::default(),
         };
         let kept = [cluster.nodes.len(), cluster.replicas.len(), cluster.assemblies.len()];
         if listed != kept {
@@ -254,7 +260,7 @@ mod tests {
             lease_until_us: LEASE_US,
         };
         let block = [1; 16];
-        let held = || Held { node: id, seq: 4, refused: 3, blocks: 1, digest: u128::from_le_bytes(block) };
+        let held = || Held { node: id, seq: 4, refused: 3, blocks: 1, digest: u128::from_le_bytes(block), drifted: true };
         let image = |nodes, holders| {
             let (policy, replicas, assemblies) = (Policy::default().image(), Vec::new(), Vec::new());
             Image {
@@ -267,6 +273,7 @@ mod tests {
                 replicas,
                 assemblies,
                 holders,
+                drift: Drift { found: 2, repaired: 1 },
             }
         };
         let bytes = |image: &Image| {
@@ -277,6 +284,7 @@ mod tests {
         let whole = bytes(&image(vec![node("x")], vec![held()]));
         let cluster = Cluster::restore(&whole).unwrap();
         assert_eq!(cluster.holders().tally(id).unwrap().refused, 3);
+        assert_eq!(cluster.holders().drift(), Drift { found: 2, repaired: 1 });
         assert_eq!(cluster.snapshot(), whole);
         let restored = |image: &Image| Cluster::restore(&bytes(image)).unwrap_err();
         let twice = restored(&image(vec![node("x"), node("y")], vec![held()]));

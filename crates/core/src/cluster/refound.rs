@@ -35,15 +35,8 @@ mod tests {
     fn nodes_join_anew_and_no_epoch_is_granted_twice() {
         let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
         let model = ModelIdentity { name: "m".into(), weights: [0; 32], tokenizer: [0; 32], layout };
-        let join = Command::Join(Join {
-            name: "x".into(),
-            role: Role::Decode,
-            address: "a".into(),
-            instance: 1,
-            pid: 1,
-            model,
-            slots: 2,
-        });
+        let join =
+            Command::Join(Join { name: "x".into(), role: Role::Decode, address: "a".into(), instance: 1, pid: 1, model, slots: 2 });
         let mut cluster = Cluster::new();
         let Answer::Joined { node, epoch } = cluster.apply(1, &join) else { panic!("joined") };
         let ops = vec![BlockOp::Stored(BlockHash([1; 16]))];

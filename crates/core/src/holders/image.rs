@@ -9,7 +9,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 use super::place::Location;
 use super::shard::{SHARDS, shard_of};
-use super::{Holders, NodeBlocks, toggle};
+use super::{Drift, Holders, NodeBlocks, toggle};
 use crate::ids::{BlockHash, NodeId};
 use crate::message::Tier;
 
@@ -25,6 +25,7 @@ pub(crate) struct Held {
     /// How many blocks follow for it, and the XOR of their names: a reader that does not find the same has other bytes than were written.
     pub blocks: u64,
     pub digest: u128,
+    pub drifted: bool,
 }
 
 /// Why bytes are no index.
@@ -59,6 +60,7 @@ impl Holders {
             refused: n.refused,
             blocks: n.blocks,
             digest: n.digest,
+            drifted: n.drifted,
         };
         self.nodes.iter().map(held).collect()
     }
@@ -85,7 +87,8 @@ impl Holders {
     ///
     /// # Errors
     /// When it is not one that they write, to the byte.
-    pub(crate) fn read(&mut self, held: &[Held], mut bytes: &[u8]) -> Result<(), HoldersError> {
+    pub(crate) fn read(&mut self, (drift, held): (Drift, &[Held]), mut bytes: &[u8]) -> Result<(), HoldersError> {
+        self.drift = drift;
         for line in held {
             if self.nodes.contains_key(&line.node) {
                 return Err(HoldersError::Twice);
@@ -105,7 +108,7 @@ impl Holders {
             last = Some(block);
             self.read_locations(&block, &mut bytes)?;
         }
-        held.iter().try_for_each(|line| self.compare(line))
+        held.iter().try_for_each(|line| self.seal(line))
     }
 
     fn read_locations(&mut self, block: &BlockHash, bytes: &mut &[u8]) -> Result<(), HoldersError> {
@@ -123,18 +126,19 @@ impl Holders {
             Arc::make_mut(&mut self.shards[shard_of(block)]).insert(block, Location::new(node.incarnation, tier));
             node.blocks += 1;
             node.off_device += u64::from(tier != Tier::Device);
+            self.off_device += u64::from(tier != Tier::Device);
             node.digest = toggle(node.digest, block);
             self.locations += 1;
         }
         if holders == 0 { Err(HoldersError::Holder) } else { Ok(()) }
     }
 
-    fn compare(&mut self, line: &Held) -> Result<(), HoldersError> {
+    fn seal(&mut self, line: &Held) -> Result<(), HoldersError> {
         let node = self.nodes.get_mut(&line.node).ok_or(HoldersError::Holder)?;
         if (node.blocks, node.digest) != (line.blocks, line.digest) {
             return Err(HoldersError::Digest(line.node));
         }
-        (node.seq, node.refused) = (line.seq, line.refused);
+        (node.seq, node.refused, node.drifted) = (line.seq, line.refused, line.drifted);
         Ok(())
     }
 }

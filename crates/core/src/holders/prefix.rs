@@ -6,7 +6,6 @@
 //! is said to hold `n` blocks has the first and the `n`-th in the index and not the one after. A gap between them is not seen; the
 //! pool that holds the `n`-th block holds those before it.
 
-use alloc::vec;
 use alloc::vec::Vec;
 
 use super::Holders;
@@ -34,6 +33,12 @@ struct Group {
     high: usize,
 }
 
+impl Group {
+    const fn middle(&self) -> usize {
+        usize::midpoint(self.low, self.high)
+    }
+}
+
 struct Run {
     holder: Incarnation,
     end: usize,
@@ -44,11 +49,13 @@ impl Holders {
     /// O(different ends x log blocks) look-ups; see the module for what is guaranteed.
     #[must_use]
     pub fn prefixes(&self, blocks: &[BlockHash]) -> Vec<Prefix> {
-        let Some(first) = blocks.first() else { return Vec::new() };
-        let first = self.locations_of(first);
+        let ([first, ..], [.., last]) = (blocks, blocks) else { return Vec::new() };
+        let (first, last) = (self.locations_of(first), self.locations_of(last));
         let alive = |l: &&Location| self.incarnations.owner(l.holder()).is_some();
-        let mut runs: Vec<_> = first.as_slice().iter().filter(alive).map(|l| Run { holder: l.holder(), end: 1 }).collect();
-        self.find_ends(blocks, &mut runs);
+        let run = |l: &Location| Run { holder: l.holder(), end: blocks.len() };
+        let mut runs: Vec<_> = first.as_slice().iter().filter(alive).map(run).collect();
+        let whole = partition(&mut runs, |run| last.tier(run.holder).is_some());
+        self.find_ends(blocks, &mut runs[whole..]);
         let mut prefixes: Vec<_> = runs.iter().filter_map(|run| self.prefix(blocks, run)).collect();
         prefixes.sort_unstable();
         prefixes
@@ -60,29 +67,26 @@ impl Holders {
         self.prefixes(blocks).into_iter().map(|prefix| (prefix.node, prefix.blocks)).collect()
     }
 
-    /// Level by level, so that the look-ups of one level wait for memory together.
+    /// Where those end that do not have the last block. Level by level, so that the look-ups of one level wait for memory together.
     fn find_ends(&self, blocks: &[BlockHash], runs: &mut [Run]) {
         let mut groups = Vec::new();
-        push(&mut groups, runs, Group { from: 0, to: runs.len(), low: 1, high: blocks.len() });
-        let mut probes = vec![blocks.len() - 1];
+        push(&mut groups, runs, Group { from: 0, to: runs.len(), low: 1, high: blocks.len() - 1 });
         while !groups.is_empty() {
-            let held: Vec<Locations<'_>> = probes.iter().map(|probe| self.locations_of(&blocks[*probe])).collect();
+            let middle = |group: &Group| self.locations_of(&blocks[group.middle()]);
+            let held: Vec<Locations<'_>> = groups.iter().map(middle).collect();
             let mut next = Vec::with_capacity(groups.len() * 2);
-            for ((group, held), probe) in groups.iter().zip(&held).zip(&probes) {
+            for (group, held) in groups.iter().zip(&held) {
                 let split = group.from + partition(&mut runs[group.from..group.to], |run| held.tier(run.holder).is_some());
-                push(&mut next, runs, Group { to: split, low: probe + 1, ..*group });
-                push(&mut next, runs, Group { from: split, high: *probe, ..*group });
+                push(&mut next, runs, Group { to: split, low: group.middle() + 1, ..*group });
+                push(&mut next, runs, Group { from: split, high: group.middle(), ..*group });
             }
-            probes.clear();
-            probes.extend(next.iter().map(|group| usize::midpoint(group.low, group.high)));
             groups = next;
         }
     }
 
     fn prefix(&self, blocks: &[BlockHash], run: &Run) -> Option<Prefix> {
         let node = self.incarnations.owner(run.holder)?;
-        let all_on_device = self.nodes.get(&node)?.off_device == 0;
-        let device = if all_on_device { run.end } else { self.device_end(&blocks[..run.end], run.holder) };
+        let device = if self.off_device == 0 { run.end } else { self.device_end(&blocks[..run.end], run.holder) };
         Some(Prefix { node, blocks: run.end as u32, device_blocks: device as u32 })
     }
 

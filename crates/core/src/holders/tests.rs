@@ -231,7 +231,7 @@ fn any_changes_agree_with_a_plain_model() {
         }
         let bytes: Vec<u8> = holders.pieces().flatten().collect();
         let mut read = Holders::default();
-        read.read(&holders.held(), &bytes).unwrap();
+        read.read((Drift::default(), &holders.held()), &bytes).unwrap();
         read.validate().unwrap();
         assert_eq!((read.pieces().flatten().collect::<Vec<u8>>(), read.held()), (bytes, holders.held()));
         if let Some((clone, pieces)) = kept {
@@ -247,9 +247,9 @@ fn bytes_that_no_index_writes_are_refused() {
     stored(&mut holders, 1, 0..3);
     stored(&mut holders, 2, 0..1);
     let (held, bytes) = (holders.held(), holders.pieces().flatten().collect::<Vec<u8>>());
-    let read = |bytes: &[u8]| Holders::with_max(4).read(&held, bytes);
+    let read = |bytes: &[u8]| Holders::with_max(4).read((Drift::default(), &held), bytes);
     assert_eq!(read(&bytes), Ok(()));
-    assert_eq!(Holders::with_max(3).read(&held, &bytes), Err(HoldersError::TooMany));
+    assert_eq!(Holders::with_max(3).read((Drift::default(), &held), &bytes), Err(HoldersError::TooMany));
     assert_eq!(read(&bytes[..bytes.len() - 1]), Err(HoldersError::Truncated));
     assert_eq!(read(&bytes[..bytes.len() - 20]), Err(HoldersError::Digest(NodeId(1))));
     let changed = |at: usize, to: u8| {
@@ -262,4 +262,44 @@ fn bytes_that_no_index_writes_are_refused() {
     assert_eq!(changed(19, 0xc0), Err(HoldersError::Holder), "no such tier");
     assert_eq!(changed(0, 0xff), Err(HoldersError::Order));
     assert_eq!(changed(bytes.len() - 5, 1), Err(HoldersError::Digest(NodeId(1))));
+}
+
+#[test]
+fn a_lost_and_an_extra_operation_are_found_by_the_digest_and_counted_once() {
+    let digest = |blocks: &[u32], seq| CacheDigest {
+        node: NodeId(1),
+        epoch: Epoch(1),
+        seq,
+        blocks: blocks.len() as u64,
+        digest: blocks.iter().fold(0, |digest, i| toggle(digest, &block(*i))),
+    };
+    for held in [vec![1, 2, 3], vec![1]] {
+        let mut holders = with_nodes(1);
+        stored(&mut holders, 1, 1..3); // the node has one more, or one less
+        assert_eq!(holders.compare(&digest(&[1, 2], 0)), DigestVerdict::Same);
+        assert_eq!(holders.compare(&digest(&held, 0)), DigestVerdict::Drifted);
+        assert_eq!(holders.compare(&digest(&held, 0)), DigestVerdict::Drifted, "until it is mended");
+        assert_eq!(holders.drift(), Drift { found: 1, repaired: 0 });
+        holders.replace_node(NodeId(1), 5, &held.iter().map(|i| block(*i)).collect::<Vec<_>>());
+        assert_eq!(holders.drift(), Drift { found: 1, repaired: 1 });
+        assert_eq!(holders.compare(&digest(&held, 5)), DigestVerdict::Same);
+        assert_eq!(holders.compare(&digest(&[1, 2], 4)), DigestVerdict::Skipped, "of the past");
+        assert_eq!(holders.compare(&digest(&held, 6)), DigestVerdict::Drifted, "deltas that the log has lost");
+    }
+}
+
+#[test]
+fn what_was_refused_is_asked_for_when_there_is_room_and_is_no_drift() {
+    let mut holders = Holders::with_max(6);
+    (1..=2).for_each(|node| holders.begin(NodeId(node)));
+    stored(&mut holders, 1, 0..4);
+    stored(&mut holders, 2, 10..14);
+    let digest = (10..14).fold(0, |digest, i| toggle(digest, &block(i)));
+    let said = CacheDigest { node: NodeId(2), epoch: Epoch(1), seq: 0, blocks: 4, digest };
+    assert_eq!(holders.compare(&said), DigestVerdict::Skipped);
+    holders.drop_node(NodeId(1));
+    assert_eq!(holders.compare(&said), DigestVerdict::Skipped, "not for the last place");
+    stored(&mut holders, 2, 12..13);
+    assert_eq!(holders.compare(&said), DigestVerdict::Lacking);
+    assert_eq!(holders.drift(), Drift::default());
 }

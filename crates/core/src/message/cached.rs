@@ -86,3 +86,18 @@ pub struct SnapshotPage {
     /// At most [`SNAPSHOT_PAGE_MAX`].
     pub blocks: Vec<BlockHash>,
 }
+
+/// What a node caches, in short: each second, so that an index that does not agree is found.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheDigest {
+    /// Whose blocks.
+    pub node: NodeId,
+    /// Its incarnation.
+    pub epoch: Epoch,
+    /// The last of its deltas or snapshots that this includes; the log has applied it.
+    pub seq: u64,
+    /// Blocks, in all tiers.
+    pub blocks: u64,
+    /// XOR of their names.
+    pub digest: u128,
+}

@@ -526,6 +526,7 @@ impl Drive {
 fn load(batch: &Batch, rates: &Rates) -> Load {
     Load {
         prefill_ns_per_token: rates.prefill_ns_per_token(),
+        prefill_ps_per_pair: rates.prefill_ps_per_pair(),
         decode_step_us: rates.decode_step_us(),
         send_bytes_per_s: rates.send_bytes_per_s(),
         ..batch.load()

@@ -96,6 +96,12 @@ impl Node {
         self.endpoint.local_addr().context("the node's own address")
     }
 
+    /// The node's endpoint.
+    #[must_use]
+    pub fn endpoint(&self) -> Endpoint {
+        self.endpoint.clone()
+    }
+
     /// Serves until shutdown: joins, computes, hands over, decodes.
     ///
     /// # Errors

@@ -174,6 +174,9 @@ impl Uplinks {
                 Output::Delta(delta) => {
                     let _ = link.send(&Message::Delta(delta));
                 }
+                Output::NeedDigest => {
+                    let _ = link.send(&Message::CacheDigest(publisher.digest(&cached())));
+                }
                 Output::NeedSnapshot => {
                     for page in publisher.snapshot(now, &cached()) {
                         let _ = link.send(&Message::Snapshot(page));

@@ -71,6 +71,8 @@ pub enum Setting {
     RunningMax,
     /// See [`SETTINGS`].
     AuthRequired,
+    /// See [`SETTINGS`].
+    SpreadWeight,
 }
 
 /// One row of the table.
@@ -100,7 +102,7 @@ const fn spec(setting: Setting, key: &'static str, kind: Kind, (default, min, ma
 const RUNNING_MAX: u64 = 4096;
 
 /// All settings. The order is that of [`Setting`]; a weight's default is the router's own.
-pub const SETTINGS: [Spec; 12] = [
+pub const SETTINGS: [Spec; 13] = [
     spec(Setting::SloTtft, "slo.ttft_ms", Kind::Ms, (0, 0, 600_000), "time to the first token that routing holds; 0 for none"),
     spec(Setting::SloTpot, "slo.tpot_ms", Kind::Ms, (0, 0, 60_000), "time for each further token that routing holds; 0 for none"),
     spec(
@@ -155,6 +157,13 @@ pub const SETTINGS: [Spec; 12] = [
         "requests that one gateway runs at a time; more get 429",
     ),
     spec(Setting::AuthRequired, "auth.required", Kind::Bool, (0, 0, 1), "whether a request without an API key is refused (401)"),
+    spec(
+        Setting::SpreadWeight,
+        "route.spread_percent",
+        Kind::Percent,
+        (50, 0, 10_000),
+        "weight of what a copy of a hot prefix will save; 0 makes none on purpose",
+    ),
 ];
 
 /// Why a value cannot be had.
@@ -329,6 +338,8 @@ impl Config {
             tbt_percent: small(Setting::TbtWeight),
             stall_percent: small(Setting::StallWeight),
             slo_percent: small(Setting::SloWeight),
+            spread_percent: small(Setting::SpreadWeight),
+            tie_percent: small(Setting::TiePercent),
             ..base
         }
     }
