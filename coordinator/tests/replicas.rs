@@ -379,7 +379,7 @@ async fn a_saved_state_begins_another_life_of_the_cluster() {
     for i in 0..3 {
         cluster.replicas[i] = Some(cluster.launch(i));
     }
-    let mut first = operator(&cluster, 0).await;
+    let mut first = operator(&cluster, 1).await;
     let status = first.until(json!({"q": "status"}), |s| s["quorum"] == true && s["stale"] == false).await;
     assert_eq!((&status["nodes"][0]["name"], &status["nodes"][0]["state"]), (&json!("decode-0"), &json!("dead")));
     let tenants = cluster.millctl(&["tenants", "list"]).unwrap();
