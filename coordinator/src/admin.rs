@@ -7,6 +7,7 @@ mod cache;
 mod config;
 mod health;
 mod route;
+mod snapshot;
 mod tenants;
 mod view;
 
@@ -50,6 +51,7 @@ enum Query {
     Tenants(tenants::TenantQuery),
     Config(config::ConfigQuery),
     Cache(cache::CacheQuery),
+    Snapshot(snapshot::SnapshotQuery),
 }
 
 /// A prompt in one of three forms.
@@ -70,6 +72,7 @@ pub struct Admin {
     checkpoint: Arc<Checkpoint>,
     /// Where our gateway listens.
     http: String,
+    saves: snapshot::Saves,
     refusals: Refusals,
 }
 
@@ -92,7 +95,8 @@ impl Admin {
     /// An admin interface over one replica; `http` is where its gateway listens.
     #[must_use]
     pub fn new(config: Config, proposer: Proposer, dispatcher: Dispatcher, checkpoint: Arc<Checkpoint>, http: String) -> Self {
-        Self { config, proposer, dispatcher, checkpoint, http, refusals: Refusals::default() }
+        let (saves, refusals) = (snapshot::Saves::default(), Refusals::default());
+        Self { config, proposer, dispatcher, checkpoint, http, saves, refusals }
     }
 
     /// Answers a query.
@@ -115,6 +119,7 @@ impl Admin {
             Query::Tenants(query) => self.tenants(query).await?,
             Query::Config(query) => self.settings(query).await?,
             Query::Cache(query) => self.cache(query).await?,
+            Query::Snapshot(query) => self.snapshot(query).await?,
         };
         Ok(answer.to_string())
     }

@@ -22,6 +22,7 @@ pub mod pins;
 pub mod propose;
 pub mod raft;
 pub mod replicas;
+pub mod saved;
 pub mod serve;
 pub mod state;
 pub mod traffic;

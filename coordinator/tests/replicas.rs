@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use coordinator::ctl::cluster_file::{self, ClusterFile, CoordinatorEntry};
 use millrace_checkpoint::Checkpoint;
 use millrace_core::ids::{BlockHash, Epoch, NodeId};
 use millrace_core::layout::KvDtype;
@@ -304,4 +305,96 @@ fn a_replica_that_cannot_start_says_why() {
     fails(&case("coordinator-1", "x", "nowhere", model_path()), 1, "nowhere");
     fails(&case("coordinator-1", "x", "coordinator-1", "/nonexistent/model".into()), 1, "--model");
     fails(&case("coordinator-1", "log-2", "coordinator-1", model_path()), 1, "log-2");
+}
+
+impl Cluster {
+    /// Writes down what `millctl` needs to find the cluster.
+    fn write_cluster_file(&self) {
+        self.authority.issue(Role::Admin, "admin", &self.dir.path().join("admin")).unwrap();
+        let entry = |i: usize| CoordinatorEntry {
+            id: i as u64 + 1,
+            name: format!("coordinator-{}", i + 1),
+            quic: self.addresses[i],
+            http: None,
+            pid: None,
+        };
+        let file = ClusterFile {
+            version: cluster_file::VERSION,
+            cluster: CLUSTER.into(),
+            model: model_path(),
+            http: None,
+            certs: "ca".into(),
+            admin_certs: "admin".into(),
+            pid: None,
+            coordinators: (0..3).map(entry).collect(),
+            nodes: Vec::new(),
+        };
+        std::fs::write(self.dir.path().join(cluster_file::FILE), serde_json::to_vec(&file).unwrap()).unwrap();
+    }
+
+    /// Runs `millctl`; its JSON, or its exit code and what it complained about.
+    fn millctl(&self, args: &[&str]) -> Result<Value, (i32, String)> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_millctl"));
+        let output = command.args(args).args(["-o", "json"]).env("MILLRACE_DIR", self.dir.path()).output().unwrap();
+        match output.status.code() {
+            Some(0) => Ok(serde_json::from_slice(&output.stdout).unwrap()),
+            code => Err((code.unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())),
+        }
+    }
+
+    fn stop_all(&mut self) {
+        self.replicas.iter_mut().for_each(|replica| *replica = None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_saved_state_begins_another_life_of_the_cluster() {
+    let mut cluster = Cluster::start();
+    cluster.write_cluster_file();
+    let mut first = operator(&cluster, 0).await;
+    first.until(json!({"q": "status"}), |s| s["quorum"] == true).await;
+    let endpoint = cluster.endpoint(Role::Decode, "decode-0");
+    let mut peer = Peer::dial(&endpoint, cluster.addresses[0], 7, Some(model())).await;
+    let (node, epoch) = peer.join(&join("decode-0", Role::Decode, 7, model())).await.unwrap();
+    cluster.millctl(&["tenants", "create", "acme"]).unwrap();
+
+    // Saved and looked into; a file is not overwritten.
+    let file = cluster.dir.path().join("state.mr");
+    let name = file.to_str().unwrap();
+    let saved = cluster.millctl(&["snapshot", "save", name]).unwrap();
+    assert_eq!((&saved["cluster"], &saved["fresh"]), (&json!(CLUSTER), &json!(true)));
+    let again = cluster.millctl(&["snapshot", "save", name]).unwrap_err();
+    assert_eq!(again.0, 6, "{}", again.1);
+    cluster.stop_all();
+    let seen = cluster.millctl(&["snapshot", "inspect", name]).unwrap();
+    assert_eq!((&seen["applied"], &seen["nodes"][0]["name"]), (&saved["applied"], &json!("decode-0")));
+    assert!(seen["tenants"].as_array().unwrap().contains(&json!("acme")), "{seen}");
+
+    // Restored into empty folders only, for each member.
+    let restore = |cluster: &Cluster, id: usize| {
+        let dir = cluster.dir.path().join(format!("log-{id}"));
+        let (dir, id) = (dir.to_str().unwrap().to_owned(), id.to_string());
+        cluster.millctl(&["snapshot", "restore", name, "--dir", &dir, "--id", &id, "--members", "1,2,3"])
+    };
+    let refused = restore(&cluster, 1).unwrap_err();
+    assert_eq!(refused.0, 6, "{}", refused.1);
+    for id in 1..=3 {
+        std::fs::remove_dir_all(cluster.dir.path().join(format!("log-{id}"))).unwrap();
+        let restored = restore(&cluster, id).unwrap();
+        assert!(restored["applied"].as_u64() > saved["applied"].as_u64(), "{restored}");
+    }
+
+    // The new life has the tenants and names of the old, and knows its nodes to be gone.
+    for i in 0..3 {
+        cluster.replicas[i] = Some(cluster.launch(i));
+    }
+    let mut first = operator(&cluster, 1).await;
+    let status = first.until(json!({"q": "status"}), |s| s["quorum"] == true && s["stale"] == false).await;
+    assert_eq!((&status["nodes"][0]["name"], &status["nodes"][0]["state"]), (&json!("decode-0"), &json!("dead")));
+    let tenants = cluster.millctl(&["tenants", "list"]).unwrap();
+    assert!(tenants["tenants"].as_array().unwrap().iter().any(|tenant| tenant["name"] == "acme"), "{tenants}");
+    let mut peer = Peer::dial(&endpoint, cluster.addresses[1], 7, Some(model())).await;
+    let (same, later) = peer.join(&join("decode-0", Role::Decode, 7, model())).await.unwrap();
+    assert_eq!(same, node, "its number stays");
+    assert!(later.0 > epoch.0 + (1 << 39), "an epoch that the old life cannot have granted: {later}");
 }

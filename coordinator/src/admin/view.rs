@@ -46,6 +46,7 @@ impl Admin {
             "committed": status.committed,
             "leader": status.leader,
             "reachable": true,
+            "disk_full": status.disk_full,
             "failure": status.failure.map(|failure| failure.to_string()),
         });
         with(member, self.health())

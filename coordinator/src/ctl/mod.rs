@@ -26,6 +26,7 @@ pub mod output;
 pub mod prompt;
 pub mod route;
 pub mod running;
+pub mod snapshot;
 pub mod table;
 pub mod tenants;
 pub mod top;
@@ -73,6 +74,9 @@ enum Command {
     /// Settings of the whole cluster
     #[command(subcommand)]
     Config(config::Config),
+    /// Save the replicated state, look into a saved one, begin a new cluster from one
+    #[command(subcommand)]
+    Snapshot(snapshot::Snapshot),
     /// A live screen: nodes, load, requests, cache hits, tokens a second
     Top(top::TopArgs),
     /// Look at everything and say what is wrong and what cures it; exit code 3 when something is, 4 without a quorum
@@ -125,6 +129,7 @@ fn run(cli: Cli) -> Result<()> {
             Command::Route(command) => route::run(command).await,
             Command::Tenants(command) => tenants::run(command).await,
             Command::Config(command) => config::run(command).await,
+            Command::Snapshot(command) => snapshot::run(command).await,
             Command::Context(command) => context::run(command),
             Command::Top(args) => top::run(args).await,
             Command::Doctor(args) => doctor::run(args).await,

@@ -130,7 +130,7 @@ pub(super) fn assemble<M: StateMachine>(
 }
 
 /// The configuration with its voters sorted, if it is possible.
-fn checked(mut config: RaftConfig) -> Result<RaftConfig, RaftStartError> {
+pub(super) fn checked(mut config: RaftConfig) -> Result<RaftConfig, RaftStartError> {
     let refuse = |what: &str| Err(RaftStartError::Config(what.into()));
     config.voters.sort_unstable();
     config.voters.dedup();

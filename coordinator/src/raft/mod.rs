@@ -21,6 +21,7 @@ mod clients;
 mod codec;
 mod disk;
 mod driver;
+mod found;
 mod handle;
 mod message;
 mod room;
@@ -37,6 +38,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use bench::{BenchError, CommitBench, bench_commits};
+pub use found::found;
 pub use handle::{RaftHandle, start};
 
 /// Largest command of one proposal, in bytes; a larger one is refused with [`ProposeError::TooLarge`].

@@ -380,7 +380,7 @@ fn records_of(entries: &[Entry], base: LogPoint, hard: &HardState) -> Vec<Vec<u8
     records
 }
 
-fn encode_record(entries: &[Entry], hard: &HardState) -> Vec<u8> {
+pub(super) fn encode_record(entries: &[Entry], hard: &HardState) -> Vec<u8> {
     let mut out = Vec::with_capacity(64 + entries.iter().map(|e| e.data.len() + 64).sum::<usize>());
     for value in [hard.term, hard.vote, hard.commit, entries.len() as u64] {
         put_u64(&mut out, value);

@@ -10,6 +10,7 @@ mod audit;
 mod codec;
 mod command;
 mod policy;
+mod refound;
 
 pub use audit::{Audit, Checksum};
 pub use codec::{COMMAND_BYTES_MAX, CodecError, DELTAS_OPS_MAX, decode, decode_answer, encode, encode_answer};

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use coordinator::raft::bench_commits;
 
+use crate::rebuild;
 use crate::report::Row;
 
 /// Commands that wait for their commit at a time, and commands of one run.
@@ -33,5 +34,6 @@ pub fn measure(runs: usize, quick: bool) -> Result<Vec<Row>> {
         rows.push(Row::new(format!("{name}, median us"), p50));
         rows.push(Row::new(format!("{name}, 99th percentile us"), p99));
     }
+    rows.extend(rebuild::measure(beside, if quick { 1_000_000 } else { 10_000_000 }, runs)?);
     Ok(rows)
 }

@@ -53,7 +53,7 @@ impl Outbound {
     }
 
     fn silence_max(&self) -> Duration {
-        if self.begun && self.acked == self.saved.total { CHECK_WAIT_MAX } else { SILENCE_MAX }
+        if self.acked > 0 && self.acked == self.saved.total { CHECK_WAIT_MAX } else { SILENCE_MAX }
     }
 
     /// Back to what is known to be there. Once all is there, the question is whether it was taken.

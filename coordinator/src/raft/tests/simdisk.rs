@@ -41,6 +41,8 @@ struct Inner {
     durable_names: BTreeMap<PathBuf, u64>,
     made: u64,
     capacity: Option<u64>,
+    /// Writes that may fail for want of room before there is room again.
+    patience: Option<u32>,
     sync_fails: bool,
 }
 
@@ -67,9 +69,16 @@ impl SimDisk {
         inner.capacity = Some(inner.used() + room);
     }
 
+    /// As [`SimDisk::fill`], until so many writes have failed: nobody else runs who could make room while a replica on this thread waits.
+    pub fn fill_for(&self, failures: u32) {
+        self.fill(0);
+        self.0.lock().unwrap().patience = Some(failures);
+    }
+
     /// There is room again.
     pub fn free(&self) {
-        self.0.lock().unwrap().capacity = None;
+        let mut inner = self.0.lock().unwrap();
+        (inner.capacity, inner.patience) = (None, None);
     }
 
     /// The next sync fails, and what it should have kept is gone.
@@ -188,6 +197,14 @@ impl DiskFile for SimFile {
             let room = inner.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(inner.used()));
             let fits = if grows > room { bytes.len().saturating_sub((grows - room) as usize) } else { bytes.len() };
             inner.change(self.id, Change::Write(offset as usize, bytes[..fits].to_vec()));
+            if fits < bytes.len()
+                && let Some(patience) = &mut inner.patience
+            {
+                *patience -= 1;
+                if *patience == 0 {
+                    (inner.capacity, inner.patience) = (None, None);
+                }
+            }
             if fits < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
         })?
     }

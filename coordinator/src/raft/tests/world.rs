@@ -24,6 +24,8 @@ use crate::raft::ship::{Ship, ShipInput};
 
 const KEYS: u8 = 3;
 const CLIENTS: usize = 5;
+/// Writes that fail on a full disk before there is room again.
+const FAILURES_MAX: u32 = 12;
 /// Virtual milliseconds of one step, and until a client stops waiting.
 const STEP_MS: u64 = 2;
 const CLIENT_WAIT_MS: u64 = 1500;
@@ -236,7 +238,7 @@ impl World {
             }
             19..=22 => self.machines[i].paused_ms = until,
             23..=26 => {
-                self.machines[i].disk.fill(0);
+                self.machines[i].disk.fill_for(FAILURES_MAX);
                 self.machines[i].full_ms = Some(until);
                 self.story.fills += 1;
             }

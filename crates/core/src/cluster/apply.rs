@@ -114,7 +114,7 @@ impl Cluster {
         Answer::Done
     }
 
-    fn bury(&mut self, id: NodeId, state: NodeState) {
+    pub(super) fn bury(&mut self, id: NodeId, state: NodeState) {
         if let Some(node) = self.nodes.get_mut(&id) {
             node.state = state;
         }
