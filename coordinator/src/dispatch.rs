@@ -29,7 +29,7 @@ use crate::state::SharedCluster;
 use registry::{Input, Registry};
 use request::Request;
 pub use types::{
-    ATTEMPTS_MAX, CACHE_SALT_BYTES_MAX, DEFAULT_TENANT, Event, FailureKind, Prompt, REQUESTS_MAX, SubmitError, Timings, Usage,
+    ATTEMPTS_MAX, CACHE_SALT_BYTES_MAX, DEFAULT_TENANT, Delivered, Event, FailureKind, Prompt, REQUESTS_MAX, SubmitError, Timings, Usage,
 };
 
 /// Events that wait for a client; a client that leaves them unread for [`CLIENT_WAIT_MAX`] loses its request.
@@ -119,11 +119,22 @@ impl Dispatcher {
     /// # Errors
     /// See [`SubmitError`]; nothing was started then.
     pub fn submit(&self, prompt: Prompt) -> Result<Running, SubmitError> {
+        self.resume(prompt, Delivered::default())
+    }
+
+    /// Goes on with a request that another gateway began, after the tokens that its client has: as if an attempt had been lost.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing was started then.
+    pub fn resume(&self, prompt: Prompt, delivered: Delivered) -> Result<Running, SubmitError> {
         check(&prompt)?;
+        if delivered.tokens.len() >= prompt.sampling.max_new as usize {
+            return Err(SubmitError::Invalid("every token is delivered already".into()));
+        }
         let (now, id) = (Instant::now(), RequestId(rand::random()));
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let inputs = self.0.registry.open(id)?;
-        let mut request = Request::new(now, id, prompt);
+        let mut request = Request::resumed(now, id, prompt, delivered);
         if let Err(error) = self.0.first_place(now, &mut request) {
             self.0.registry.close(id);
             return Err(error);
@@ -145,6 +156,9 @@ impl Dispatcher {
     /// # Errors
     /// What is missing.
     pub fn ready(&self) -> Result<(), String> {
+        if self.0.registry.stopping() {
+            return Err("this replica is stopping".into());
+        }
         if self.0.raft.borrow().leader.is_none() {
             return Err("no leader is known".into());
         }
@@ -184,6 +198,11 @@ impl Dispatcher {
     /// A hand-over ended well.
     pub fn handover(&self, from: NodeId, stats: HandoverStats) {
         self.0.registry.input(stats.attempt.request, Input::Handover(from, stats));
+    }
+
+    /// Takes no new requests; those that run go on.
+    pub fn drain(&self) {
+        self.0.registry.drain();
     }
 
     /// Ends every request: the replica stops.

@@ -110,14 +110,20 @@ impl Registry {
         self.entries.lock().values().filter_map(|entry| entry.placement).collect()
     }
 
-    /// Takes no new requests and ends those that run.
-    pub fn stop(&self) {
-        let mut entries = self.entries.lock();
+    /// Takes no new requests.
+    pub fn drain(&self) {
+        // Under the lock, so that no request is opened after it.
+        let _entries = self.entries.lock();
         self.stopping.store(true, Ordering::Release);
-        entries.values_mut().for_each(|entry| entry.inputs = None);
     }
 
-    /// Whether [`Registry::stop`] was called.
+    /// Takes no new requests and ends those that run.
+    pub fn stop(&self) {
+        self.drain();
+        self.entries.lock().values_mut().for_each(|entry| entry.inputs = None);
+    }
+
+    /// Whether [`Registry::drain`] or [`Registry::stop`] was called.
     pub fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }

@@ -76,6 +76,7 @@ impl World {
         self.nodes.heartbeat(Instant::now(), name, link, (node, epoch), load);
         // Heard from in an hour: no pause of the test makes it silent.
         self.nodes.heard(Instant::now() + Duration::from_secs(3600), name, link);
+        self.nodes.answered(Instant::now() + Duration::from_secs(3600), name, link);
         Fake { who: (node, epoch), name: name.into(), link, sent }
     }
 }

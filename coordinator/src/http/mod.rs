@@ -1,10 +1,13 @@
 //! The OpenAI gateway: HTTP in, checked requests to the dispatcher, answers out.
 //!
 //! `request` says what may be asked, `answer` turns tokens to text, `stop` finds stop strings, `respond` writes JSON and events,
+//! `front` is what a front adds to a request and reads beside its answer, `begin` starts or resumes the choices of a request,
 //! `error` shapes errors, `metrics` counts. Where a request goes is the dispatcher's business.
 
 pub mod answer;
+mod begin;
 pub mod error;
+pub mod front;
 pub mod metrics;
 pub mod request;
 pub mod respond;
@@ -23,13 +26,12 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use self::answer::Choice;
+use self::begin::Begin;
 use self::error::ApiError;
+use self::front::Order;
 use self::metrics::Metrics;
-use self::request::{ChatBody, CompletionBody, REQUEST_BUDGET, Wanted};
-use self::respond::Envelope;
+use self::request::{ChatBody, CompletionBody, Wanted};
 use crate::App;
-use crate::dispatch::{DEFAULT_TENANT, Prompt};
 
 /// Bytes of a request body.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
@@ -106,43 +108,38 @@ impl Gateway {
         body: Body,
         check: impl FnOnce(&App, T) -> Result<Wanted, ApiError> + Send + 'static,
     ) -> Result<Response, ApiError> {
-        let bytes = read(headers, body).await?;
+        let order = Order::of(headers)?;
+        let mut bytes = read(headers, body, order.map_or(0, |order| order.resume_bytes)).await?;
         let app = self.app.clone();
         // Parsing and tokenizing megabytes takes tens of milliseconds: not on a thread that carries everybody's tokens.
-        let parse = move || check(&app, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?);
-        let wanted = tokio::task::spawn_blocking(parse).await.map_err(|_| crashed())??;
-        self.submit(wanted, trace(headers)).await
+        let parse = move || {
+            let resume = begin::resume(order, &mut bytes)?;
+            let wanted = check(&app, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?)?;
+            Begin::new(&app, wanted, order, resume)
+        };
+        let begin = tokio::task::spawn_blocking(parse).await.map_err(|_| crashed())??;
+        self.submit(begin, trace(headers)).await
     }
 
-    async fn submit(&self, wanted: Wanted, trace: [u8; 25]) -> Result<Response, ApiError> {
-        let Wanted { prompts, sampling, cache_salt, shape } = wanted;
-        let mut choices = Vec::with_capacity(prompts.len());
-        let mut first = None;
-        for tokens in prompts {
-            let (count, ignore_eos) = (tokens.len(), sampling.ignore_eos);
-            let (sampling, tenant, cache_salt) = (sampling.clone(), DEFAULT_TENANT.to_owned(), cache_salt.clone());
-            let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, trace };
-            let running = self.app.dispatcher.submit(prompt)?;
-            first.get_or_insert(running.id().0);
-            choices.push(Choice::new(running, &self.app.checkpoint, &shape, count, ignore_eos));
-        }
-        let id = first.unwrap_or_default();
-        let envelope = Envelope::new(id, &self.app.model.name, shape, self.metrics.clone());
-        if envelope.shape.stream { Ok(respond::streamed(envelope, choices)) } else { respond::whole(envelope, choices).await }
+    async fn submit(&self, begin: Begin, trace: [u8; 25]) -> Result<Response, ApiError> {
+        let stream = begin.streams();
+        let (envelope, choices) = begin.start(&self.app, &self.metrics, trace)?;
+        if stream { Ok(respond::streamed(envelope, choices)) } else { respond::whole(envelope, choices).await }
     }
 }
 
-/// The whole body, within its bounds.
-async fn read(headers: &HeaderMap, body: Body) -> Result<bytes::Bytes, ApiError> {
+/// The whole body, within its bounds; a resumed request has `resume_bytes` before it.
+async fn read(headers: &HeaderMap, body: Body, resume_bytes: usize) -> Result<bytes::Bytes, ApiError> {
+    let bytes_max = BODY_BYTES_MAX + resume_bytes;
     let too_large = || {
         let message = format!("the body is over the limit of {BODY_BYTES_MAX} bytes");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
     };
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
-    if declared.is_some_and(|bytes| bytes > BODY_BYTES_MAX as u64) {
+    if declared.is_some_and(|bytes| bytes > bytes_max as u64) {
         return Err(too_large());
     }
-    match tokio::time::timeout(BODY_WAIT_MAX, to_bytes(body, BODY_BYTES_MAX)).await {
+    match tokio::time::timeout(BODY_WAIT_MAX, to_bytes(body, bytes_max)).await {
         Ok(Ok(bytes)) => Ok(bytes),
         Ok(Err(_)) => Err(too_large()),
         Err(_) => Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "slow_body", "the body did not come in time")),

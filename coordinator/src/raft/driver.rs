@@ -36,7 +36,7 @@ const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
 /// Committed bytes applied in one round.
 const APPLY_BYTES_MAX: u64 = 16 << 20;
 /// A snapshot that a follower has not confirmed after so many ticks counts as lost and is sent again.
-const SNAPSHOT_TICKS_MAX: u32 = 200;
+const SNAPSHOT_TICKS_MAX: u32 = 500;
 
 /// One replica; see the module.
 pub(super) struct Driver {

@@ -151,6 +151,8 @@ pub enum Message {
         /// The answer, or an error for the operator.
         result: Result<String, String>,
     },
+    /// From a replica to a node, some times a second. It says nothing; that the transport acknowledges it says that the node hears.
+    Ping,
 }
 
 impl Message {
@@ -168,7 +170,8 @@ impl Message {
             | Self::WantSnapshot { .. }
             | Self::Assign(_)
             | Self::Cancel(_)
-            | Self::Answer { .. } => matches!(role, Role::Coordinator),
+            | Self::Answer { .. }
+            | Self::Ping => matches!(role, Role::Coordinator),
             Self::Join(_)
             | Self::Heartbeat { .. }
             | Self::Delta(_)
