@@ -29,7 +29,8 @@ use crate::state::SharedCluster;
 use registry::{Input, Registry};
 use request::Request;
 pub use types::{
-    ATTEMPTS_MAX, CACHE_SALT_BYTES_MAX, DEFAULT_TENANT, Delivered, Event, FailureKind, Prompt, REQUESTS_MAX, SubmitError, Timings, Usage,
+    ATTEMPTS_MAX, CACHE_SALT_BYTES_MAX, DEFAULT_TENANT, Delivered, Event, FailureKind, Prompt, REQUESTS_MAX, SubmitError, Timings,
+    Usage,
 };
 
 /// Events that wait for a client; a client that leaves them unread for [`CLIENT_WAIT_MAX`] loses its request.

@@ -112,7 +112,8 @@ impl Duties {
         let Some(since) = self.hearing_since else { return false };
         let cluster = self.proposer.cluster.read();
         let mut members = cluster.nodes().filter(|node| node.state.alive());
-        let unheard = members.any(|node| self.proposer.nodes.seen(now, &node.name, node.epoch).is_none_or(|seen| seen.silent > RENEW_INTERVAL));
+        let unheard = members
+            .any(|node| self.proposer.nodes.seen(now, &node.name, node.epoch).is_none_or(|seen| seen.silent > RENEW_INTERVAL));
         let still = unheard && now.saturating_duration_since(since) < HEARING_WAIT_MAX;
         if !still {
             self.hearing_since = None;

@@ -186,7 +186,8 @@ mod tests {
         assert_eq!(Order::of(&headers).unwrap(), None);
         headers.insert(HEADER, order.value());
         assert_eq!(Order::of(&headers).unwrap(), Some(order));
-        for note in [Note::Token { choice: 31, token: 9, cached_tokens: 4 }, Note::End { choice: 0 }, Note::Close, Note::Elsewhere] {
+        for note in [Note::Token { choice: 31, token: 9, cached_tokens: 4 }, Note::End { choice: 0 }, Note::Close, Note::Elsewhere]
+        {
             assert_eq!(Note::parse(&note.to_string()), Some(note));
         }
         assert_eq!((Note::parse(": ping"), Note::parse("data: t 0 1 2"), Note::parse(": t 0 -1 2")), (None, None, None));

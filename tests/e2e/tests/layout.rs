@@ -156,7 +156,8 @@ const WALL_CLOCKS: [(&str, &str); 5] = [
 
 #[test]
 fn no_decision_reads_the_wall_clock() {
-    let clocks = [concat!("System", "Time"), concat!("UNIX_", "EPOCH"), concat!("CLOCK_", "REALTIME"), "chrono::", "time::OffsetDateTime"];
+    let clocks =
+        [concat!("System", "Time"), concat!("UNIX_", "EPOCH"), concat!("CLOCK_", "REALTIME"), "chrono::", "time::OffsetDateTime"];
     let reads = |(path, text): (PathBuf, String)| {
         let found = text.lines().any(|line| clocks.iter().any(|clock| code(line).contains(clock)));
         (found && !path.starts_with("tests")).then_some(path)

@@ -2,10 +2,11 @@
 //! can be pasted into `docs/benchmarks.md`. It judges nothing and writes no file of its own.
 //!
 //! `engine` and `handover` start a whole local cluster and measure it through its HTTP door; `stream`, `route`, `raft` and `index` measure
-//! one part each, in this process. LibTorch is not linked: engines are reached as users reach them.
+//! one part each, in this process; `faults` loses a cluster's leader under load. LibTorch is not linked: engines are reached as users reach them.
 
 pub mod cluster;
 pub mod engine;
+pub mod faults;
 pub mod handover;
 pub mod index;
 pub mod machine;

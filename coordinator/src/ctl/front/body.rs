@@ -1,8 +1,8 @@
 //! Request bodies at the front: read whole, because a request may have to be sent again, and within the gateways' own bounds.
 
 use axum::body::{Body, to_bytes};
-use axum::http::header::{self, HeaderMap, HeaderName};
 use axum::http::StatusCode;
+use axum::http::header::{self, HeaderMap, HeaderName};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 

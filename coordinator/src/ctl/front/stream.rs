@@ -157,7 +157,9 @@ fn lost(gateway: &str, why: &str) -> Bytes {
 async fn refused(response: Response<Incoming>) -> Bytes {
     let body = Limited::new(response.into_body(), EVENT_BYTES_MAX).collect().await;
     let error = body.ok().and_then(|body| serde_json::from_slice::<Value>(&body.to_bytes()).ok());
-    error.filter(|error| error["error"].is_object()).map_or_else(|| lost("the gateway", "the next one refuses"), |error| event(&error))
+    error
+        .filter(|error| error["error"].is_object())
+        .map_or_else(|| lost("the gateway", "the next one refuses"), |error| event(&error))
 }
 
 fn event(value: &Value) -> Bytes {
