@@ -88,15 +88,16 @@ async fn a_node_that_is_gone_is_not_chosen_later_than_a_second() {
         tokio::time::sleep(FRESH).await;
         let gone = Instant::now();
         assert!(process::signal(signal, pid));
-        // As long again as the rule's own second.
-        tokio::time::sleep(FRESH * 3).await;
-        let all = clients.stop().await;
+        tokio::time::sleep(FRESH + SLACK).await;
+        // The first clients may still wait for answers that were on their way.
+        let later = Clients::start(&cluster);
+        tokio::time::sleep(FRESH * 2).await;
+        let (later, all) = (later.stop().await, clients.stop().await);
         let chosen = |ran: &&Ran| ran.nodes.iter().flatten().any(|node| node == name);
         assert!(all.iter().filter(|ran| ran.begun < gone).any(|ran| chosen(&ran)), "{name} had nothing to do before {signal}");
-        let later: Vec<&Ran> = all.iter().filter(|ran| ran.begun >= gone + FRESH + SLACK).collect();
-        let wrong: Vec<&&Ran> = later.iter().filter(|ran| chosen(ran) || ran.attempts > 1).collect();
+        let wrong: Vec<&Ran> = later.iter().filter(|ran| chosen(ran) || ran.attempts > 1).collect();
         assert!(wrong.is_empty(), "after {signal} of {name}: {wrong:?}");
-        println!("{signal} of {name}: {} requests of {} came later, none went there", later.len(), all.len());
+        println!("{signal} of {name}: {} requests before, {} later, of which none went there", all.len(), later.len());
         assert!(later.len() > 5);
         if signal == "STOP" {
             assert!(process::signal("CONT", pid));
@@ -142,17 +143,17 @@ async fn no_lease_ends_because_all_coordinators_do_again_and_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_quorum_answers_go_on_and_nobody_loses_its_place() {
-    let cluster = Cluster::start(Plan::checksum(2000)).await;
+    let cluster = Cluster::start(Plan::checksum(8000)).await;
     let before = epochs(&cluster).await;
     let body = json!({
-        "model": cluster.model, "prompt": [5, 6, 7], "max_tokens": 1500, "ignore_eos": true, "stream": true, "temperature": 0,
+        "model": cluster.model, "prompt": [5, 6, 7], "max_tokens": 480, "ignore_eos": true, "stream": true, "temperature": 0,
     });
     let (at, model) = (cluster.http, cluster.model.clone());
     let running = tokio::spawn(async move { complete(at, "/v1/completions", &body).await });
     let status = cluster.status().await.unwrap();
     let stopped: Vec<u32> = status.members.iter().take(2).map(|member| member.pid.unwrap()).collect();
     assert!(stopped.iter().all(|pid| process::signal("STOP", *pid)));
-    let body = json!({"model": model, "prompt": [8, 9], "max_tokens": 100, "ignore_eos": true, "stream": true});
+    let body = json!({"model": model, "prompt": [8, 9], "max_tokens": 20, "ignore_eos": true, "stream": true});
     for n in 0..6 {
         let answer = complete(at, "/v1/completions", &body).await;
         assert_eq!(answer.end, End::Whole, "request {n} without a quorum");

@@ -29,7 +29,7 @@ use crate::report::Row;
 /// Engine time of a token, microseconds.
 const TOKEN_US: u64 = 500;
 /// Traffic before each fault, and after its new leader.
-const WINDOW: Duration = Duration::from_millis(1200);
+const WINDOW: Duration = Duration::from_millis(800);
 /// How long a stopped leader stands still: it has lost its office long before.
 const STOP_FOR: Duration = Duration::from_secs(3);
 /// How long a leader is cut off: links end by silence meanwhile.
@@ -74,7 +74,7 @@ pub async fn measure(quick: bool, print: &dyn Fn(Row)) -> Result<()> {
     if !cut {
         println!("(no network namespace can be had here: the leader is not cut off)");
     }
-    let (kills, stops, cuts) = if quick { (3, 1, 1) } else { (100, 20, 20) };
+    let (kills, stops, cuts) = if quick { (3, 1, 1) } else { (100, 20, 10) };
     let mut plan = vec![(Fault::Kill, kills), (Fault::Stop, stops)];
     if cut {
         plan.extend([(Fault::Cut(Direction::From), cuts), (Fault::Cut(Direction::To), cuts)]);

@@ -100,11 +100,11 @@ impl Traffic {
         Ok(Self { shared, clients, stop })
     }
 
-    /// Begins a round: every beginning is asked for once, so that it is cached somewhere.
+    /// Begins a round: every prompt is asked for once, so that it is cached somewhere.
     pub(super) async fn warm(&self, round: u64) -> Result<()> {
         self.shared.salt.store(round, Relaxed);
-        for group in 0..GROUPS as usize {
-            let outcome = self.shared.request(group, 1).await.outcome;
+        for number in 0..(GROUPS * TAILS) as usize {
+            let outcome = self.shared.request(number, 1).await.outcome;
             ensure!(outcome == Outcome::Right, "before any fault: {outcome:?}");
         }
         Ok(())

@@ -23,6 +23,8 @@ const FRESH: Duration = Duration::from_millis(200);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Said {
     at: Instant,
+    /// When it first said this of term and leader.
+    since: Instant,
     term: u64,
     leader: Option<u64>,
 }
@@ -65,7 +67,7 @@ impl Watch {
         self.until(|said| {
             let words: Vec<&Said> = survivors.iter().filter_map(|id| said.get(id)).filter(|said| said.at > since).collect();
             let new = agreed(&words).is_some_and(|leader| leader.term > lost.term);
-            (new && words.len() == survivors.len()).then(|| words.iter().map(|said| said.at).max()).flatten()
+            (new && words.len() == survivors.len()).then(|| words.iter().map(|said| said.since).max()).flatten()
         })
         .await
     }
@@ -112,8 +114,12 @@ async fn ask(mut asker: Asker, id: u64, said: watch::Sender<BTreeMap<u64, Said>>
         match timeout(ANSWER_WAIT_MAX, asker.ask(&json!({"q": "member"}))).await {
             Ok(Ok(member)) => {
                 let term = member["term"].as_u64().unwrap_or_default();
-                let now = Said { at: Instant::now(), term, leader: member["leader"].as_u64() };
-                said.send_modify(|said| drop(said.insert(id, now)));
+                let (now, leader) = (Instant::now(), member["leader"].as_u64());
+                said.send_modify(|said| {
+                    let same = said.get(&id).filter(|former| (former.term, former.leader) == (term, leader));
+                    let since = same.map_or(now, |former| former.since);
+                    said.insert(id, Said { at: now, since, term, leader });
+                });
             }
             _ => asker.hang_up(),
         }
