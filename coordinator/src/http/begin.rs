@@ -1,6 +1,6 @@
 //! Starts the choices of a request, or goes on with those that another gateway began.
 
-use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use millrace_core::ids::TokenId;
@@ -8,11 +8,12 @@ use millrace_core::ids::TokenId;
 use super::answer::{Choice, Transcript};
 use super::error::ApiError;
 use super::front::{Given, Order, Resume};
-use super::metrics::Metrics;
+use super::limits::Permit;
+use super::metrics::TenantMeter;
 use super::request::{REQUEST_BUDGET, Wanted};
 use super::respond::{Choices, Envelope, add};
 use crate::App;
-use crate::dispatch::{DEFAULT_TENANT, Delivered, Prompt, Usage};
+use crate::dispatch::{Delivered, Prompt, Usage};
 
 /// A request that is about to run.
 pub(super) struct Begin {
@@ -21,6 +22,15 @@ pub(super) struct Begin {
     resumed: bool,
     /// One for each prompt: its transcript so far, and what the client has of it.
     parts: Vec<(Transcript, Given)>,
+}
+
+/// Whose request it is, and what comes with it beside its body.
+pub(super) struct Context<'a> {
+    pub tenant: &'a str,
+    pub ttft_max: Option<Duration>,
+    pub trace: [u8; 25],
+    pub meter: TenantMeter,
+    pub permit: Permit,
 }
 
 /// Takes what a front hands over off the beginning of `body`.
@@ -63,16 +73,21 @@ impl Begin {
         Ok(Self { wanted, order, resumed, parts })
     }
 
-    pub(super) fn streams(&self) -> bool {
-        self.wanted.shape.stream
+    /// Requests, and tokens of their prompts together.
+    pub(super) fn size(&self) -> (u32, u64) {
+        let prompts = &self.wanted.prompts;
+        (prompts.len() as u32, prompts.iter().map(Vec::len).sum::<usize>() as u64)
     }
 
     /// Submits what is not over yet.
     ///
     /// # Errors
     /// The first choice that is refused; nothing runs then.
-    pub(super) fn start(self, app: &App, metrics: &Arc<Metrics>, trace: [u8; 25]) -> Result<(Envelope, Choices), ApiError> {
+    pub(super) fn start(self, app: &App, context: Context) -> Result<(Envelope, Choices), ApiError> {
         let Wanted { prompts, sampling, cache_salt, shape, .. } = self.wanted;
+        let Context { tenant, ttft_max, trace, meter, permit } = context;
+        // The first token of what is resumed came long ago.
+        let ttft_max = ttft_max.filter(|_| !self.resumed);
         let mut choices = Choices { resumed: self.resumed, ..Choices::default() };
         let mut first = None;
         for (index, (tokens, (transcript, given))) in prompts.into_iter().zip(self.parts).enumerate() {
@@ -82,8 +97,8 @@ impl Begin {
             }
             let mut running = None;
             if !transcript.is_over() {
-                let (sampling, tenant, cache_salt) = (sampling.clone(), DEFAULT_TENANT.to_owned(), cache_salt.clone());
-                let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, trace };
+                let (sampling, tenant, cache_salt) = (sampling.clone(), tenant.to_owned(), cache_salt.clone());
+                let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, ttft_max, trace };
                 let delivered = Delivered { tokens: given.tokens, cached_tokens: given.cached_tokens };
                 let submitted = app.dispatcher.resume(prompt, delivered)?;
                 first.get_or_insert(submitted.id().0);
@@ -91,10 +106,10 @@ impl Begin {
             }
             choices.open.push((index, Choice::new(running, transcript)));
         }
-        let (model, metrics) = (&app.model.name, metrics.clone());
+        let model = &app.model.name;
         let envelope = match &self.order {
-            Some(order) => Envelope::carried(order, model, shape, metrics),
-            None => Envelope::new(first.unwrap_or_default(), model, shape, metrics),
+            Some(order) => Envelope::carried(order, model, shape, meter, permit),
+            None => Envelope::new(first.unwrap_or_default(), model, shape, meter, permit),
         };
         Ok((envelope, choices))
     }

@@ -1,13 +1,15 @@
 //! The OpenAI gateway: HTTP in, checked requests to the dispatcher, answers out.
 //!
-//! `request` says what may be asked, `answer` turns tokens to text, `stop` finds stop strings, `respond` writes JSON and events,
-//! `front` is what a front adds to a request and reads beside its answer, `begin` starts or resumes the choices of a request,
-//! `error` shapes errors, `metrics` counts. Where a request goes is the dispatcher's business.
+//! `auth` says who asks, `limits` how much they may have at a time, `request` what may be asked, `answer` turns tokens to text, `stop`
+//! finds stop strings, `respond` writes JSON and events, `front` is what a front adds to a request and reads beside its answer, `begin`
+//! starts or resumes the choices of a request, `error` shapes errors, `metrics` counts. Where a request goes is the dispatcher's business.
 
 pub mod answer;
+pub mod auth;
 mod begin;
 pub mod error;
 pub mod front;
+pub mod limits;
 pub mod metrics;
 pub mod request;
 pub mod respond;
@@ -26,15 +28,19 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use self::begin::Begin;
+use self::auth::{Caller, authenticate};
+use self::begin::{Begin, Context};
 use self::error::ApiError;
 use self::front::Order;
+use self::limits::Limiter;
 use self::metrics::Metrics;
-use self::request::{ChatBody, CompletionBody, Wanted};
+use self::request::{ChatBody, CompletionBody, REQUEST_BUDGET, Rules, Wanted};
 use crate::App;
 
 /// Bytes of a request body.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
+/// A client's own objective for the time to the first token, milliseconds: 429 when it is predicted to be missed.
+pub const TTFT_HEADER: &str = "x-millrace-ttft-ms";
 /// Time in which a body must have come.
 pub const BODY_WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -43,6 +49,7 @@ pub const BODY_WAIT_MAX: Duration = Duration::from_secs(30);
 struct Gateway {
     app: Arc<App>,
     metrics: Arc<Metrics>,
+    limiter: Arc<Limiter>,
 }
 
 /// Serves until `app.shutdown` begins, then ends the open connections.
@@ -52,7 +59,7 @@ struct Gateway {
 pub async fn serve(app: Arc<App>, listener: TcpListener) -> std::io::Result<()> {
     let shutdown = app.shutdown.clone();
     let metrics = Metrics::new(&app).map_err(std::io::Error::other)?;
-    let router = router(Gateway { app, metrics });
+    let router = router(Gateway { app, metrics, limiter: Arc::default() });
     axum::serve(listener, router).with_graceful_shutdown(async move { drop(shutdown.wait().await) }).await
 }
 
@@ -77,21 +84,25 @@ fn router(gateway: Gateway) -> Router {
 }
 
 async fn completions(State(gateway): State<Gateway>, headers: HeaderMap, body: Body) -> Response {
-    let check = |app: &App, body: CompletionBody| body.check(&app.checkpoint, &app.model.name);
+    let check = |rules: &Rules, body: CompletionBody| body.check(rules);
     gateway.answer(headers, body, check).await
 }
 
 async fn chat(State(gateway): State<Gateway>, headers: HeaderMap, body: Body) -> Response {
-    let check = |app: &App, body: ChatBody| body.check(&app.checkpoint, &app.model.name);
+    let check = |rules: &Rules, body: ChatBody| body.check(rules);
     gateway.answer(headers, body, check).await
 }
 
 impl Gateway {
+    fn caller(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
+        authenticate(self.app.cluster.read().policy(), headers)
+    }
+
     async fn answer<T: DeserializeOwned + Send + 'static>(
         &self,
         headers: HeaderMap,
         body: Body,
-        check: impl FnOnce(&App, T) -> Result<Wanted, ApiError> + Send + 'static,
+        check: impl FnOnce(&Rules, T) -> Result<Wanted, ApiError> + Send + 'static,
     ) -> Response {
         match self.run(&headers, body, check).await {
             Ok(response) => response,
@@ -106,25 +117,43 @@ impl Gateway {
         &self,
         headers: &HeaderMap,
         body: Body,
-        check: impl FnOnce(&App, T) -> Result<Wanted, ApiError> + Send + 'static,
+        check: impl FnOnce(&Rules, T) -> Result<Wanted, ApiError> + Send + 'static,
     ) -> Result<Response, ApiError> {
-        let order = Order::of(headers)?;
+        let (caller, order) = (self.caller(headers)?, Order::of(headers)?);
         let mut bytes = read(headers, body, order.map_or(0, |order| order.resume_bytes)).await?;
         let app = self.app.clone();
         // Parsing and tokenizing megabytes takes tens of milliseconds: not on a thread that carries everybody's tokens.
+        let answer_max = caller.limits.answer_tokens_max;
         let parse = move || {
             let resume = begin::resume(order, &mut bytes)?;
-            let wanted = check(&app, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?)?;
+            let rules = Rules { checkpoint: &app.checkpoint, model: &app.model.name, answer_max };
+            let wanted = check(&rules, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?)?;
             Begin::new(&app, wanted, order, resume)
         };
         let begin = tokio::task::spawn_blocking(parse).await.map_err(|_| crashed())??;
-        self.submit(begin, trace(headers)).await
+        self.submit(caller, begin, ttft_max(headers)?, trace(headers)).await
     }
 
-    async fn submit(&self, begin: Begin, trace: [u8; 25]) -> Result<Response, ApiError> {
-        let stream = begin.streams();
-        let (envelope, choices) = begin.start(&self.app, &self.metrics, trace)?;
-        if stream { Ok(respond::streamed(envelope, choices)) } else { respond::whole(envelope, choices).await }
+    async fn submit(
+        &self,
+        caller: Caller,
+        begin: Begin,
+        ttft_max: Option<Duration>,
+        trace: [u8; 25],
+    ) -> Result<Response, ApiError> {
+        // What is resumed counts like anything else: a front's word is anybody's.
+        let (requests, prompt_tokens) = begin.size();
+        let permit = self.limiter.admit(&caller, requests, prompt_tokens)?;
+        let tokens_left = permit.tokens;
+        let meter = self.metrics.of_tenant(&caller.tenant);
+        let context = Context { tenant: &caller.tenant, ttft_max, trace, meter, permit };
+        let (envelope, choices) = begin.start(&self.app, context)?;
+        let mut response =
+            if envelope.shape.stream { respond::streamed(envelope, choices) } else { respond::whole(envelope, choices).await? };
+        if let Some(left) = tokens_left {
+            left.write(response.headers_mut());
+        }
+        Ok(response)
     }
 }
 
@@ -155,6 +184,15 @@ fn crashed() -> ApiError {
     ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "the request could not be read")
 }
 
+/// What [`TTFT_HEADER`] says.
+fn ttft_max(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = headers.get(TTFT_HEADER) else { return Ok(None) };
+    let ms = value.to_str().ok().and_then(|text| text.trim().parse().ok()).map(Duration::from_millis);
+    let wrong =
+        || ApiError::invalid(TTFT_HEADER, format!("{TTFT_HEADER} must be milliseconds, from 1 to {}", REQUEST_BUDGET.as_millis()));
+    ms.filter(|ms| (Duration::from_millis(1)..=REQUEST_BUDGET).contains(ms)).map(Some).ok_or_else(wrong)
+}
+
 /// W3C `traceparent`: version, trace id, span id, flags; zeros when there is none or it is malformed.
 fn trace(headers: &HeaderMap) -> [u8; 25] {
     let parse = || {
@@ -174,13 +212,15 @@ fn trace(headers: &HeaderMap) -> [u8; 25] {
     parse().unwrap_or_default()
 }
 
-async fn models(State(gateway): State<Gateway>) -> Json<Value> {
-    Json(json!({"object": "list", "data": [gateway.model_json()]}))
+async fn models(State(gateway): State<Gateway>, headers: HeaderMap) -> Result<Json<Value>, ApiError> {
+    gateway.caller(&headers)?;
+    Ok(Json(json!({"object": "list", "data": [gateway.model_json()]})))
 }
 
-async fn model(State(gateway): State<Gateway>, Path(id): Path<String>) -> Response {
+async fn model(State(gateway): State<Gateway>, headers: HeaderMap, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    gateway.caller(&headers)?;
     let served = &gateway.app.model.name;
-    if id == *served { Json(gateway.model_json()).into_response() } else { ApiError::no_model(&id, served).into_response() }
+    if id == *served { Ok(Json(gateway.model_json())) } else { Err(ApiError::no_model(&id, served)) }
 }
 
 impl Gateway {

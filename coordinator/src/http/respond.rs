@@ -17,7 +17,8 @@ use serde_json::{Value, json};
 use super::answer::{Choice, Piece};
 use super::error::ApiError;
 use super::front::{HEADER, NOTED, Note, Order};
-use super::metrics::{Metrics, Watch};
+use super::limits::Permit;
+use super::metrics::{TenantMeter, Watch};
 use super::request::Shape;
 use crate::dispatch::Usage;
 
@@ -32,9 +33,11 @@ pub struct Envelope {
     /// How to write.
     pub shape: Shape,
     /// Where to count.
-    pub metrics: Arc<Metrics>,
+    pub meter: TenantMeter,
     /// A front carries the answer and reads notes.
     pub noted: bool,
+    /// The place among the tenant's requests, for as long as the response lasts.
+    _permit: Permit,
 }
 
 /// The choices of an answer.
@@ -51,16 +54,24 @@ pub struct Choices {
 impl Envelope {
     /// For a request that was just accepted.
     #[must_use]
-    pub fn new(request: u128, model: &str, shape: Shape, metrics: Arc<Metrics>) -> Self {
+    pub fn new(request: u128, model: &str, shape: Shape, meter: TenantMeter, permit: Permit) -> Self {
         let prefix = if shape.chat { "chatcmpl" } else { "cmpl" };
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self { id: format!("{prefix}-{request:032x}"), model: model.to_owned(), created, shape, metrics, noted: false }
+        Self {
+            id: format!("{prefix}-{request:032x}"),
+            model: model.to_owned(),
+            created,
+            shape,
+            meter,
+            noted: false,
+            _permit: permit,
+        }
     }
 
     /// For an answer that a front carries.
     #[must_use]
-    pub fn carried(order: &Order, model: &str, shape: Shape, metrics: Arc<Metrics>) -> Self {
-        Self { created: order.created_s, noted: true, ..Self::new(order.id, model, shape, metrics) }
+    pub fn carried(order: &Order, model: &str, shape: Shape, meter: TenantMeter, permit: Permit) -> Self {
+        Self { created: order.created_s, noted: true, ..Self::new(order.id, model, shape, meter, permit) }
     }
 
     fn object(&self) -> &'static str {
@@ -99,7 +110,7 @@ pub async fn whole(envelope: Envelope, choices: Choices) -> Result<Response, Api
 
 async fn collect(envelope: &Envelope, index: usize, mut choice: Choice) -> Result<(Value, Usage), ApiError> {
     let (mut content, mut ids): (String, Vec<TokenId>) = Default::default();
-    let mut watch = Watch::start(&envelope.metrics);
+    let mut watch = Watch::start(&envelope.meter);
     while let Some(piece) = choice.next().await {
         match piece {
             Piece::Token { token, text } => {
@@ -165,7 +176,7 @@ struct Chunk {
 }
 
 fn chunks(envelope: Arc<Envelope>, index: usize, choice: Choice) -> impl Stream<Item = Chunk> + Send {
-    let watch = Watch::start(&envelope.metrics);
+    let watch = Watch::start(&envelope.meter);
     stream::unfold((choice, watch, envelope), move |(mut choice, mut watch, envelope)| async move {
         let chunk = match choice.next().await? {
             Piece::Token { token, text } => {

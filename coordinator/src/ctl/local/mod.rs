@@ -3,6 +3,7 @@
 //! `place` is its folder, `process` keeps each process running, `watcher` knows how they all are, `crate::ctl::front` is its door.
 //! Here they are put together and, in the reverse order, taken apart: door, nodes, coordinators, folder.
 
+mod control;
 mod place;
 mod process;
 mod watcher;
@@ -19,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+pub use self::control::{DownArgs, StatusArgs, down, status};
 pub use self::place::Place;
 use self::process::{Board, Keeper, Spec, log_tail};
 pub use self::process::{Kind, Order, State};
