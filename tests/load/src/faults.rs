@@ -208,7 +208,13 @@ impl Cluster {
             Fault::Kill => signal("KILL", pid)?,
             Fault::Stop => {
                 signal("STOP", pid)?;
-                ensure!(state(pid) == Some('T'), "the leader was not stopped");
+                // Its threads stop one by one.
+                let stopped = async {
+                    while state(pid) != Some('T') {
+                        sleep(Duration::from_millis(1)).await;
+                    }
+                };
+                ensure!(timeout(WAIT_MAX, stopped).await.is_ok(), "the leader was not stopped");
             }
             Fault::Cut(direction) => {
                 net::cut(direction, victim.quic.port())?;
