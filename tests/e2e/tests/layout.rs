@@ -146,10 +146,17 @@ fn code(line: &str) -> &str {
 
 /// Where the wall clock may be read, and what for. Nothing else may: leases, elections, deadlines and retries run on monotonic time, so
 /// that a clock that jumps changes nothing.
-const WALL_CLOCKS: [(&str, &str); 5] = [
+const WALL_CLOCKS: [(&str, &str); 12] = [
     ("coordinator/src/http/respond.rs", "the `created` field of an answer"),
     ("coordinator/src/ctl/front.rs", "the same"),
-    ("coordinator/src/ctl/context.rs", "which cluster of this user is the newest"),
+    ("coordinator/src/dispatch/decisions.rs", "when a decision was made, for operators"),
+    ("coordinator/src/admin/health.rs", "how far the clocks are apart, for operators"),
+    ("coordinator/src/ctl/doctor.rs", "the same"),
+    ("coordinator/src/ctl/doctor/checks.rs", "the same, and the validity of certificates"),
+    ("coordinator/src/ctl/certs.rs", "the validity of certificates"),
+    ("coordinator/src/ctl/certs/rotate.rs", "the same"),
+    ("coordinator/src/ctl/dates.rs", "dates on the screen"),
+    ("coordinator/src/ctl/running.rs", "which cluster of this user is the newest"),
     ("crates/checkpoint/src/strftime.rs", "the date that a chat template asks for"),
     ("crates/node/src/pki.rs", "the validity of certificates"),
 ];
