@@ -42,7 +42,8 @@ use request::Request;
 pub use routing::BeliefCounts;
 use routing::Routing;
 pub use types::{
-    ATTEMPTS_MAX, CACHE_SALT_BYTES_MAX, DEFAULT_TENANT, Event, FailureKind, Prompt, REQUESTS_MAX, SubmitError, Timings, Usage,
+    ATTEMPTS_MAX, CACHE_SALT_BYTES_MAX, DEFAULT_TENANT, Delivered, Event, FailureKind, Prompt, REQUESTS_MAX, SubmitError, Timings,
+    Usage,
 };
 
 /// Events that wait for a client; a client that leaves them unread for [`CLIENT_WAIT_MAX`] loses its request.
@@ -139,11 +140,22 @@ impl Dispatcher {
     /// # Errors
     /// See [`SubmitError`]; nothing was started then.
     pub fn submit(&self, prompt: Prompt) -> Result<Running, SubmitError> {
+        self.resume(prompt, Delivered::default())
+    }
+
+    /// Goes on with a request that another gateway began, after the tokens that its client has: as if an attempt had been lost.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing was started then.
+    pub fn resume(&self, prompt: Prompt, delivered: Delivered) -> Result<Running, SubmitError> {
         self.check(&prompt)?;
+        if delivered.tokens.len() >= prompt.sampling.max_new as usize {
+            return Err(SubmitError::Invalid("every token is delivered already".into()));
+        }
         let (now, id) = (Instant::now(), RequestId(rand::random()));
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let inputs = self.0.registry.open(id)?;
-        let mut request = Request::new(now, id, prompt);
+        let mut request = Request::resumed(now, id, prompt, delivered);
         if let Err(error) = self.0.first_place(now, &mut request) {
             let learned = self.0.registry.close(id);
             self.0.routing.learn(now, learned);
@@ -193,6 +205,9 @@ impl Dispatcher {
     /// # Errors
     /// What is missing.
     pub fn ready(&self) -> Result<(), String> {
+        if self.0.registry.stopping() {
+            return Err("this replica is stopping".into());
+        }
         if self.0.raft.borrow().leader.is_none() {
             return Err("no leader is known".into());
         }
@@ -267,6 +282,11 @@ impl Dispatcher {
     fn heard(&self, id: RequestId, input: Input) {
         let learned = self.0.registry.input(id, input);
         self.0.routing.learn(Instant::now(), learned);
+    }
+
+    /// Takes no new requests; those that run go on.
+    pub fn drain(&self) {
+        self.0.registry.drain();
     }
 
     /// Ends every request: the replica stops.

@@ -17,6 +17,9 @@ use crate::raft::Role;
 
 /// How often leases are renewed.
 pub const RENEW_INTERVAL: Duration = Duration::from_secs(1);
+/// Time that a new leader gives members to be heard: log time stands still meanwhile, so that nobody's lease ends because its link to
+/// this replica is not up yet. Longer than a node takes to dial a replica that was restarted.
+pub const HEARING_WAIT_MAX: Duration = Duration::from_secs(8);
 /// How often a replica looks whether there is something to do.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -27,6 +30,8 @@ pub struct Duties {
     info: ReplicaInfo,
     /// The last renewal of this term of leadership.
     renewed: Option<Instant>,
+    /// Since when it leads, while members may still have to be heard.
+    hearing_since: Option<Instant>,
     /// The entry of the last checksum that was told.
     told: u64,
 }
@@ -35,7 +40,7 @@ impl Duties {
     /// Duties of the replica that proposes through `proposer`.
     #[must_use]
     pub fn new(proposer: Proposer, info: ReplicaInfo) -> Self {
-        Self { proposer, info, renewed: None, told: 0 }
+        Self { proposer, info, renewed: None, hearing_since: None, told: 0 }
     }
 
     /// Does them until shutdown.
@@ -109,7 +114,11 @@ impl Duties {
         // The first renewal of a term adds no time: whoever was heard in the last interval is alive.
         let mut nodes = self.proposer.nodes.live(now, elapsed.unwrap_or(RENEW_INTERVAL));
         nodes.truncate(NODES_MAX);
-        let elapsed_us = elapsed.unwrap_or_default().as_micros() as u64;
+        if elapsed.is_none() {
+            self.hearing_since = Some(now);
+        }
+        let still = self.hears_not_all_yet(now);
+        let elapsed_us = if still { 0 } else { elapsed.unwrap_or_default().as_micros() as u64 };
         self.renewed = Some(now);
         let answer = self.proposer.propose(&Command::Renew { elapsed_us, nodes: nodes.clone() }).await?;
         if let Answer::Renewed { expired, stale } = answer {
@@ -119,6 +128,20 @@ impl Duties {
             }
         }
         Ok(())
+    }
+
+    /// Whether log time must stand still: this replica leads so lately that members without a word from them may be well.
+    fn hears_not_all_yet(&mut self, now: Instant) -> bool {
+        let Some(since) = self.hearing_since else { return false };
+        let cluster = self.proposer.cluster.read();
+        let mut members = cluster.nodes().filter(|node| node.state.alive());
+        let unheard = members
+            .any(|node| self.proposer.nodes.seen(now, &node.name, node.epoch).is_none_or(|seen| seen.silent > RENEW_INTERVAL));
+        let still = unheard && now.saturating_duration_since(since) < HEARING_WAIT_MAX;
+        if !still {
+            self.hearing_since = None;
+        }
+        still
     }
 
     /// Nodes that are heard though the log has done with their incarnation must join again.

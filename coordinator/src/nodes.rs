@@ -1,7 +1,8 @@
 //! What this replica hears of the nodes itself: their links, heartbeats and load. In memory only; never in the log.
 //!
 //! The log says who is a member and in which incarnation; this table says who is there. A node is *usable* when the link
-//! of its current incarnation is up and was heard from within [`FRESH`]; it is *lost* for the attempts that run there when
+//! of its current incarnation is up, was heard from within [`FRESH`], and has acknowledged within that time that it hears us (a link may
+//! be cut in one direction only); it is *lost* for the attempts that run there when
 //! the link is gone or silent for [`SILENT_MAX`]. Several processes may claim one name; they are told apart by `instance`.
 
 use std::collections::HashMap;
@@ -40,6 +41,8 @@ pub struct Seen {
     pub load_age: Duration,
     /// Since it was last heard from.
     pub silent: Duration,
+    /// Since it last acknowledged anything.
+    pub deaf: Duration,
     /// Whether its link is up.
     pub linked: bool,
 }
@@ -48,7 +51,7 @@ impl Seen {
     /// Whether new work may go there.
     #[must_use]
     pub fn usable(&self) -> bool {
-        self.linked && self.silent <= FRESH
+        self.linked && self.silent <= FRESH && self.deaf <= FRESH
     }
 
     /// Whether the attempts that run there are lost.
@@ -76,6 +79,7 @@ struct Process {
     load: Load,
     loaded: Instant,
     heard: Instant,
+    answered: Instant,
 }
 
 #[derive(Default)]
@@ -113,14 +117,15 @@ impl Nodes {
         let processes = table.by_name.entry(name.to_owned()).or_default();
         processes.retain(|p| p.link.is_some() || now.saturating_duration_since(p.heard) < FORGET_AFTER);
         match processes.iter_mut().find(|p| p.instance == instance) {
-            Some(process) => (process.link, process.heard) = (Some((id, outbox)), now),
+            Some(process) => (process.link, process.heard, process.answered) = (Some((id, outbox)), now, now),
             None => {
                 if processes.len() >= INSTANCES_MAX {
                     let oldest = (0..processes.len()).min_by_key(|&i| processes[i].heard);
                     oldest.map(|i| processes.swap_remove(i));
                 }
                 let (node, epoch, load) = (NodeId(0), Epoch(0), Load::default());
-                processes.push(Process { instance, node, epoch, link: Some((id, outbox)), load, loaded: now, heard: now });
+                let (link, loaded, heard, answered) = (Some((id, outbox)), now, now, now);
+                processes.push(Process { instance, node, epoch, link, load, loaded, heard, answered });
             }
         }
         drop(table);
@@ -137,6 +142,11 @@ impl Nodes {
     /// Something came over a link.
     pub fn heard(&self, now: Instant, name: &str, link: LinkId) {
         self.with_link(name, link, |process| process.heard = now);
+    }
+
+    /// The process on a link has acknowledged something since it was last asked.
+    pub fn answered(&self, now: Instant, name: &str, link: LinkId) {
+        self.with_link(name, link, |process| process.answered = now);
     }
 
     /// A heartbeat came over a link.
@@ -165,8 +175,9 @@ impl Nodes {
     pub fn seen(&self, now: Instant, name: &str, epoch: Epoch) -> Option<Seen> {
         let table = self.table.read();
         let process = table.by_name.get(name)?.iter().find(|p| p.epoch == epoch)?;
-        let (load_age, silent) = (now.saturating_duration_since(process.loaded), now.saturating_duration_since(process.heard));
-        Some(Seen { load: process.load, load_age, silent, linked: process.link.is_some() })
+        let since = |then| now.saturating_duration_since(then);
+        let (load_age, silent, deaf) = (since(process.loaded), since(process.heard), since(process.answered));
+        Some(Seen { load: process.load, load_age, silent, deaf, linked: process.link.is_some() })
     }
 
     /// Sends to incarnation `epoch` of `name`; `false` when it has no link here or takes no more.
@@ -239,7 +250,11 @@ mod tests {
         nodes.heartbeat(t, "p", link, MEMBER, Load::default());
         let seen = |after| nodes.seen(t + after, "p", MEMBER.1).unwrap();
         assert!(seen(FRESH).usable());
-        assert!(!seen(FRESH * 2).usable() && !seen(FRESH * 2).lost());
+        nodes.heard(t + FRESH * 2, "p", link);
+        assert!(!seen(FRESH * 2).usable(), "it speaks and does not hear");
+        nodes.answered(t + FRESH * 2, "p", link);
+        assert!(seen(FRESH * 2).usable());
+        assert!(!seen(FRESH * 4).usable() && !seen(FRESH * 4).lost());
         assert!(seen(SILENT_MAX * 2).lost());
         nodes.detach("p", link);
         assert!(seen(Duration::ZERO).lost() && !seen(Duration::ZERO).usable());

@@ -35,6 +35,10 @@ use crate::state::{Replicated, SharedCluster};
 
 /// How long each part may take to stop.
 const STOP_WAIT_MAX: Duration = Duration::from_secs(2);
+/// How long the requests that run have to end when the replica stops; those that are left are a front's to take elsewhere.
+pub const DRAIN_WAIT_MAX: Duration = Duration::from_secs(4);
+/// How often it is looked whether they have.
+const DRAIN_LOOK: Duration = Duration::from_millis(20);
 /// How long a stopping leader waits for another to take over.
 const HANDOVER_WAIT_MAX: Duration = Duration::from_millis(500);
 
@@ -69,7 +73,10 @@ pub async fn run(config: Config, shutdown: Shutdown) -> Result<()> {
     info!(name, %http, %quic, model = app.model.name, "serving");
     let failure = tokio::select! {
         reason = shutdown.wait() => {
-            info!(reason, "stopping");
+            info!(reason, running = app.dispatcher.running(), "stopping");
+            app.dispatcher.drain();
+            replica.hand_leadership_over().await;
+            drained(&app.dispatcher).await;
             None
         }
         () = app.raft.stopped() => {
@@ -156,9 +163,20 @@ fn start_raft(config: &Config, cluster: SharedCluster) -> Result<(RaftHandle, Ra
     Ok((raft, frames))
 }
 
+/// Waits until nothing runs, within its time.
+async fn drained(dispatcher: &Dispatcher) {
+    let none_left = async {
+        while dispatcher.running() > 0 {
+            tokio::time::sleep(DRAIN_LOOK).await;
+        }
+    };
+    if tokio::time::timeout(DRAIN_WAIT_MAX, none_left).await.is_err() {
+        warn!(running = dispatcher.running(), "requests are ended: the replica stops");
+    }
+}
+
 impl Replica {
     async fn stop(self) {
-        self.hand_leadership_over().await;
         self.endpoint.close("the replica stops").await;
         self.app.raft.shutdown();
         if tokio::time::timeout(STOP_WAIT_MAX, self.app.raft.stopped()).await.is_err() {

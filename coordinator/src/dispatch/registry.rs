@@ -191,14 +191,20 @@ impl Registry {
         needed
     }
 
-    /// Takes no new requests and ends those that run.
-    pub fn stop(&self) {
-        let entries = &mut self.table.lock().entries;
+    /// Takes no new requests.
+    pub fn drain(&self) {
+        // Under the lock, so that no request is opened after it.
+        let _table = self.table.lock();
         self.stopping.store(true, Ordering::Release);
-        entries.values_mut().for_each(|entry| entry.inputs = None);
     }
 
-    /// Whether [`Registry::stop`] was called.
+    /// Takes no new requests and ends those that run.
+    pub fn stop(&self) {
+        self.drain();
+        self.table.lock().entries.values_mut().for_each(|entry| entry.inputs = None);
+    }
+
+    /// Whether [`Registry::drain`] or [`Registry::stop`] was called.
     pub fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }

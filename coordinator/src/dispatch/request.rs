@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use millrace_core::ids::{AttemptId, NodeId, RequestId, TokenId};
 use millrace_core::message::{AttemptFailed, FailKind, HandoverStats, Peer, PrefillStats, TokenOut};
 
-use super::types::{ATTEMPTS_MAX, Event, FailureKind, Prompt, Timings, Usage};
+use super::types::{ATTEMPTS_MAX, Delivered, Event, FailureKind, Prompt, Timings, Usage};
 
 /// An attempt whose first token takes longer is broken. Generous: a long prompt may queue on a slow machine.
 pub const FIRST_TOKEN_WAIT_MAX: Duration = Duration::from_secs(180);
@@ -106,6 +106,8 @@ pub struct Request {
     failures: u16,
     avoid: BTreeSet<NodeId>,
     usage: Usage,
+    /// Another gateway began it and counted what its first attempt found cached.
+    resumed: bool,
     effects: VecDeque<Effect>,
     ended: bool,
 }
@@ -127,9 +129,21 @@ impl Request {
             failures: 0,
             avoid: BTreeSet::new(),
             usage,
+            resumed: false,
             effects: VecDeque::from([Effect::Place]),
             ended: false,
         }
+    }
+
+    /// A request that another gateway began, if anything of it is delivered. The lost attempt counts as its first.
+    pub fn resumed(now: Instant, id: RequestId, prompt: Prompt, delivered: Delivered) -> Self {
+        let mut request = Self::new(now, id, prompt);
+        if !delivered.tokens.is_empty() {
+            request.answer = delivered.tokens;
+            request.usage.cached_tokens = delivered.cached_tokens;
+            (request.resumed, request.tickets) = (true, 1);
+        }
+        request
     }
 
     /// Its name.
@@ -306,7 +320,9 @@ impl Request {
         let Timings { prefill, .. } = &mut self.usage.timings;
         if let (None, Some(stats)) = (&prefill, stats) {
             // What a later attempt finds cached is this request's own work.
-            self.usage.cached_tokens = stats.cached_tokens.min(self.usage.prompt_tokens);
+            if !self.resumed {
+                self.usage.cached_tokens = stats.cached_tokens.min(self.usage.prompt_tokens);
+            }
             *prefill = Some(stats.clone());
             self.effects.push_back(Effect::Deliver(Event::Prefilled(Box::new(stats))));
         }

@@ -46,7 +46,7 @@ fn drain(request: &mut Request) -> Vec<Effect> {
     std::iter::from_fn(|| request.poll()).collect()
 }
 
-fn delivered(effects: &[Effect]) -> Vec<u32> {
+fn delivered_tokens(effects: &[Effect]) -> Vec<u32> {
     let index = |e: &Effect| match e {
         Effect::Deliver(Event::Token { index, .. }) => Some(*index),
         _ => None,
@@ -67,7 +67,7 @@ fn tokens_are_delivered_once_and_in_order() {
     for (from, index) in [(D, 1), (P, 0), (P, 0), (D, 3), (D, 1), (D, 2)] {
         request.token(t, from, out(0, index));
     }
-    assert_eq!(delivered(&drain(&mut request)), [0, 1, 2, 3]);
+    assert_eq!(delivered_tokens(&drain(&mut request)), [0, 1, 2, 3]);
     request.token(t, D, out(7, 4));
     request.token(t, NodeId(3), out(0, 4));
     assert_eq!(drain(&mut request), [], "another attempt's token and a stranger's do not count");
@@ -105,7 +105,7 @@ fn a_lost_node_moves_the_request_with_what_was_delivered() {
     request.token(t, D, out(0, 2));
     assert_eq!(drain(&mut request), [], "the old attempt is over");
     request.token(t, P, out(1, 2));
-    assert_eq!(delivered(&drain(&mut request)), [2]);
+    assert_eq!(delivered_tokens(&drain(&mut request)), [2]);
 }
 
 #[test]
@@ -207,4 +207,24 @@ fn a_hole_breaks_the_attempt() {
     request.on_time(t + GAP_WAIT_MAX);
     assert_eq!(drain(&mut request).last(), Some(&Effect::Place));
     assert_eq!(request.delivered(), 0);
+}
+
+#[test]
+fn a_request_that_another_gateway_began_goes_on_after_what_its_client_has() {
+    let now = Instant::now();
+    let delivered = Delivered { tokens: vec![100, 101], cached_tokens: 1 };
+    let mut request = Request::resumed(now, RequestId(9), prompt(), delivered);
+    assert_eq!((request.tokens(), request.delivered()), (vec![10, 11, 12, 100, 101], 2));
+    assert_eq!(request.next_attempt().attempt, 1, "the lost attempt counts");
+    request.poll();
+    request.placed(now, peer(P), None);
+    let stats = PrefillStats { node: "n1".into(), cached_tokens: 3, queue_us: 0, compute_us: 0 };
+    request.token(now, P, TokenOut { prefill: Some(stats), ..out(1, 2) });
+    request.token(now, P, TokenOut { finish: Some(Finish::Length), ..out(1, 3) });
+    let effects = drain(&mut request);
+    assert_eq!(delivered_tokens(&effects), [2, 3]);
+    let Some(Effect::Deliver(Event::Finished { usage, .. })) = effects.last() else { panic!("{effects:?}") };
+    assert_eq!((usage.completion_tokens, usage.cached_tokens, usage.timings.attempts), (4, 1, 2), "what the first attempt found");
+    let fresh = Request::resumed(now, RequestId(9), prompt(), Delivered::default());
+    assert_eq!((fresh.delivered(), fresh.next_attempt().attempt), (0, 0));
 }

@@ -78,6 +78,7 @@ impl World {
         self.nodes.heartbeat(Instant::now(), name, link, (node, epoch), load);
         // Heard from in an hour: no pause of the test makes it silent.
         self.nodes.heard(Instant::now() + Duration::from_secs(3600), name, link);
+        self.nodes.answered(Instant::now() + Duration::from_secs(3600), name, link);
         Fake { who: (node, epoch), name: name.into(), link, sent }
     }
 }
@@ -339,6 +340,37 @@ fn a_prefix_shows_in_the_explanation() {
     let explained = world.dispatcher.explain(DEFAULT_TENANT, &tokens, 4).unwrap();
     assert_eq!((explained.blocks, explained.nodes[0].cached_blocks), (2, 2));
     assert_eq!(explained.decision.unwrap().prefill, node.who.0);
+}
+
+#[tokio::test]
+async fn a_draining_replica_finishes_what_runs_and_takes_nothing_new() {
+    let mut world = World::new();
+    let mut node = world.join("decode-0", Role::Decode, 1);
+    let mut running = world.dispatcher.submit(prompt(20)).unwrap();
+    let ticket = node.ticket().await;
+    world.dispatcher.drain();
+    assert!(matches!(world.dispatcher.submit(prompt(20)), Err(SubmitError::NotReady(_))));
+    assert!(world.dispatcher.ready().is_err());
+    for index in 0..4 {
+        world.dispatcher.token(node.who.0, out(ticket.attempt, index, index == 3));
+    }
+    assert_eq!(tokens(&mut running).await, [0, 1, 2, 3]);
+}
+
+#[tokio::test]
+async fn a_resumed_request_sends_a_ticket_that_says_what_is_delivered() {
+    let mut world = World::new();
+    let mut node = world.join("decode-0", Role::Decode, 1);
+    let delivered = Delivered { tokens: vec![50, 51], cached_tokens: 16 };
+    let mut running = world.dispatcher.resume(prompt(20), delivered).unwrap();
+    let ticket = node.ticket().await;
+    assert_eq!((ticket.prompt_tokens, ticket.delivered(), &ticket.tokens[20..]), (20, 2, &[50, 51][..]));
+    for index in 2..4 {
+        world.dispatcher.token(node.who.0, out(ticket.attempt, index, index == 3));
+    }
+    assert_eq!(tokens(&mut running).await, [2, 3]);
+    let all = Delivered { tokens: vec![50, 51, 52, 53], cached_tokens: 0 };
+    assert!(matches!(world.dispatcher.resume(prompt(20), all), Err(SubmitError::Invalid(_))));
 }
 
 fn set(key: &str, value: u64) -> Command {

@@ -34,6 +34,15 @@ pub struct Prompt {
     pub trace: [u8; 25],
 }
 
+/// What a client has of an answer that another gateway began.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Delivered {
+    /// The answer's first tokens; fewer than are asked for.
+    pub tokens: Vec<TokenId>,
+    /// Tokens of the prompt that the first attempt found cached.
+    pub cached_tokens: u32,
+}
+
 /// What happens to a running request, in order. `Finished` or `Failed` is the last.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {

@@ -1,11 +1,14 @@
 //! The OpenAI gateway: HTTP in, checked requests to the dispatcher, answers out.
 //!
-//! `auth` says who asks, `limits` how much they may have at a time, `request` what may be asked, `answer` turns tokens to text, `stop` finds stop strings, `respond` writes JSON and events,
-//! `error` shapes errors, `metrics` counts. Where a request goes is the dispatcher's business.
+//! `auth` says who asks, `limits` how much they may have at a time, `request` what may be asked, `answer` turns tokens to text, `stop`
+//! finds stop strings, `respond` writes JSON and events, `front` is what a front adds to a request and reads beside its answer, `begin`
+//! starts or resumes the choices of a request, `error` shapes errors, `metrics` counts. Where a request goes is the dispatcher's business.
 
 pub mod answer;
 pub mod auth;
+mod begin;
 pub mod error;
+pub mod front;
 pub mod limits;
 pub mod metrics;
 pub mod request;
@@ -25,15 +28,14 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use self::answer::Choice;
 use self::auth::{Caller, authenticate};
+use self::begin::{Begin, Context};
 use self::error::ApiError;
+use self::front::Order;
 use self::limits::Limiter;
 use self::metrics::Metrics;
 use self::request::{ChatBody, CompletionBody, REQUEST_BUDGET, Rules, Wanted};
-use self::respond::Envelope;
 use crate::App;
-use crate::dispatch::Prompt;
 
 /// Bytes of a request body.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
@@ -117,43 +119,35 @@ impl Gateway {
         body: Body,
         check: impl FnOnce(&Rules, T) -> Result<Wanted, ApiError> + Send + 'static,
     ) -> Result<Response, ApiError> {
-        let caller = self.caller(headers)?;
-        let bytes = read(headers, body).await?;
+        let (caller, order) = (self.caller(headers)?, Order::of(headers)?);
+        let mut bytes = read(headers, body, order.map_or(0, |order| order.resume_bytes)).await?;
         let app = self.app.clone();
         // Parsing and tokenizing megabytes takes tens of milliseconds: not on a thread that carries everybody's tokens.
         let answer_max = caller.limits.answer_tokens_max;
         let parse = move || {
+            let resume = begin::resume(order, &mut bytes)?;
             let rules = Rules { checkpoint: &app.checkpoint, model: &app.model.name, answer_max };
-            check(&rules, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?)
+            let wanted = check(&rules, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?)?;
+            Begin::new(&app, wanted, order, resume)
         };
-        let wanted = tokio::task::spawn_blocking(parse).await.map_err(|_| crashed())??;
-        self.submit(caller, wanted, ttft_max(headers)?, trace(headers)).await
+        let begin = tokio::task::spawn_blocking(parse).await.map_err(|_| crashed())??;
+        self.submit(caller, begin, ttft_max(headers)?, trace(headers)).await
     }
 
     async fn submit(
         &self,
         caller: Caller,
-        wanted: Wanted,
+        begin: Begin,
         ttft_max: Option<Duration>,
         trace: [u8; 25],
     ) -> Result<Response, ApiError> {
-        let Wanted { prompts, sampling, cache_salt, shape } = wanted;
-        let prompt_tokens = prompts.iter().map(Vec::len).sum::<usize>() as u64;
-        let permit = self.limiter.admit(&caller, prompts.len() as u32, prompt_tokens)?;
+        // What is resumed counts like anything else: a front's word is anybody's.
+        let (requests, prompt_tokens) = begin.size();
+        let permit = self.limiter.admit(&caller, requests, prompt_tokens)?;
         let tokens_left = permit.tokens;
-        let mut choices = Vec::with_capacity(prompts.len());
-        let mut first = None;
-        for tokens in prompts {
-            let (count, ignore_eos) = (tokens.len(), sampling.ignore_eos);
-            let (sampling, tenant, cache_salt) = (sampling.clone(), caller.tenant.clone(), cache_salt.clone());
-            let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, ttft_max, trace };
-            let running = self.app.dispatcher.submit(prompt)?;
-            first.get_or_insert(running.id().0);
-            choices.push(Choice::new(running, &self.app.checkpoint, &shape, count, ignore_eos));
-        }
-        let id = first.unwrap_or_default();
         let meter = self.metrics.of_tenant(&caller.tenant);
-        let envelope = Envelope::new(id, &self.app.model.name, shape, meter, permit);
+        let context = Context { tenant: &caller.tenant, ttft_max, trace, meter, permit };
+        let (envelope, choices) = begin.start(&self.app, context)?;
         let mut response =
             if envelope.shape.stream { respond::streamed(envelope, choices) } else { respond::whole(envelope, choices).await? };
         if let Some(left) = tokens_left {
@@ -163,17 +157,18 @@ impl Gateway {
     }
 }
 
-/// The whole body, within its bounds.
-async fn read(headers: &HeaderMap, body: Body) -> Result<bytes::Bytes, ApiError> {
+/// The whole body, within its bounds; a resumed request has `resume_bytes` before it.
+async fn read(headers: &HeaderMap, body: Body, resume_bytes: usize) -> Result<bytes::Bytes, ApiError> {
+    let bytes_max = BODY_BYTES_MAX + resume_bytes;
     let too_large = || {
         let message = format!("the body is over the limit of {BODY_BYTES_MAX} bytes");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
     };
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
-    if declared.is_some_and(|bytes| bytes > BODY_BYTES_MAX as u64) {
+    if declared.is_some_and(|bytes| bytes > bytes_max as u64) {
         return Err(too_large());
     }
-    match tokio::time::timeout(BODY_WAIT_MAX, to_bytes(body, BODY_BYTES_MAX)).await {
+    match tokio::time::timeout(BODY_WAIT_MAX, to_bytes(body, bytes_max)).await {
         Ok(Ok(bytes)) => Ok(bytes),
         Ok(Err(_)) => Err(too_large()),
         Err(_) => Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "slow_body", "the body did not come in time")),

@@ -116,6 +116,8 @@ pub struct Wanted {
     pub prompts: Vec<Vec<TokenId>>,
     /// How to draw.
     pub sampling: Sampling,
+    /// The client chose the seed.
+    pub seeded: bool,
     /// Narrows the sharing of cached blocks.
     pub cache_salt: Vec<u8>,
     /// How the answer is written.
@@ -180,13 +182,13 @@ impl Common {
         refuse_if("logprobs", self.logprobs.as_ref().is_some_and(|l| !l.is_null() && *l != Value::Bool(false)))?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let max_new = max_new(rules, longest, max, default_max)?;
-        let sampling = self.sampling(rules.checkpoint, max_new)?;
+        let (sampling, seeded) = (self.sampling(rules.checkpoint, max_new)?, self.seed.is_some());
         let shape = self.shape(chat)?;
         let cache_salt = self.cache_salt.unwrap_or_default().into_bytes();
         if cache_salt.len() > CACHE_SALT_BYTES_MAX {
             return Err(ApiError::invalid("cache_salt", format!("cache_salt is over {CACHE_SALT_BYTES_MAX} bytes")));
         }
-        Ok(Wanted { prompts, sampling, cache_salt, shape })
+        Ok(Wanted { prompts, sampling, seeded, cache_salt, shape })
     }
 
     fn sampling(&self, checkpoint: &Checkpoint, max_new: u32) -> Result<Sampling, ApiError> {

@@ -1,4 +1,5 @@
-//! Writes answers the way the OpenAI API shapes them: one JSON body, or server-sent events with one token in each chunk.
+//! Writes answers the way the OpenAI API shapes them: one JSON body, or server-sent events with one token in each chunk. For a front
+//! each event is led by a note (`front`), which clients never see.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -6,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::body::Body;
-use axum::http::header;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::stream::{self, Stream, StreamExt};
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::answer::{Choice, Piece};
 use super::error::ApiError;
+use super::front::{HEADER, NOTED, Note, Order};
 use super::limits::Permit;
 use super::metrics::{TenantMeter, Watch};
 use super::request::Shape;
@@ -32,8 +34,21 @@ pub struct Envelope {
     pub shape: Shape,
     /// Where to count.
     pub meter: TenantMeter,
+    /// A front carries the answer and reads notes.
+    pub noted: bool,
     /// The place among the tenant's requests, for as long as the response lasts.
     _permit: Permit,
+}
+
+/// The choices of an answer.
+#[derive(Default)]
+pub struct Choices {
+    /// Those on their way, by their index.
+    pub open: Vec<(usize, Choice)>,
+    /// What those took that the client has whole already.
+    pub ended: Usage,
+    /// The client has the beginning of the answer.
+    pub resumed: bool,
 }
 
 impl Envelope {
@@ -42,7 +57,21 @@ impl Envelope {
     pub fn new(request: u128, model: &str, shape: Shape, meter: TenantMeter, permit: Permit) -> Self {
         let prefix = if shape.chat { "chatcmpl" } else { "cmpl" };
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self { id: format!("{prefix}-{request:032x}"), model: model.to_owned(), created, shape, meter, _permit: permit }
+        Self {
+            id: format!("{prefix}-{request:032x}"),
+            model: model.to_owned(),
+            created,
+            shape,
+            meter,
+            noted: false,
+            _permit: permit,
+        }
+    }
+
+    /// For an answer that a front carries.
+    #[must_use]
+    pub fn carried(order: &Order, model: &str, shape: Shape, meter: TenantMeter, permit: Permit) -> Self {
+        Self { created: order.created_s, noted: true, ..Self::new(order.id, model, shape, meter, permit) }
     }
 
     fn object(&self) -> &'static str {
@@ -62,8 +91,8 @@ impl Envelope {
 ///
 /// # Errors
 /// The first choice that fails.
-pub async fn whole(envelope: Envelope, choices: Vec<Choice>) -> Result<Response, ApiError> {
-    let collected = choices.into_iter().enumerate().map(|(index, choice)| collect(&envelope, index, choice));
+pub async fn whole(envelope: Envelope, choices: Choices) -> Result<Response, ApiError> {
+    let collected = choices.open.into_iter().map(|(index, choice)| collect(&envelope, index, choice));
     let (mut written, mut total, mut last) = (Vec::new(), Usage::default(), None);
     for result in futures_util::future::join_all(collected).await {
         let (choice, usage) = result?;
@@ -113,36 +142,37 @@ async fn collect(envelope: &Envelope, index: usize, mut choice: Choice) -> Resul
 
 /// Server-sent events. Dropping the response cancels the requests behind it.
 #[must_use]
-pub fn streamed(envelope: Envelope, choices: Vec<Choice>) -> Response {
+pub fn streamed(envelope: Envelope, choices: Choices) -> Response {
+    let noted = envelope.noted.then_some((HEADER, NOTED));
     let envelope = Arc::new(envelope);
-    let opening = opening(&envelope, choices.len());
-    let each = choices.into_iter().enumerate().map(|(index, choice)| chunks(envelope.clone(), index, choice).boxed());
+    let opening = if choices.resumed { Vec::new() } else { opening(&envelope, choices.open.len()) };
+    let each = choices.open.into_iter().map(|(index, choice)| chunks(envelope.clone(), index, choice).boxed());
     let tokens = stream::select_all(each);
-    let state = (tokens, Usage::default(), false, envelope);
+    let state = (tokens, choices.ended, false, envelope);
     let body = stream::unfold(Some(state), |state| async move {
         let (mut tokens, mut total, mut failed, envelope) = state?;
-        match tokens.next().await {
-            Some(Chunk::Data(value)) => Some((event(&value), Some((tokens, total, failed, envelope)))),
-            Some(Chunk::End(value, usage)) => {
-                add(&mut total, &usage);
-                Some((event(&value), Some((tokens, total, failed, envelope))))
-            }
-            Some(Chunk::Error(value)) => {
-                failed = true;
-                Some((event(&value), Some((tokens, total, failed, envelope))))
-            }
-            None => Some((closing(&envelope, &total, failed), None)),
+        let Some(chunk) = tokens.next().await else { return Some((closing(&envelope, &total, failed), None)) };
+        match chunk.end {
+            Some(Ok(usage)) => add(&mut total, &usage),
+            Some(Err(())) => failed = true,
+            None => {}
         }
+        let event = noted_event(chunk.note.filter(|_| envelope.noted), &chunk.value);
+        Some((event, Some((tokens, total, failed, envelope))))
     });
     let body = stream::iter(opening).chain(body).map(Ok::<_, Infallible>);
     let headers = [(header::CONTENT_TYPE, "text/event-stream; charset=utf-8"), (header::CACHE_CONTROL, "no-cache")];
-    (headers, Body::from_stream(body)).into_response()
+    let mut response = (headers, Body::from_stream(body)).into_response();
+    response.headers_mut().extend(noted);
+    response
 }
 
-enum Chunk {
-    Data(Value),
-    End(Value, Box<Usage>),
-    Error(Value),
+/// One event, and what it means for the answer.
+struct Chunk {
+    value: Value,
+    note: Option<Note>,
+    /// With a choice's last event: what it took, or that it failed.
+    end: Option<Result<Box<Usage>, ()>>,
 }
 
 fn chunks(envelope: Arc<Envelope>, index: usize, choice: Choice) -> impl Stream<Item = Chunk> + Send {
@@ -151,15 +181,19 @@ fn chunks(envelope: Arc<Envelope>, index: usize, choice: Choice) -> impl Stream<
         let chunk = match choice.next().await? {
             Piece::Token { token, text } => {
                 watch.token();
-                Chunk::Data(token_chunk(&envelope, index, token, &text))
+                let note = Note::Token { choice: index, token, cached_tokens: choice.cached_tokens() };
+                Chunk { value: token_chunk(&envelope, index, token, &text), note: Some(note), end: None }
             }
             Piece::End { text, reason, usage } => {
                 watch.end(&usage);
-                Chunk::End(end_chunk(&envelope, index, &text, reason, &usage), usage)
+                let value = end_chunk(&envelope, index, &text, reason, &usage);
+                Chunk { value, note: Some(Note::End { choice: index }), end: Some(Ok(usage)) }
             }
             Piece::Failed(error) => {
                 watch.failed(error.code);
-                Chunk::Error(error.body())
+                // This gateway cannot go on; the cluster may.
+                let elsewhere = (error.status == StatusCode::SERVICE_UNAVAILABLE).then_some(Note::Elsewhere);
+                Chunk { value: error.body(), note: elsewhere, end: Some(Err(())) }
             }
         };
         Some((chunk, (choice, watch, envelope)))
@@ -220,17 +254,25 @@ fn closing(envelope: &Envelope, total: &Usage, failed: bool) -> Bytes {
     if envelope.shape.include_usage {
         let mut chunk = envelope.wrap(json!([]));
         chunk["usage"] = usage_json(total);
-        out.extend_from_slice(&event(&chunk));
+        out.extend_from_slice(&noted_event(envelope.noted.then_some(Note::Close), &chunk));
     }
     out.extend_from_slice(b"data: [DONE]\n\n");
     out.into()
 }
 
 fn event(value: &Value) -> Bytes {
-    format!("data: {value}\n\n").into()
+    noted_event(None, value)
 }
 
-fn add(total: &mut Usage, one: &Usage) {
+fn noted_event(note: Option<Note>, value: &Value) -> Bytes {
+    match note {
+        Some(note) => format!("{note}\ndata: {value}\n\n").into(),
+        None => format!("data: {value}\n\n").into(),
+    }
+}
+
+/// Adds what one choice took.
+pub fn add(total: &mut Usage, one: &Usage) {
     total.prompt_tokens += one.prompt_tokens;
     total.completion_tokens += one.completion_tokens;
     total.cached_tokens += one.cached_tokens;

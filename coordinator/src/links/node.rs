@@ -1,18 +1,22 @@
 //! What nodes say on their links. A node speaks for itself only: what names another node ends the link.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millrace_core::cluster::Command;
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_core::message::{Join, Load, Message};
 use millrace_node::link::{Link, LinkReceiver};
+use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
 
 use super::{Links, outbox};
 use crate::deltas::{Report, Reported};
 use crate::join::{self, Identity, Outcome};
 use crate::nodes::{LinkId, Outbox};
+
+/// How often a node is sent a ping, and looked whether it acknowledged what it was sent before.
+const PING_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A node's link, while it is served.
 struct Served {
@@ -35,11 +39,28 @@ impl Links {
             nodes.joined(&served.who.name, id, (number, epoch));
         }
         info!(node = served.who.name, "node linked");
-        while let Some(message) = receiver.recv().await {
-            self.on_node_message(&served, message);
+        let (mut ping, mut acknowledged) = (tokio::time::interval(PING_INTERVAL), 0);
+        ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                message = receiver.recv() => match message {
+                    Some(message) => self.on_node_message(&served, message),
+                    None => break,
+                },
+                _ = ping.tick() => self.ping(&served, &mut acknowledged),
+            }
         }
         nodes.detach(&served.who.name, id);
         info!(node = served.who.name, closed = ?served.link.is_closed(), "node link ended");
+    }
+
+    /// A node that speaks may still not hear us: a network can fail in one direction only.
+    fn ping(&self, served: &Served, acknowledged: &mut u64) {
+        let now = served.link.acknowledgements();
+        if now > std::mem::replace(acknowledged, now) {
+            self.proposer.nodes.answered(Instant::now(), &served.who.name, served.id);
+        }
+        (served.outbox)(Message::Ping);
     }
 
     fn on_node_message(&self, served: &Served, message: Message) {

@@ -159,6 +159,8 @@ pub enum Message {
     CacheReport(CacheReport),
     /// What a node caches in short, each second to one replica, which passes it to the leader.
     CacheDigest(CacheDigest),
+    /// From a replica to a node, some times a second. It says nothing; that the transport acknowledges it says that the node hears.
+    Ping,
 }
 
 impl Message {
@@ -177,7 +179,8 @@ impl Message {
             | Self::Assign(_)
             | Self::Cancel(_)
             | Self::CacheOrder(_)
-            | Self::Answer { .. } => matches!(role, Role::Coordinator),
+            | Self::Answer { .. }
+            | Self::Ping => matches!(role, Role::Coordinator),
             Self::Join(_)
             | Self::Heartbeat { .. }
             | Self::Delta(_)

@@ -276,6 +276,12 @@ impl Link {
         self.quic().close_reason().map(|error| self.reason(&error))
     }
 
+    /// Acknowledgements that have come from the peer: while it grows, the peer hears us.
+    #[must_use]
+    pub fn acknowledgements(&self) -> u64 {
+        self.quic().stats().frame_rx.acks
+    }
+
     /// Waits for the end and says why.
     pub async fn closed(&self) -> LinkClosed {
         let error = self.quic().closed().await;

@@ -40,13 +40,15 @@ pub struct Plan {
     pub checksum_us: Option<u64>,
     /// Whether a process that dies is started again.
     pub restart: bool,
+    /// Variables for all processes, beside the test's own.
+    pub env: Vec<(String, String)>,
 }
 
 impl Plan {
     /// Seven processes that compute `model` in f32.
     #[must_use]
     pub fn of(model: PathBuf) -> Self {
-        Self { model, coordinators: 3, prefill: 2, decode: 2, kv_blocks: 512, checksum_us: None, restart: true }
+        Self { model, coordinators: 3, prefill: 2, decode: 2, kv_blocks: 512, checksum_us: None, restart: true, env: Vec::new() }
     }
 
     /// Seven processes with the checksum engine over the tiny model's shape.
@@ -67,9 +69,7 @@ impl Plan {
         if let Some(us) = self.checksum_us {
             add("--checksum-engine", us.to_string());
         }
-        if !self.restart {
-            args.push("--no-restart".into());
-        }
+        args.extend((!self.restart).then(|| "--no-restart".to_owned()));
         args
     }
 }
@@ -164,6 +164,7 @@ impl Cluster {
         command.args(plan.args(&folder.path().join("cluster"))).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         // A cluster notes that it runs: keep that away from the user's own.
         command.env("XDG_STATE_HOME", folder.path().join("state"));
+        command.envs(plan.env.iter().map(|(name, value)| (name, value)));
         let mut child = command.spawn().expect("millctl runs");
         let stdout = child.stdout.take().expect("it is piped");
         let http = SocketAddr::from(([127, 0, 0, 1], 0));

@@ -144,6 +144,36 @@ fn code(line: &str) -> &str {
     line.split("//").next().unwrap()
 }
 
+/// Where the wall clock may be read, and what for. Nothing else may: leases, elections, deadlines and retries run on monotonic time, so
+/// that a clock that jumps changes nothing.
+const WALL_CLOCKS: [(&str, &str); 12] = [
+    ("coordinator/src/http/respond.rs", "the `created` field of an answer"),
+    ("coordinator/src/ctl/front.rs", "the same"),
+    ("coordinator/src/dispatch/decisions.rs", "when a decision was made, for operators"),
+    ("coordinator/src/admin/health.rs", "how far the clocks are apart, for operators"),
+    ("coordinator/src/ctl/doctor.rs", "the same"),
+    ("coordinator/src/ctl/doctor/checks.rs", "the same, and the validity of certificates"),
+    ("coordinator/src/ctl/certs.rs", "the validity of certificates"),
+    ("coordinator/src/ctl/certs/rotate.rs", "the same"),
+    ("coordinator/src/ctl/dates.rs", "dates on the screen"),
+    ("coordinator/src/ctl/running.rs", "which cluster of this user is the newest"),
+    ("crates/checkpoint/src/strftime.rs", "the date that a chat template asks for"),
+    ("crates/node/src/pki.rs", "the validity of certificates"),
+];
+
+#[test]
+fn no_decision_reads_the_wall_clock() {
+    let clocks =
+        [concat!("System", "Time"), concat!("UNIX_", "EPOCH"), concat!("CLOCK_", "REALTIME"), "chrono::", "time::OffsetDateTime"];
+    let reads = |(path, text): (PathBuf, String)| {
+        let found = text.lines().any(|line| clocks.iter().any(|clock| code(line).contains(clock)));
+        (found && !path.starts_with("tests")).then_some(path)
+    };
+    let found: BTreeSet<PathBuf> = sources().into_iter().filter_map(reads).collect();
+    let allowed: BTreeSet<PathBuf> = WALL_CLOCKS.iter().map(|(path, _)| PathBuf::from(path)).collect();
+    assert_eq!(found, allowed, "who reads the wall clock, and who may");
+}
+
 /// Whether a line opens a block, function, impl, trait or extern block that the compiler does not check.
 fn is_unsafe(line: &str) -> bool {
     let word = concat!("uns", "afe");

@@ -1,9 +1,11 @@
 //! The front before scripted gateways: raw sockets that say what a test wants and die when it wants.
 
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::*;
+use crate::http::BODY_BYTES_MAX;
 
 /// What a scripted gateway does with a connection, after it has read a request.
 #[derive(Clone)]
@@ -11,19 +13,39 @@ struct Script {
     say: &'static str,
     /// Keep the connection after that, until the client leaves.
     stay: bool,
+    /// Say that it is ready, when asked; else say nothing.
+    ready: bool,
 }
 
-const WHOLE: Script = Script { say: "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", stay: true };
-const SILENT: Script = Script { say: "", stay: false };
-const BUSY: Script = Script { say: "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 4\r\n\r\nbusy", stay: true };
+const WHOLE: Script = Script { say: "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", stay: true, ready: true };
+const SILENT: Script = Script { say: "", stay: false, ready: true };
+const BUSY: Script = Script { say: "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 4\r\n\r\nbusy", stay: true, ready: true };
 const DIES_IN_STREAM: Script = Script {
     say: "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n\
           f\r\ndata: {\"a\":1}\n\n\r\n9\r\ndata: {\"b\r\n",
     stay: false,
+    ready: true,
 };
 const OPEN_STREAM: Script = Script {
     say: "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n9\r\ndata: x\n\n\r\n",
     stay: true,
+    ready: true,
+};
+/// With notes: a token, and a half of the next.
+const DIES_WITH_NOTES: Script = Script {
+    say: "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-millrace-front: noted\r\ntransfer-encoding: chunked\r\n\r\n\
+          1a\r\n: t 0 7 16\ndata: {\"a\":1}\n\n\r\n13\r\n: t 0 8 16\ndata: {\"\r\n",
+    stay: false,
+    ready: true,
+};
+/// The same, and it does not die, but stands still.
+const STANDS_STILL: Script = Script { stay: true, ready: false, ..DIES_WITH_NOTES };
+/// The next token, and the end.
+const GOES_ON: Script = Script {
+    say: "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-millrace-front: noted\r\ntransfer-encoding: chunked\r\n\r\n\
+          1a\r\n: t 0 8 16\ndata: {\"b\":2}\n\n\r\n15\r\n: e 0\ndata: {\"e\":3}\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n",
+    stay: true,
+    ready: true,
 };
 
 struct Upstream {
@@ -42,14 +64,24 @@ async fn upstream(name: &str, script: Script) -> Upstream {
     let seen = requests.clone();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
-            while let Some(request) = read_request(&mut stream).await {
-                seen.lock().push(request);
-                stream.write_all(script.say.as_bytes()).await.unwrap();
-                if !script.stay {
-                    break;
+            let (script, seen, leaving) = (script.clone(), seen.clone(), leaving.clone());
+            tokio::spawn(async move {
+                let mut asked = false;
+                while let Some(request) = read_request(&mut stream).await {
+                    if request.starts_with("GET /readyz") {
+                        let say: &[u8] = if script.ready { b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n" } else { b"" };
+                        stream.write_all(say).await.unwrap();
+                        continue;
+                    }
+                    asked = true;
+                    seen.lock().push(request);
+                    stream.write_all(script.say.as_bytes()).await.unwrap();
+                    if !script.stay {
+                        break;
+                    }
                 }
-            }
-            leaving.send_modify(|left| *left += 1);
+                leaving.send_modify(|left| *left += usize::from(asked));
+            });
         }
     });
     Upstream { gateway, requests, left }
@@ -100,6 +132,49 @@ async fn a_stream_whose_gateway_dies_ends_with_one_typed_event_and_no_half_event
     assert_eq!(error["error"]["type"], "server_error");
     assert_eq!(error["error"]["code"], "gateway_lost");
     assert!(error["error"]["param"].is_null() && error["error"]["message"].as_str().unwrap().contains("c-1"));
+}
+
+/// The order of a request that a gateway saw, and what came before the client's body.
+fn carried(request: &str) -> (String, String) {
+    let (head, body) = request.split_once("\r\n\r\n").unwrap();
+    let order = head.lines().find_map(|line| line.strip_prefix("x-millrace-front: ")).unwrap();
+    let (order, bytes) = order.rsplit_once(" resume=").unwrap();
+    let (resume, rest) = body.split_at(bytes.parse().unwrap());
+    assert_eq!(rest, "{}");
+    (order.to_owned(), resume.to_owned())
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_at_another_gateway_and_the_client_sees_no_seam() {
+    for script in [DIES_WITH_NOTES, STANDS_STILL] {
+        let (dying, healthy) = (upstream("c-1", script).await, upstream("c-2", GOES_ON).await);
+        let (front, _keep) = front(vec![dying.gateway.clone(), Gateway { leader: true, ..healthy.gateway.clone() }]).await;
+        let (status, text) = post(front, "{}").await;
+        assert_eq!(status, StatusCode::OK);
+        assert_eq!(text, "data: {\"a\":1}\n\ndata: {\"b\":2}\n\ndata: {\"e\":3}\n\ndata: [DONE]\n\n");
+        let (first, second) = (carried(&dying.requests.lock()[0]), carried(&healthy.requests.lock()[0]));
+        assert_eq!(first.0, second.0, "one name, one seed");
+        assert_eq!(first.1, "");
+        assert_eq!(second.1, "{\"choices\":[{\"cached_tokens\":16,\"ended\":false,\"tokens\":[7]}]}");
+    }
+}
+
+#[tokio::test]
+async fn a_gateway_that_stands_still_before_its_first_byte_is_replaced() {
+    let silent = Script { say: "", stay: true, ready: false };
+    let (still, healthy) = (upstream("c-1", silent).await, upstream("c-2", WHOLE).await);
+    let (front, _keep) = front(vec![still.gateway.clone(), Gateway { leader: true, ..healthy.gateway.clone() }]).await;
+    assert_eq!(post(front, "{}").await, (StatusCode::OK, "ok".into()));
+    assert_eq!(still.requests.lock().len(), 1);
+}
+
+#[tokio::test]
+async fn a_client_cannot_give_the_order_of_a_front() {
+    let healthy = upstream("c-1", WHOLE).await;
+    let (front, _keep) = front(vec![healthy.gateway.clone()]).await;
+    let request = hyper::Request::post(format!("http://{front}/")).header(HEADER, "id=1 resume=2");
+    http_client().request(request.body(Full::from("{}")).unwrap()).await.unwrap();
+    assert_eq!(carried(&healthy.requests.lock()[0]).1, "");
 }
 
 #[tokio::test]
@@ -172,19 +247,4 @@ fn followers_take_turns_and_the_leader_and_the_unready_come_last() {
     assert_eq!(names(2), names(0));
     assert_eq!(order(vec![gateway("lead", true, true)], 5).len(), 1);
     assert!(order(Vec::new(), 1).is_empty());
-}
-
-#[test]
-fn an_event_leaves_when_its_empty_line_has_come_wherever_it_is_cut() {
-    let text = b"data: 1\n\ndata: 2\n\ndata: 3";
-    for cut in 0..text.len() {
-        let mut boundary = Boundary::default();
-        let mut passed = boundary.push(&text[..cut]).to_vec();
-        assert!(passed.is_empty() || passed.ends_with(b"\n\n"));
-        passed.extend_from_slice(&boundary.push(&text[cut..]));
-        assert_eq!(passed, b"data: 1\n\ndata: 2\n\n", "cut at {cut}");
-        assert_eq!(boundary.rest(), b"data: 3"[..]);
-    }
-    let mut boundary = Boundary::default();
-    assert_eq!(boundary.push(&vec![b'x'; EVENT_BYTES_MAX + 1]).len(), EVENT_BYTES_MAX + 1, "nothing is held for ever");
 }

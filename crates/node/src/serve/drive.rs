@@ -158,6 +158,7 @@ impl Drive {
             }
             Message::DeltaApplied { epoch, seq } => self.uplinks.on_applied(epoch, seq),
             Message::WantSnapshot { epoch } => self.uplinks.on_want_snapshot(epoch),
+            Message::Ping => {}
             other => tracing::debug!(?other, "message without meaning on a coordinator link"),
         }
         Ok(())

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use millrace_load::report::{HEAD, Row};
-use millrace_load::{engine, events, handover, index, machine, raft, route, stream};
+use millrace_load::{engine, events, faults, handover, index, machine, raft, route, stream};
 
 /// Measures this machine and prints medians.
 #[derive(Parser)]
 struct Arguments {
-    /// Sections to run; all when absent. May be repeated.
+    /// Sections to run; all but `faults`, which takes some 20 minutes, when absent. May be repeated.
     #[arg(long, value_enum)]
     only: Vec<Section>,
     /// Fewer and shorter runs: to see that it works, not to quote.
@@ -30,12 +30,23 @@ enum Section {
     Raft,
     Index,
     Events,
+    Faults,
 }
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    if arguments.only == [Section::Faults] && !faults::net::inside() {
+        let words: &[&str] = if arguments.quick { &["--only", "faults", "--quick"] } else { &["--only", "faults"] };
+        if let Some(went_well) = faults::net::run_inside(words)? {
+            anyhow::ensure!(went_well, "the leader's loss was noticed");
+            return Ok(());
+        }
+    }
     println!("{}\n\n{HEAD}", machine::describe());
-    let wanted = |section: &Section| arguments.only.is_empty() || arguments.only.contains(section);
+    let wanted = |section: &Section| match arguments.only.as_slice() {
+        [] => *section != Section::Faults,
+        named => named.contains(section),
+    };
     for section in Section::value_variants().iter().filter(|section| wanted(section)) {
         run(*section, &arguments)?;
     }
@@ -58,6 +69,7 @@ fn run(section: Section, arguments: &Arguments) -> Result<()> {
         Section::Raft => raft::measure(runs.min(3), quick)?.into_iter().for_each(print),
         Section::Events => events::measure(runs.min(3), quick)?.into_iter().for_each(print),
         Section::Index => index::measure(runs, if quick { 1 } else { 10 }).into_iter().for_each(print),
+        Section::Faults => runtime.block_on(faults::measure(quick, &print))?,
     }
     Ok(())
 }
