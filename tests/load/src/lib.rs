@@ -9,6 +9,7 @@ pub mod engine;
 pub mod handover;
 pub mod index;
 pub mod machine;
+pub mod millload;
 pub mod raft;
 pub mod report;
 pub mod route;
