@@ -130,7 +130,9 @@ fn cumulate(count: usize, gap_s: impl Fn(usize) -> f64) -> Vec<u64> {
 fn window_times(windows: &[Window], speed: f64, seed: u64, count: usize) -> Result<Vec<u64>> {
     positive("speed", speed)?;
     ensure!(!windows.is_empty(), "no windows");
-    windows.iter().try_for_each(|w| positive("a window's shape", w.shape).and_then(|()| positive("a window's scale", w.scale_s)))?;
+    windows
+        .iter()
+        .try_for_each(|w| positive("a window's shape", w.shape).and_then(|()| positive("a window's scale", w.scale_s)))?;
     let spacing = windows.get(1).map_or(600.0, |second| second.start_s - windows[0].start_s);
     let span_s = windows[windows.len() - 1].start_s - windows[0].start_s + spacing;
     let (mut at_s, mut due) = (0.0, Vec::with_capacity(count));
@@ -209,7 +211,10 @@ mod tests {
 
     #[test]
     fn arrivals_have_their_rate_and_burstiness() {
-        let window = |family, shape, scale_s| Arrivals::Windows { windows: vec![Window { start_s: 0.0, family, shape, scale_s }], speed: 1.0 };
+        let window = |family, shape, scale_s| Arrivals::Windows {
+            windows: vec![Window { start_s: 0.0, family, shape, scale_s }],
+            speed: 1.0,
+        };
         let cases = [
             (Arrivals::Constant { rate: 8.0 }, 8.0, 0.0),
             (Arrivals::Poisson { rate: 50.0 }, 50.0, 1.0),

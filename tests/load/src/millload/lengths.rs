@@ -96,7 +96,8 @@ pub fn read_csv(path: &Path) -> Result<Vec<Row>> {
     ensure!(!rows.is_empty(), "{}: no rows", path.display());
     rows.sort_by(|a, b| a.0.unwrap_or(0.0).total_cmp(&b.0.unwrap_or(0.0)));
     let first = rows[0].0.unwrap_or(0.0);
-    let row = |(at_s, prompt, answer): (Option<f64>, u32, u32)| Row { at_ns: at_s.map(|at| ((at - first) * 1e9) as u64), prompt, answer };
+    let row =
+        |(at_s, prompt, answer): (Option<f64>, u32, u32)| Row { at_ns: at_s.map(|at| ((at - first) * 1e9) as u64), prompt, answer };
     Ok(rows.into_iter().map(row).collect())
 }
 
@@ -152,8 +153,15 @@ mod tests {
         assert_eq!((rows[1].at_ns, rows[1].prompt, rows[0].answer), (Some(1_500_000_000), 396, 44));
         let burst = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,x\n45,GPT-4,10,0,10,x\n7,ChatGPT,1,2,3,x\n";
         let rows = read(burst).unwrap();
-        assert_eq!(rows.iter().map(|row| row.at_ns).collect::<Vec<_>>(), [Some(0), Some(2_000_000_000)], "the failed one is left out");
-        assert_eq!(read("num_prefill_tokens,num_decode_tokens\n3772,54\n").unwrap()[0], Row { at_ns: None, prompt: 3772, answer: 54 });
+        assert_eq!(
+            rows.iter().map(|row| row.at_ns).collect::<Vec<_>>(),
+            [Some(0), Some(2_000_000_000)],
+            "the failed one is left out"
+        );
+        assert_eq!(
+            read("num_prefill_tokens,num_decode_tokens\n3772,54\n").unwrap()[0],
+            Row { at_ns: None, prompt: 3772, answer: 54 }
+        );
         assert!(read("a,b\n1,2\n").is_err());
         assert!(format!("{:#}", read("TIMESTAMP,ContextTokens,GeneratedTokens\nsoon,1,2\n").unwrap_err()).contains("line 2"));
     }

@@ -78,7 +78,8 @@ impl Slo {
 /// It is no time.
 pub fn millis(text: &str) -> Result<f64, String> {
     let units = [("us", 0.001), ("ms", 1.0), ("s", 1000.0), ("", 1.0)];
-    let (number, factor) = units.iter().find_map(|(unit, factor)| text.strip_suffix(unit).map(|n| (n, factor))).unwrap_or((text, &1.0));
+    let (number, factor) =
+        units.iter().find_map(|(unit, factor)| text.strip_suffix(unit).map(|n| (n, factor))).unwrap_or((text, &1.0));
     let value: f64 = number.trim().parse().map_err(|_| format!("{text:?} is not a time"))?;
     if value.is_finite() && value >= 0.0 { Ok(value * factor) } else { Err(format!("{text:?} is not a time")) }
 }
@@ -276,7 +277,8 @@ impl Plan {
         let file = BufReader::new(File::open(path).with_context(|| path.display().to_string())?);
         let mut lines = file.lines();
         let first = lines.next().with_context(|| format!("{}: empty", path.display()))??;
-        let header: Header = serde_json::from_str(&first).with_context(|| format!("{}: line 1 is no plan header", path.display()))?;
+        let header: Header =
+            serde_json::from_str(&first).with_context(|| format!("{}: line 1 is no plan header", path.display()))?;
         let mut requests = Vec::new();
         for (at, line) in lines.enumerate() {
             ensure!(requests.len() < REQUESTS_MAX, "{}: over {REQUESTS_MAX} requests", path.display());

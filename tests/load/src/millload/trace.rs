@@ -26,6 +26,7 @@ pub struct TraceArgs {
     /// Turns of a session wait for the answer before them and its recorded delay, instead of their recorded time
     #[arg(long)]
     pub by_session: bool,
+    /// What holds for every workload
     #[command(flatten)]
     pub common: Common,
 }

@@ -112,6 +112,7 @@ pub enum Workload {
         /// Take both from the rows of an Azure, BurstGPT or Vidur CSV instead
         #[arg(long, value_name = "FILE")]
         lengths: Option<PathBuf>,
+        /// What holds for every workload
         #[command(flatten)]
         common: Common,
     },
@@ -132,6 +133,7 @@ pub enum Workload {
         /// Tokens of an answer
         #[arg(long, default_value = "64")]
         output: Lengths,
+        /// What holds for every workload
         #[command(flatten)]
         common: Common,
     },
@@ -164,6 +166,7 @@ pub struct SessionArgs {
     /// Milliseconds between an answer and the next turn
     #[arg(long)]
     pub think_ms: Option<Lengths>,
+    /// What holds for every workload
     #[command(flatten)]
     pub common: Common,
 }
@@ -246,7 +249,9 @@ impl<'a> Maker<'a> {
             }
             ArrivalKind::Trace => {
                 let mut at_ns = match (&common.shape, recorded) {
-                    (Some(path), _) => read_csv(path)?.iter().map(|row| row.at_ns.context("--shape has no times")).collect::<Result<_>>()?,
+                    (Some(path), _) => {
+                        read_csv(path)?.iter().map(|row| row.at_ns.context("--shape has no times")).collect::<Result<_>>()?
+                    }
                     (None, Some(recorded)) => recorded,
                     (None, None) => anyhow::bail!("--arrivals trace needs a trace, or --shape FILE"),
                 };
@@ -336,7 +341,9 @@ impl<'a> Maker<'a> {
 impl SessionArgs {
     fn plan(&self, kind: &str, defaults: [u32; 6]) -> Result<Plan> {
         let [systems, system, turns, prompt, output, think_ms] = defaults;
-        let or = |given: &Option<Lengths>, default: u32| given.clone().unwrap_or(Lengths::Range(default.div_ceil(2), default + default / 2));
+        let or = |given: &Option<Lengths>, default: u32| {
+            given.clone().unwrap_or(Lengths::Range(default.div_ceil(2), default + default / 2))
+        };
         let shape = Shape {
             systems: self.systems.unwrap_or(systems).max(1),
             system: self.system.clone().unwrap_or(Lengths::Range(system, system)),

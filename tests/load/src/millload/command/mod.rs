@@ -1,7 +1,12 @@
 //! The command line of `millload`. Exit codes: 0 fine, 1 what was asked does not hold (invalid run, worse, not verified), 2 usage or a broken
 //! file.
 
+mod calibrate;
+mod compare;
+pub mod execute;
 mod plan;
+mod run;
+mod search;
 
 use std::process::ExitCode;
 
@@ -20,6 +25,22 @@ pub struct Arguments {
 enum Command {
     /// Make a plan, or verify one
     Plan(plan::PlanArgs),
+    /// Run a plan and report
+    Run(Box<run::RunArgs>),
+    /// Make figures anew from results, or of the parts of a run together
+    Report(run::ReportArgs),
+    /// Is B better than A? Pairs requests of the same plan
+    Compare(compare::CompareArgs),
+    /// Find the highest rate that meets an objective
+    Search(Box<search::SearchArgs>),
+    /// Measure several rates
+    Sweep(Box<search::SweepArgs>),
+    /// Serve answers with known delays
+    Serve(calibrate::ServeArgs),
+    /// Hold the figures against known delays
+    Check(calibrate::CheckArgs),
+    /// Find the generator's own limit
+    Ceiling(calibrate::CeilingArgs),
 }
 
 /// Whether what was asked holds.
@@ -44,5 +65,13 @@ impl From<Verdict> for ExitCode {
 pub fn main(arguments: &Arguments) -> Result<Verdict> {
     match &arguments.command {
         Command::Plan(args) => plan::main(args),
+        Command::Run(args) => run::main(args),
+        Command::Report(args) => run::report(args),
+        Command::Compare(args) => compare::main(args),
+        Command::Search(args) => search::search(args),
+        Command::Sweep(args) => search::sweep(args),
+        Command::Serve(args) => calibrate::serve(args),
+        Command::Check(args) => calibrate::check(args),
+        Command::Ceiling(args) => calibrate::ceiling(args),
     }
 }
