@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -107,16 +108,15 @@ pub struct Site {
     pub millctl: PathBuf,
 }
 
-/// Does all steps, each at its time.
-pub async fn perform(steps: Vec<Step>, site: Site, started: Instant) -> Vec<Done> {
-    let mut done = Vec::new();
+/// Does all steps, each at its time; what was done is in `done` as soon as it is.
+pub async fn perform(steps: Vec<Step>, site: Site, started: Instant, done: Arc<Mutex<Vec<Done>>>) {
     for step in steps {
         until(started + step.at).await;
         let at_s = started.elapsed().as_secs_f64();
         let error = site.perform(&step.act).await.err().map(|error| format!("{error:#}"));
-        done.push(Done { at_s, act: step.text, error, ..Done::default() });
+        let act = Done { at_s, act: step.text, error, ..Done::default() };
+        done.lock().unwrap_or_else(PoisonError::into_inner).push(act);
     }
-    done
 }
 
 impl Site {
@@ -219,7 +219,9 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let steps = parse("at 0s kill decode-1; at 0s kill nobody; at 0s kill decode-2").unwrap();
         let site = Site { dir: dir.path().to_owned(), millctl: "millctl".into() };
-        let done = runtime.block_on(perform(steps, site, Instant::now()));
+        let done = Arc::new(Mutex::new(Vec::new()));
+        runtime.block_on(perform(steps, site, Instant::now(), done.clone()));
+        let done = done.lock().unwrap();
         assert_eq!(done[0].error.as_deref(), Some("decode-1 does not run"));
         assert!(done[1].error.is_some() && done[2].error.is_none());
         assert!(!victim.wait().unwrap().success(), "the signal ended it");

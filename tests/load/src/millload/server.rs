@@ -204,14 +204,14 @@ struct Saying {
 impl Saying {
     async fn next(&mut self) -> Option<Bytes> {
         let j = self.next;
-        self.next += 1;
-        if j == 2 && self.fault != Fault::None {
-            self.next = u32::MAX;
-            let error = "data: {\"error\":{\"message\":\"planted\",\"code\":\"planted\"}}\n\n";
-            return (self.fault == Fault::Error).then(|| Bytes::from_static(error.as_bytes()));
-        }
         if j > self.ask.out {
             return None;
+        }
+        self.next += 1;
+        if j == 2 && self.fault != Fault::None {
+            self.next = self.ask.out + 1;
+            let error = "data: {\"error\":{\"message\":\"planted\",\"code\":\"planted\"}}\n\n";
+            return (self.fault == Fault::Error).then(|| Bytes::from_static(error.as_bytes()));
         }
         if j < self.ask.out {
             until(self.times.began + self.times.compute + self.times.itl * j).await;

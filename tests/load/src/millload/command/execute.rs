@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
@@ -23,6 +23,9 @@ use crate::millload::report::Results;
 use crate::millload::run::{Options, Ran, Stop, run};
 use crate::millload::summary::{About, summarise};
 use crate::millload::{golden, screen};
+
+/// Longer than any run.
+const NEVER: Duration = Duration::from_secs(1 << 30);
 
 /// Where requests go and how.
 #[derive(Args, Clone, Debug)]
@@ -189,7 +192,8 @@ async fn generate(plan: &Arc<Plan>, options: Options, send: &SendArgs, once: &On
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let began = started.get().copied().unwrap_or_else(Instant::now);
-    let acting = once.site.clone().map(|site| tokio::spawn(faults::perform(once.faults.clone(), site, began)));
+    let performed = Arc::new(Mutex::new(Vec::new()));
+    let acting = once.site.clone().map(|site| tokio::spawn(faults::perform(once.faults.clone(), site, began, performed.clone())));
     let mut interrupts = 0;
     let screen = async {
         match send.quiet {
@@ -199,13 +203,16 @@ async fn generate(plan: &Arc<Plan>, options: Options, send: &SendArgs, once: &On
     };
     tokio::pin!(screen);
     let grace = Duration::from_secs_f64(send.grace.clamp(0.0, 1e6));
-    let deadline = tokio::time::sleep(Duration::MAX.min(Duration::from_secs(1 << 30)));
+    let deadline = tokio::time::sleep(NEVER);
     tokio::pin!(deadline);
     let ran = loop {
         tokio::select! {
             ran = &mut ended => break ran.context("the generator ended without a word")?,
             () = &mut screen => {}
-            () = &mut deadline => drop(stopper.send(Stop::Abort)),
+            () = &mut deadline => {
+                let _ = stopper.send(Stop::Abort);
+                deadline.as_mut().reset(tokio::time::Instant::now() + NEVER);
+            }
             signal = tokio::signal::ctrl_c() => {
                 signal?;
                 interrupts += 1;
@@ -216,15 +223,9 @@ async fn generate(plan: &Arc<Plan>, options: Options, send: &SendArgs, once: &On
         }
     };
     metrics.inspect(tokio::task::JoinHandle::abort);
-    let performed = match acting {
-        Some(acting) if interrupts == 0 && acting.is_finished() => acting.await.unwrap_or_default(),
-        Some(acting) => {
-            // Steps after the end of the load would be felt by nobody.
-            acting.abort();
-            Vec::new()
-        }
-        None => Vec::new(),
-    };
+    // Steps after the end of the load would be felt by nobody.
+    acting.inspect(tokio::task::JoinHandle::abort);
+    let performed = performed.lock().unwrap_or_else(PoisonError::into_inner).clone();
     Ok((ran?, performed, interrupts > 0))
 }
 

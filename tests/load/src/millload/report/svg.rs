@@ -91,7 +91,8 @@ impl Frame {
         let wide = |low: f64, high: f64| if high > low { (low, high) } else { (low.min(0.0), low.max(0.0) + 1.0) };
         let (x, usable) = (wide(x_low.min(0.0), x_high), y_high.is_finite());
         let y = match plot.scale {
-            _ if !usable => (0.0, 1.0),
+            Scale::Linear if !usable => (0.0, 1.0),
+            Scale::Log if !usable => (0.1, 1.0),
             Scale::Linear => (0.0, (y_high * 1.05).max(1e-9)),
             Scale::Log => {
                 let low = y_low.max(y_high * 1e-6).max(1e-3);
@@ -259,7 +260,7 @@ mod tests {
         ];
         for points in cases {
             for scale in [Scale::Linear, Scale::Log] {
-                let limits = vec![(10.0, "limit".to_owned())];
+                let limits = if points.is_empty() { vec![] } else { vec![(10.0, "limit".to_owned())] };
                 let plot = Plot {
                     x: "x",
                     y: "y",
