@@ -3,20 +3,26 @@
 //! It answers without a quorum too, from what this replica has applied, and says what it cannot know: `stale` is true when
 //! no quorum vouches for the state, and a member that cannot be asked has `reachable: false` and no term.
 
+mod cache;
+mod config;
+mod health;
+mod route;
+mod tenants;
 mod view;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use millrace_checkpoint::Checkpoint;
-use millrace_core::cluster::{Answer, Command, NodeState};
+use millrace_core::cluster::{Answer, Command, NodeState, PolicyAnswer, PolicyCommand, PolicyError};
 use millrace_core::ids::{ReplicaId, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use self::health::Refusals;
 use crate::config::Config;
 use crate::dispatch::{DEFAULT_TENANT, Dispatcher, Explanation};
-use crate::propose::Proposer;
+use crate::propose::{NoAnswer, Proposer};
 
 /// How long a member may take to say how it is.
 pub const MEMBER_WAIT_MAX: Duration = Duration::from_millis(500);
@@ -35,11 +41,15 @@ enum Query {
     CacheLookup(Text),
     CacheStat,
     RouteExplain(Text),
+    RouteDecisions(route::Which),
     /// Cordon, drain or readmit a node.
     SetState {
         node: String,
         state: String,
     },
+    Tenants(tenants::TenantQuery),
+    Config(config::ConfigQuery),
+    Cache(cache::CacheQuery),
 }
 
 /// A prompt in one of three forms.
@@ -60,13 +70,29 @@ pub struct Admin {
     checkpoint: Arc<Checkpoint>,
     /// Where our gateway listens.
     http: String,
+    refusals: Refusals,
+}
+
+/// A command that did not get into the log, for the operator. The first word of a refusal is `millctl`'s exit code.
+fn no_answer(error: &NoAnswer) -> String {
+    format!("unavailable: {error}")
+}
+
+/// A refusal of the log, for the operator.
+fn refusal(error: &PolicyError) -> String {
+    let word = match error {
+        PolicyError::NotFound(_) => "not found",
+        PolicyError::Conflict(_) | PolicyError::Full(_) => "conflict",
+        PolicyError::Invalid(_) => "usage",
+    };
+    format!("{word}: {error}")
 }
 
 impl Admin {
     /// An admin interface over one replica; `http` is where its gateway listens.
     #[must_use]
     pub fn new(config: Config, proposer: Proposer, dispatcher: Dispatcher, checkpoint: Arc<Checkpoint>, http: String) -> Self {
-        Self { config, proposer, dispatcher, checkpoint, http }
+        Self { config, proposer, dispatcher, checkpoint, http, refusals: Refusals::default() }
     }
 
     /// Answers a query.
@@ -84,7 +110,11 @@ impl Admin {
             Query::CacheLookup(text) => self.cache_lookup(&text)?,
             Query::CacheStat => self.cache_stat(),
             Query::RouteExplain(text) => self.route_explain(&text)?,
+            Query::RouteDecisions(which) => self.route_decisions(&which).await?,
             Query::SetState { node, state } => self.set_state(&node, &state).await?,
+            Query::Tenants(query) => self.tenants(query).await?,
+            Query::Config(query) => self.settings(query).await?,
+            Query::Cache(query) => self.cache(query).await?,
         };
         Ok(answer.to_string())
     }
@@ -110,13 +140,24 @@ impl Admin {
 
     async fn set_state(&self, name: &str, state: &str) -> Result<Value, String> {
         let states = [NodeState::Up, NodeState::Cordoned, NodeState::Draining];
-        let state = states.into_iter().find(|s| s.as_str() == state).ok_or("state: up, cordoned or draining")?;
-        let node = self.proposer.cluster.read().node_named(name).map(|n| n.node).ok_or_else(|| format!("no node {name:?}"))?;
+        let state = states.into_iter().find(|s| s.as_str() == state).ok_or("usage: state: up, cordoned or draining")?;
+        let node =
+            self.proposer.cluster.read().node_named(name).map(|n| n.node).ok_or_else(|| format!("not found: node {name:?}"))?;
         match self.proposer.propose(&Command::SetState { node, state }).await {
             Ok(Answer::Done) => Ok(json!({"node": name, "state": state.as_str()})),
-            Ok(Answer::Refused(reason)) => Err(reason),
+            Ok(Answer::Refused(reason)) => Err(format!("conflict: {reason}")),
             Ok(other) => Err(format!("unexpected answer {other:?}")),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(no_answer(&error)),
+        }
+    }
+
+    /// Puts a change of policy into the log.
+    async fn change(&self, command: PolicyCommand) -> Result<PolicyAnswer, String> {
+        match self.proposer.propose(&Command::Policy(command)).await {
+            Ok(Answer::Policy(PolicyAnswer::Refused(error))) => Err(refusal(&error)),
+            Ok(Answer::Policy(answer)) => Ok(answer),
+            Ok(other) => Err(format!("unexpected answer {other:?}")),
+            Err(error) => Err(no_answer(&error)),
         }
     }
 
@@ -157,11 +198,5 @@ impl Admin {
             "blocks": explained.blocks,
             "nodes": nodes,
         }))
-    }
-
-    fn route_explain(&self, text: &Text) -> Result<Value, String> {
-        let explained = self.explain(text)?;
-        let decision = explained.decision.as_ref().map_err(ToString::to_string)?;
-        Ok(self.decision(&explained, decision))
     }
 }

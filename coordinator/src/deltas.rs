@@ -7,12 +7,12 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use millrace_core::cluster::{Answer, Command, DELTAS_OPS_MAX, DeltaVerdict, SnapshotVerdict};
+use millrace_core::cluster::{Answer, Command, DELTAS_OPS_MAX, DeltaVerdict, DigestVerdict, NODES_MAX, SnapshotVerdict};
 use millrace_core::ids::{Epoch, NodeId};
-use millrace_core::message::{Delta, Message, SnapshotPage};
+use millrace_core::message::{CacheDigest, Delta, Message, SnapshotPage};
 use tokio::sync::mpsc;
 use tokio::time::sleep;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::nodes::Outbox;
 use crate::propose::Proposer;
@@ -35,6 +35,8 @@ pub enum Report {
     Delta(Delta),
     /// A page of all.
     Page(SnapshotPage),
+    /// All in short.
+    Digest(CacheDigest),
 }
 
 /// A report and the way back to its node.
@@ -71,11 +73,21 @@ pub async fn run(proposer: Proposer, mut inbox: mpsc::Receiver<Reported>) {
     }
 }
 
-/// The longest run of deltas at the front of the queue that one entry takes, or one page.
+/// The longest run of deltas at the front of the queue that one entry takes, or of digests, or one page. A digest lets the deltas of
+/// other nodes pass.
 fn next_batch(queue: &mut VecDeque<Reported>) -> Option<Batch> {
+    if matches!(queue.front()?.report, Report::Digest(_)) {
+        return Some(digests(queue));
+    }
     let (mut deltas, mut waiting, mut ops) = (Vec::new(), Vec::new(), 0);
+    let mut passed: Vec<Reported> = Vec::new();
     while let Some(Reported { report, reply }) = queue.pop_front() {
         match report {
+            Report::Digest(_) => passed.push(Reported { report, reply }),
+            Report::Delta(delta) if passed.iter().any(|p| matches!(p.report, Report::Digest(d) if d.node == delta.node)) => {
+                queue.push_front(Reported { report: Report::Delta(delta), reply });
+                break;
+            }
             Report::Page(page) if deltas.is_empty() => {
                 let waiting = vec![(page.epoch, reply)];
                 return Some(Batch { command: Command::Snapshot(page), waiting });
@@ -93,7 +105,21 @@ fn next_batch(queue: &mut VecDeque<Reported>) -> Option<Batch> {
             }
         }
     }
+    passed.into_iter().rev().for_each(|digest| queue.push_front(digest));
     (!deltas.is_empty()).then(|| Batch { command: Command::Deltas(deltas), waiting })
+}
+
+/// The digests at the front of the queue.
+fn digests(queue: &mut VecDeque<Reported>) -> Batch {
+    let (mut digests, mut waiting) = (Vec::new(), Vec::new());
+    while digests.len() < NODES_MAX
+        && let Some(&Reported { report: Report::Digest(digest), .. }) = queue.front()
+        && let Some(Reported { reply, .. }) = queue.pop_front()
+    {
+        waiting.push((digest.epoch, reply));
+        digests.push(digest);
+    }
+    Batch { command: Command::Digests(digests), waiting }
 }
 
 /// Proposes until there is an answer. A repeat is harmless: the index knows what it has.
@@ -114,6 +140,9 @@ fn tell(answer: &Answer, waiting: &[(Epoch, Outbox)]) {
         Answer::Deltas(verdicts) if verdicts.len() == waiting.len() => {
             verdicts.iter().zip(waiting).map(|((node, verdict), (epoch, _))| delta_reply(*node, *epoch, *verdict)).collect()
         }
+        Answer::Digests(verdicts) if verdicts.len() == waiting.len() => {
+            verdicts.iter().zip(waiting).map(|(verdict, (epoch, _))| digest_reply(*epoch, *verdict)).collect()
+        }
         Answer::Snapshot(verdict) => waiting.iter().map(|(epoch, _)| page_reply(*epoch, *verdict)).collect(),
         other => return warn!(?other, "unexpected answer to cache changes"),
     };
@@ -133,6 +162,21 @@ fn delta_reply(node: NodeId, epoch: Epoch, verdict: DeltaVerdict) -> Option<Mess
             Some(Message::WantSnapshot { epoch })
         }
         DeltaVerdict::StaleEpoch => Some(must_join_again(epoch)),
+    }
+}
+
+fn digest_reply(epoch: Epoch, verdict: DigestVerdict) -> Option<Message> {
+    match verdict {
+        DigestVerdict::Same | DigestVerdict::Skipped => None,
+        DigestVerdict::Drifted => {
+            warn!(%epoch, "a node's cache and the index differ; asking for a snapshot");
+            Some(Message::WantSnapshot { epoch })
+        }
+        DigestVerdict::Lacking => {
+            info!(%epoch, "the index has room again for a node's blocks; asking for a snapshot");
+            Some(Message::WantSnapshot { epoch })
+        }
+        DigestVerdict::StaleEpoch => Some(must_join_again(epoch)),
     }
 }
 
@@ -190,6 +234,20 @@ mod tests {
         assert!(matches!(next_batch(&mut queue).unwrap().command, Command::Snapshot(_)));
         assert_eq!(seqs(&next_batch(&mut queue).unwrap()), [10]);
         assert!(next_batch(&mut queue).is_none());
+    }
+
+    #[test]
+    fn digests_keep_their_place_among_the_deltas_of_their_node() {
+        let digest = |node, seq| Report::Digest(CacheDigest { node: NodeId(node), epoch: EPOCH, seq, blocks: 0, digest: 0 });
+        let mut queue = queue(vec![delta(1, 1), digest(2, 7), digest(1, 1), digest(3, 3), delta(2, 1), page()]);
+        assert_eq!(seqs(&next_batch(&mut queue).unwrap()), [1], "what follows a digest waits for it");
+        let Command::Digests(digests) = next_batch(&mut queue).unwrap().command else { panic!("the digests are next") };
+        assert_eq!(digests.iter().map(|d| d.seq).collect::<Vec<_>>(), [7, 1, 3]);
+        assert_eq!(seqs(&next_batch(&mut queue).unwrap()), [2]);
+        assert!(matches!(next_batch(&mut queue).unwrap().command, Command::Snapshot(_)));
+        let mut queue = self::queue(vec![delta(1, 1), digest(2, 7), delta(2, 1)]);
+        assert_eq!(seqs(&next_batch(&mut queue).unwrap()), [1, 2], "another node's deltas pass");
+        assert!(matches!(next_batch(&mut queue).unwrap().command, Command::Digests(_)));
     }
 
     #[test]

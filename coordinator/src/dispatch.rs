@@ -2,32 +2,46 @@
 //! when a node fails.
 //!
 //! [`request`] decides what becomes of one request; `millrace_core::route` where it goes; here is what joins them to the applied
-//! state, the links and the client. One task drives one request; [`registry`] leads what nodes send to the right task.
+//! state, the links and the client, and `routing` what the gateway learns from what became of its [`decisions`]. One task drives one
+//! request; [`registry`] leads what nodes send to the right task.
 
+mod asked;
+pub mod decisions;
+mod observe;
 mod place;
 pub mod registry;
 pub mod request;
+mod routing;
 mod run;
 mod types;
 
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use millrace_core::identity::Fingerprint;
-use millrace_core::ids::{NodeId, ReplicaId, RequestId, TokenId};
+use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId, RequestId, TokenId};
 use millrace_core::message::{AttemptFailed, HandoverStats, ModelIdentity, TOKENS_MAX, TokenOut};
+use millrace_core::route::correct::Correction;
+use millrace_core::route::hot::Hot;
+use millrace_core::route::policy::Policy;
 use millrace_core::route::{Decision, NoPlace};
 use tokio::sync::{mpsc, watch};
 
 use crate::nodes::Nodes;
 use crate::raft::RaftStatus;
 use crate::state::SharedCluster;
+use crate::traffic::Traffic;
 
+pub use asked::{Asked, AskedPrefixes};
+use decisions::Decisions;
 use registry::{Input, Registry};
 use request::Request;
+pub use routing::BeliefCounts;
+use routing::Routing;
 pub use types::{
     ATTEMPTS_MAX, CACHE_SALT_BYTES_MAX, DEFAULT_TENANT, Event, FailureKind, Prompt, REQUESTS_MAX, SubmitError, Timings, Usage,
 };
@@ -50,6 +64,9 @@ struct Inner {
     nodes: Arc<Nodes>,
     raft: watch::Receiver<RaftStatus>,
     registry: Registry,
+    routing: Routing,
+    asked: AskedPrefixes,
+    traffic: Traffic,
 }
 
 /// A running request. Dropping it cancels the request.
@@ -83,6 +100,8 @@ pub struct Explanation {
     pub blocks: usize,
     /// The live nodes and what they are believed to hold.
     pub nodes: Vec<CachedAt>,
+    /// The prefix of the prompt that is asked for often.
+    pub hot: Option<Hot>,
     /// Where it would go.
     pub decision: Result<Decision, NoPlace>,
 }
@@ -111,7 +130,14 @@ impl Dispatcher {
         raft: watch::Receiver<RaftStatus>,
     ) -> Self {
         let fingerprint = model.fingerprint();
-        Self(Arc::new(Inner { me, model, fingerprint, cluster, nodes, raft, registry: Registry::default() }))
+        let (registry, routing, asked) = (Registry::default(), Routing::default(), AskedPrefixes::default());
+        let traffic = Traffic::default();
+        Self(Arc::new(Inner { me, model, fingerprint, cluster, nodes, raft, registry, routing, asked, traffic }))
+    }
+
+    /// Says how requests are placed, before the first.
+    pub fn place_by(&self, policy: Policy) {
+        self.0.routing.place_by(policy);
     }
 
     /// Starts a request. Must be called on a tokio runtime.
@@ -119,13 +145,14 @@ impl Dispatcher {
     /// # Errors
     /// See [`SubmitError`]; nothing was started then.
     pub fn submit(&self, prompt: Prompt) -> Result<Running, SubmitError> {
-        check(&prompt)?;
+        self.check(&prompt)?;
         let (now, id) = (Instant::now(), RequestId(rand::random()));
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let inputs = self.0.registry.open(id)?;
         let mut request = Request::new(now, id, prompt);
         if let Err(error) = self.0.first_place(now, &mut request) {
-            self.0.registry.close(id);
+            let learned = self.0.registry.close(id);
+            self.0.routing.learn(now, learned);
             return Err(error);
         }
         tokio::spawn(run::run(self.0.clone(), request, inputs, events));
@@ -138,6 +165,33 @@ impl Dispatcher {
     /// When the tenant is unknown.
     pub fn explain(&self, tenant: &str, tokens: &[TokenId], max_new: u32) -> Result<Explanation, SubmitError> {
         self.0.explain(Instant::now(), tenant, tokens, max_new)
+    }
+
+    /// The names of the full blocks of a prompt of this tenant. O(tokens).
+    ///
+    /// # Errors
+    /// When the tenant is unknown.
+    pub fn block_names(&self, tenant: &str, tokens: &[TokenId]) -> Result<Vec<BlockHash>, SubmitError> {
+        self.0.names_of(tenant, tokens)
+    }
+
+    /// Which beginnings of prompts this gateway is asked for most, the most frequent first.
+    #[must_use]
+    pub fn asked(&self, most: usize) -> Vec<Asked> {
+        self.0.asked.ranked(most)
+    }
+
+    /// Whether a prompt may be submitted at all, by the cluster's settings.
+    fn check(&self, prompt: &Prompt) -> Result<(), SubmitError> {
+        let (tokens_max, running_max) = {
+            let cluster = self.0.cluster.read();
+            (cluster.config().tokens_max().min(TOKENS_MAX), cluster.config().running_max())
+        };
+        check(prompt, tokens_max)?;
+        if self.running() >= running_max {
+            return Err(SubmitError::NoCapacity { retry_after_s: 1 });
+        }
+        Ok(())
     }
 
     /// Whether requests can be served.
@@ -171,19 +225,54 @@ impl Dispatcher {
         self.0.registry.running()
     }
 
+    /// The last decisions.
+    #[must_use]
+    pub fn decisions(&self) -> &Decisions {
+        &self.0.routing.decisions
+    }
+
+    /// What predictions for an incarnation of a node are multiplied by.
+    #[must_use]
+    pub fn correction(&self, node: NodeId, epoch: Epoch) -> Correction {
+        self.0.routing.correction(Instant::now(), node, epoch)
+    }
+
+    /// How many cached blocks were believed in and how many were found.
+    #[must_use]
+    pub fn beliefs(&self) -> BeliefCounts {
+        self.0.routing.beliefs()
+    }
+
+    /// What was served since the start.
+    #[must_use]
+    pub fn traffic(&self) -> &Traffic {
+        &self.0.traffic
+    }
+
+    /// How many requests of this replica still need each node.
+    #[must_use]
+    pub fn needed(&self) -> BTreeMap<NodeId, u32> {
+        self.0.registry.needed()
+    }
+
     /// A token came from a node.
     pub fn token(&self, from: NodeId, token: TokenOut) {
-        self.0.registry.input(token.attempt.request, Input::Token(from, token));
+        self.heard(token.attempt.request, Input::Token(from, token));
     }
 
     /// A node gave up on an attempt.
     pub fn failed(&self, from: NodeId, failed: AttemptFailed) {
-        self.0.registry.input(failed.attempt.request, Input::Failed(from, failed));
+        self.heard(failed.attempt.request, Input::Failed(from, failed));
     }
 
     /// A hand-over ended well.
     pub fn handover(&self, from: NodeId, stats: HandoverStats) {
-        self.0.registry.input(stats.attempt.request, Input::Handover(from, stats));
+        self.heard(stats.attempt.request, Input::Handover(from, stats));
+    }
+
+    fn heard(&self, id: RequestId, input: Input) {
+        let learned = self.0.registry.input(id, input);
+        self.0.routing.learn(Instant::now(), learned);
     }
 
     /// Ends every request: the replica stops.
@@ -192,7 +281,7 @@ impl Dispatcher {
     }
 }
 
-fn check(prompt: &Prompt) -> Result<(), SubmitError> {
+fn check(prompt: &Prompt, tokens_max: usize) -> Result<(), SubmitError> {
     if prompt.tokens.is_empty() {
         return Err(SubmitError::Invalid("the prompt is empty".into()));
     }
@@ -203,7 +292,7 @@ fn check(prompt: &Prompt) -> Result<(), SubmitError> {
         return Err(SubmitError::Invalid(format!("cache_salt: at most {CACHE_SALT_BYTES_MAX} bytes")));
     }
     match prompt.tokens.len().saturating_add(prompt.sampling.max_new as usize) {
-        tokens if tokens > TOKENS_MAX => Err(SubmitError::TooLong { tokens, max: TOKENS_MAX }),
+        tokens if tokens > tokens_max => Err(SubmitError::TooLong { tokens, max: tokens_max }),
         _ => Ok(()),
     }
 }

@@ -1,5 +1,5 @@
 //! What a replica does by itself, again and again: the leader renews the leases of nodes that it hears and makes sure that the default
-//! tenant exists; every replica says where it can be reached.
+//! tenant exists; every replica says where it can be reached and what its state comes to, and stops when a majority says otherwise.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use millrace_core::identity::TenantKey;
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_node::shutdown::Shutdown;
 use tokio::time::MissedTickBehavior;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::deltas::must_join_again;
 use crate::dispatch::DEFAULT_TENANT;
@@ -27,13 +27,15 @@ pub struct Duties {
     info: ReplicaInfo,
     /// The last renewal of this term of leadership.
     renewed: Option<Instant>,
+    /// The entry of the last checksum that was told.
+    told: u64,
 }
 
 impl Duties {
     /// Duties of the replica that proposes through `proposer`.
     #[must_use]
     pub fn new(proposer: Proposer, info: ReplicaInfo) -> Self {
-        Self { proposer, info, renewed: None }
+        Self { proposer, info, renewed: None, told: 0 }
     }
 
     /// Does them until shutdown.
@@ -59,10 +61,31 @@ impl Duties {
         } else {
             self.renewed = None;
         }
+        self.stop_if_differing();
         if status.leader.is_some() {
             self.announce().await?;
+            self.tell_checksum().await?;
         }
         Ok(())
+    }
+
+    /// A state that is not the majority's is a defect of this replica's memory, disk or program. It must not serve, vote or be copied.
+    fn stop_if_differing(&self) {
+        if let Some(entry) = self.proposer.cluster.read().audit().differs_at() {
+            error!(entry, "the state of this replica is not that of the majority: it stops");
+            self.proposer.raft.shutdown();
+        }
+    }
+
+    /// After each renewal all replicas say what their state came to after it.
+    async fn tell_checksum(&mut self) -> Result<(), NoAnswer> {
+        let (newest, replicas) = {
+            let cluster = self.proposer.cluster.read();
+            (cluster.audit().newest(), cluster.replicas().count())
+        };
+        let Some(checksum) = newest.filter(|newest| newest.index > self.told && replicas > 1) else { return Ok(()) };
+        self.told = checksum.index;
+        self.proposer.propose(&Command::Checksum { replica: self.proposer.me, checksum }).await.map(drop)
     }
 
     async fn put_tenant(&self) -> Result<(), NoAnswer> {

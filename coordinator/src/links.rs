@@ -12,7 +12,7 @@ use millrace_core::message::{Hello, Message, ModelIdentity, Role};
 use millrace_node::dial::keep_connected;
 use millrace_node::endpoint::{Connection, Endpoint, Target};
 use millrace_node::frame::FRAME_MAX;
-use millrace_node::link::{Link, LinkReceiver};
+use millrace_node::link::{Link, LinkError, LinkReceiver};
 use millrace_node::shutdown::Shutdown;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tracing::{debug, info, warn};
@@ -96,9 +96,14 @@ impl Links {
 
     async fn greet(self: Arc<Self>, connection: Connection) {
         let hello = self.hello(connection.peer.role);
+        let peer = connection.peer.clone();
         match Link::accept(connection, &hello).await {
             Ok((link, receiver)) => self.serve(link, receiver).await,
-            Err(error) => info!(%error, "a peer is refused"),
+            Err(LinkError::Refusing { reason, .. }) => {
+                info!(%peer, reason, "a peer is refused");
+                self.admin.refused(&peer.name, &reason);
+            }
+            Err(error) => debug!(%error, "a peer did not say its first words"),
         }
     }
 

@@ -13,6 +13,8 @@ use millrace_core::message::{Load, Message};
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
+use crate::orders::Orders;
+
 /// A node that was not heard from for longer gets no new work.
 pub const FRESH: Duration = Duration::from_secs(1);
 /// A node that was not heard from for longer has lost its attempts.
@@ -86,11 +88,13 @@ struct Table {
 pub struct Nodes {
     table: RwLock<Table>,
     changed: watch::Sender<u64>,
+    /// Orders to their caches.
+    pub orders: Orders,
 }
 
 impl Default for Nodes {
     fn default() -> Self {
-        Self { table: RwLock::default(), changed: watch::Sender::new(0) }
+        Self { table: RwLock::default(), changed: watch::Sender::new(0), orders: Orders::default() }
     }
 }
 

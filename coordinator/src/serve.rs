@@ -11,6 +11,7 @@ use millrace_core::cluster::ReplicaInfo;
 use millrace_core::message::{ModelIdentity, Role};
 use millrace_node::endpoint::{Endpoint, EndpointConfig};
 use millrace_node::pki::Identity;
+use millrace_node::renew;
 use millrace_node::shutdown::Shutdown;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -26,6 +27,7 @@ use crate::duties::Duties;
 use crate::http;
 use crate::links::{Links, RAFT_FRAMES_MAX, carry_raft};
 use crate::nodes::Nodes;
+use crate::pins;
 use crate::propose::Proposer;
 use crate::raft::{self, RaftConfig, RaftHandle};
 use crate::replicas::Replicas;
@@ -71,7 +73,9 @@ pub async fn run(config: Config, shutdown: Shutdown) -> Result<()> {
             None
         }
         () = app.raft.stopped() => {
-            let failure = app.raft.status().failure.map_or_else(|| "it was stopped".into(), |failure| failure.to_string());
+            let differs = app.cluster.read().audit().differs_at().map(|entry| format!("its state after entry {entry} is not the majority's"));
+            let failure = app.raft.status().failure.map(|failure| failure.to_string()).or(differs);
+            let failure = failure.unwrap_or_else(|| "it was stopped".into());
             shutdown.begin("the log stopped");
             Some(failure)
         }
@@ -123,6 +127,7 @@ fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica,
     let (raft, frames) = start_raft(&config, cluster.clone())?;
     let proposer = Proposer { me: config.me, raft: raft.clone(), replicas, nodes: nodes.clone(), cluster: cluster.clone() };
     let dispatcher = Dispatcher::new(config.me, model.clone(), cluster.clone(), nodes.clone(), raft.watch_status());
+    dispatcher.place_by(config.args.route);
     let admin = Admin::new(config.clone(), proposer.clone(), dispatcher.clone(), checkpoint.clone(), http.to_string());
     let (admin, instance) = (Arc::new(admin), rand::random());
     let (reports, inbox) = mpsc::channel(REPORTS_MAX);
@@ -133,7 +138,9 @@ fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica,
     tokio::spawn(carry_raft(proposer.clone(), frames));
     tokio::spawn(deltas::run(proposer.clone(), inbox));
     tokio::spawn(duties.run(shutdown.clone()));
+    tokio::spawn(pins::run(proposer.clone(), shutdown.clone()));
     links.dial(&endpoint, &shutdown);
+    tokio::spawn(renew::keep_renewed(endpoint.clone(), config.args.certs.clone(), renew::LOOK_INTERVAL, shutdown.clone()));
     tokio::spawn(links.accept(endpoint.clone()));
     let app = App { config, model, checkpoint, dispatcher, cluster, nodes, raft, admin, shutdown };
     Ok((Replica { app: Arc::new(app), endpoint, proposer }, listener))

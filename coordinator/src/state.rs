@@ -24,6 +24,8 @@ impl Replicated {
 }
 
 impl StateMachine for Replicated {
+    type State = Cluster;
+
     fn apply(&mut self, index: u64, command: &[u8]) -> Vec<u8> {
         let answer = match cluster::decode(command) {
             Ok(command) => self.cluster.write().apply(index, &command),
@@ -33,18 +35,22 @@ impl StateMachine for Replicated {
         cluster::encode_answer(&answer)
     }
 
-    fn snapshot(&self) -> Vec<u8> {
-        self.cluster.read().snapshot()
+    fn view(&self) -> Cluster {
+        self.cluster.read().clone()
     }
 
-    fn restore(&mut self, bytes: &[u8]) -> Result<(), RestoreError> {
-        let restored = Cluster::restore(bytes).map_err(|e| RestoreError(e.to_string()))?;
-        *self.cluster.write() = restored;
-        Ok(())
+    fn encode(state: &Cluster) -> Vec<u8> {
+        state.snapshot()
     }
 
-    fn check_snapshot(&self, bytes: &[u8]) -> Result<(), RestoreError> {
-        Cluster::restore(bytes).map(drop).map_err(|e| RestoreError(e.to_string()))
+    fn decode(bytes: &[u8]) -> Result<Cluster, RestoreError> {
+        Cluster::restore(bytes).map_err(|e| RestoreError(e.to_string()))
+    }
+
+    fn install(&mut self, state: Cluster) {
+        let old = std::mem::replace(&mut *self.cluster.write(), state);
+        // To free millions of blocks takes a while, and the log waits.
+        std::thread::spawn(move || drop(old));
     }
 }
 
@@ -64,11 +70,11 @@ mod tests {
         assert_eq!(answer, Answer::Tenant(TenantKey([3; 32])));
         let answer = cluster::decode_answer(&machine.apply(2, b"garbage")).unwrap();
         assert!(matches!(answer, Answer::Refused(_)));
-        let bytes = machine.snapshot();
+        let bytes = Replicated::encode(&machine.view());
         let copy = SharedCluster::default();
         let mut other = Replicated::new(copy.clone());
-        assert!(other.check_snapshot(&bytes[..bytes.len() - 1]).is_err());
-        other.restore(&bytes).unwrap();
+        assert!(Replicated::decode(&bytes[..bytes.len() - 1]).is_err());
+        other.install(Replicated::decode(&bytes).unwrap());
         assert_eq!(copy.read().tenant("t"), Some(&TenantKey([3; 32])));
     }
 }

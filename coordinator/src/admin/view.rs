@@ -3,12 +3,11 @@
 use std::time::Instant;
 
 use millrace_core::cluster::Node;
-use millrace_core::ids::{NodeId, ReplicaId};
-use millrace_core::route::Decision;
+use millrace_core::holders::BLOCKS_MAX;
+use millrace_core::ids::ReplicaId;
 use serde_json::{Value, json};
 
-use super::Admin;
-use crate::dispatch::Explanation;
+use super::{Admin, health};
 use crate::raft::Role;
 
 /// Entries that a replica may be behind the leader and not be called stale: some milliseconds of a busy log.
@@ -23,11 +22,19 @@ const fn role_word(role: Role) -> &'static str {
     }
 }
 
+/// An object with the fields of another added.
+fn with(mut object: Value, more: Value) -> Value {
+    if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
+        object.extend(more);
+    }
+    object
+}
+
 impl Admin {
     /// This replica about itself.
     pub(super) fn member(&self) -> Value {
         let status = self.proposer.raft.status();
-        json!({
+        let member = json!({
             "id": status.id,
             "name": self.config.args.name,
             "role": role_word(status.role),
@@ -40,7 +47,8 @@ impl Admin {
             "leader": status.leader,
             "reachable": true,
             "failure": status.failure.map(|failure| failure.to_string()),
-        })
+        });
+        with(member, self.health())
     }
 
     /// What can be said of a replica that does not answer.
@@ -61,7 +69,7 @@ impl Admin {
     }
 
     /// The whole cluster. There is a quorum when most replicas, this one among them, answer and follow one leader that answers.
-    pub(super) fn status_of(&self, members: Vec<Value>, now: Instant) -> Value {
+    pub(super) fn status_of(&self, mut members: Vec<Value>, now: Instant) -> Value {
         let reachable = |m: &&Value| m["reachable"] == true && m["role"] != "stopped";
         let leads = |m: &&Value| m["role"] == "leader";
         let leader = members.iter().filter(reachable).filter(leads).max_by_key(|m| m["term"].as_u64());
@@ -74,22 +82,28 @@ impl Admin {
             applied + BEHIND_ENTRIES_MAX < leader["committed"].as_u64().unwrap_or(0)
         });
         let quorum = most && followed;
+        let leader = leader.cloned();
+        health::add_lag(&mut members, leader.as_ref());
+        let nodes = self.nodes(&members, now);
+        let unknown = health::unknown(&members, &nodes, quorum);
         json!({
             "cluster": self.config.args.cluster,
             "model": self.dispatcher.model().name,
             "answered_by": self.config.args.name,
             "leader": leader.map(|leader| leader["name"].clone()),
+            "unknown": unknown,
             "quorum": quorum,
             "stale": !quorum || behind,
             "members": members,
-            "nodes": self.nodes(now),
+            "nodes": nodes,
         })
     }
 
-    fn nodes(&self, now: Instant) -> Vec<Value> {
+    fn nodes(&self, members: &[Value], now: Instant) -> Vec<Value> {
         let cluster = self.proposer.cluster.read();
         let cached = |node| cluster.holders().tally(node).map_or(0, |tally| tally.blocks);
-        cluster.nodes().map(|node| self.node(node, cached(node.node), now)).collect()
+        let all = cluster.nodes().map(|node| self.node(node, cached(node.node), now));
+        all.map(|node| with(node.clone(), health::requests(members, &node["name"]))).collect()
     }
 
     fn node(&self, node: &Node, cached: u64, now: Instant) -> Value {
@@ -97,7 +111,8 @@ impl Admin {
         let load = seen.map(|seen| seen.load).unwrap_or_default();
         let total = if load.total_blocks == 0 { node.slots } else { load.total_blocks };
         let known = load.total_blocks != 0;
-        let in_use = total.saturating_sub(load.free_blocks).saturating_sub(load.evictable_blocks);
+        let idle = load.free_blocks.saturating_add(load.evictable_blocks).saturating_add(load.pinned_blocks);
+        let in_use = total.saturating_sub(idle);
         json!({
             "id": node.node.0,
             "name": node.name,
@@ -107,10 +122,12 @@ impl Admin {
             "usable": node.state.usable() && seen.is_some_and(|seen| seen.usable()),
             "pid": node.pid,
             "address": node.address,
+            "model": health::model(&node.model),
             "blocks": {
                 "total": total,
                 "free": known.then_some(load.free_blocks),
                 "evictable": known.then_some(load.evictable_blocks),
+                "pinned": known.then_some(load.pinned_blocks),
                 "in_use": known.then_some(in_use),
                 "cached": cached,
             },
@@ -133,36 +150,16 @@ impl Admin {
                 json!({"name": node.name, "blocks": tally.blocks, "seq": tally.seq, "digest": digest, "refused": tally.refused})
             })
             .collect();
-        json!({"blocks": holders.blocks(), "holders": holders.locations(), "applied": cluster.applied(), "nodes": per_node})
-    }
-
-    /// A routing decision, term by term.
-    pub(super) fn decision(&self, explained: &Explanation, decision: &Decision) -> Value {
-        let name = |node: NodeId| explained.nodes.iter().find(|n| n.node == node).map(|n| n.name.clone());
-        let alternatives: Vec<Value> = decision
-            .alternatives
-            .iter()
-            .map(|(prefill, decode, us)| json!({"prefill": name(*prefill), "decode": decode.and_then(name), "total_us": us}))
-            .collect();
-        let cost = &decision.cost;
+        let (drift, audit) = (holders.drift(), cluster.audit());
+        let differing: Vec<Value> = audit.differing().map(|(id, entry)| json!({"replica": id.0, "entry": entry})).collect();
         json!({
-            "prompt_tokens": explained.prompt_tokens,
-            "prefill": name(decision.prefill),
-            "decode": decision.decode.and_then(name),
-            "prefill_cached_blocks": decision.prefill_cached_blocks,
-            "decode_cached_blocks": decision.decode_cached_blocks,
-            "cost": {
-                "total_us": cost.total_us(),
-                "queue_us": cost.queue_us,
-                "prefill_us": cost.prefill_us,
-                "tail_us": cost.tail_us,
-                "wait_us": cost.wait_us,
-                "decode_us": cost.decode_us,
-                "harm_us": cost.harm_us,
-                "slo_us": cost.slo_us,
-                "ttft_us": cost.ttft_us,
-            },
-            "alternatives": alternatives,
+            "blocks": holders.blocks(),
+            "holders": holders.locations(),
+            "holders_max": BLOCKS_MAX,
+            "applied": cluster.applied(),
+            "drift": {"found": drift.found, "repaired": drift.repaired},
+            "replicas": {"agreed": audit.agreed(), "differing": differing},
+            "nodes": per_node,
         })
     }
 }

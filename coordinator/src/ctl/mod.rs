@@ -1,19 +1,34 @@
 //! `millctl`: makes certificates, runs a whole cluster on one machine, asks a running one, and shows it off.
 //!
-//! `certs` makes certificates; `local` runs processes behind the `front`; `cluster_file` is what a local cluster writes down about
-//! itself and `context` finds it; `ask` talks to any replica, `query` prints what it says as a `table` or JSON; `demo` is the show.
-//! Standard output carries answers only, everything else goes to standard error. The exit codes are [`Exit`].
+//! `output` is the frame of every command: how it asks, prints, waits, changes. `context` says which cluster is meant, `ask` talks to any
+//! replica of it, `table` is what people see. One file for each group of commands: `cluster`, `nodes`, `cache`, `route`, `certs`,
+//! `doctor`, `top`, and so on.
+//! `local` runs processes behind the `front`; `cluster_file` is what a local cluster writes down about itself and `running` finds it; `demo`
+//! is the show. Standard output carries answers only, everything else goes to standard error. The exit codes are [`Exit`].
 
 pub mod ask;
+pub mod cache;
+pub mod cache_admin;
 pub mod certs;
+pub mod cluster;
 pub mod cluster_file;
+pub mod completion;
+pub mod config;
 pub mod context;
+pub mod dates;
 pub mod demo;
+pub mod doctor;
 pub mod exit;
 pub mod front;
 pub mod local;
-pub mod query;
+pub mod nodes;
+pub mod output;
+pub mod prompt;
+pub mod route;
+pub mod running;
 pub mod table;
+pub mod tenants;
+pub mod top;
 
 use std::process::ExitCode;
 
@@ -42,16 +57,31 @@ enum Command {
     Local(LocalCommand),
     /// Ask about the whole cluster
     #[command(subcommand)]
-    Cluster(query::Cluster),
+    Cluster(cluster::Cluster),
     /// Ask about nodes, take them out and in
     #[command(subcommand)]
-    Nodes(query::Nodes),
+    Nodes(nodes::Nodes),
     /// Ask what is cached where
     #[command(subcommand)]
-    Cache(query::Cache),
-    /// Ask where a prompt would go, and why
+    Cache(cache::Cache),
+    /// Ask where a prompt would go, where others went, and why
     #[command(subcommand)]
-    Route(query::Route),
+    Route(route::Route),
+    /// Whose requests there are: keys and limits
+    #[command(subcommand)]
+    Tenants(tenants::Tenants),
+    /// Settings of the whole cluster
+    #[command(subcommand)]
+    Config(config::Config),
+    /// A live screen: nodes, load, requests, cache hits, tokens a second
+    Top(top::TopArgs),
+    /// Look at everything and say what is wrong and what cures it; exit code 3 when something is, 4 without a quorum
+    Doctor(doctor::DoctorArgs),
+    /// Name clusters and choose among them
+    #[command(subcommand)]
+    Context(context::ContextCommand),
+    /// A shell's completion script
+    Completion(completion::Completion),
     /// Run a cluster, talk to it, kill its leader in the middle of an answer, and stop it
     Demo(demo::DemoArgs),
 }
@@ -60,6 +90,10 @@ enum Command {
 enum LocalCommand {
     /// Start a cluster and stay in the foreground until SIGINT or SIGTERM; prints `ready http://HOST:PORT` when it serves
     Up(local::UpArgs),
+    /// List the clusters that run on this machine
+    Status(local::StatusArgs),
+    /// Stop one of them
+    Down(local::DownArgs),
 }
 
 /// Runs a command to its end.
@@ -70,6 +104,9 @@ pub fn main(cli: Cli) -> ExitCode {
         Err(error) => error,
     };
     eprintln!("millctl: {error:#}");
+    if let Some(hint) = Exit::hint(&error) {
+        eprintln!("hint: {hint}");
+    }
     Exit::of(&error).into()
 }
 
@@ -78,12 +115,23 @@ fn run(cli: Cli) -> Result<()> {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("starting the runtime")?;
     let result = runtime.block_on(async {
         match cli.command {
-            Command::Certs(command) => certs::run(&command),
+            Command::Certs(command) => certs::run(command).await,
             Command::Local(LocalCommand::Up(args)) => local::up(args).await,
-            Command::Cluster(command) => query::cluster(command).await,
-            Command::Nodes(command) => query::nodes(command).await,
-            Command::Cache(command) => query::cache(command).await,
-            Command::Route(command) => query::route(command).await,
+            Command::Local(LocalCommand::Status(args)) => local::status(args),
+            Command::Local(LocalCommand::Down(args)) => local::down(args).await,
+            Command::Cluster(command) => cluster::run(command).await,
+            Command::Nodes(command) => nodes::run(command).await,
+            Command::Cache(command) => cache::run(command).await,
+            Command::Route(command) => route::run(command).await,
+            Command::Tenants(command) => tenants::run(command).await,
+            Command::Config(command) => config::run(command).await,
+            Command::Context(command) => context::run(command),
+            Command::Top(args) => top::run(args).await,
+            Command::Doctor(args) => doctor::run(args).await,
+            Command::Completion(args) => {
+                use std::io::Write;
+                std::io::stdout().write_all(&completion::script(args)).context("standard output")
+            }
             Command::Demo(args) => demo::run(args).await,
         }
     });

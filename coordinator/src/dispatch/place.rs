@@ -1,15 +1,19 @@
 //! From the applied state, the nodes' loads and what was just sent, to a ticket on its way.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use millrace_core::cluster::Cluster;
+use millrace_core::cluster::{Cluster, Config as Settings};
 use millrace_core::identity::{Chain, TenantKey, block_names};
-use millrace_core::ids::{BlockHash, NodeId, TokenId};
+use millrace_core::ids::{AttemptId, BlockHash, NodeId, TokenId};
 use millrace_core::message::{Message, Peer, Ticket};
-use millrace_core::route::{self, Ask, CostModel, Decision, NoPlace, NodeView, View};
+use millrace_core::route::correct::Correction;
+use millrace_core::route::{Ask, CostModel, Decision, NoPlace, NodeView, Slo, View, pairs, policy};
 
+use super::decisions::{DecisionNo, Question};
+use super::observe::{Plan, Watch};
 use super::registry::Placement;
 use super::request::Request;
+use super::routing::HotNow;
 use super::types::SubmitError;
 use super::{CachedAt, Explanation, Inner};
 
@@ -48,9 +52,9 @@ impl Inner {
                 tokens: prompt.tokens.len() + prompt.sampling.max_new as usize,
                 max: largest_blocks as usize * self.block_tokens(),
             },
-            NoPlace::Overloaded { retry_after_us, .. } => {
+            NoPlace::Overloaded { ttft_us, tpot_us, retry_after_us } => {
                 let seconds = u32::try_from(retry_after_us.div_ceil(1_000_000)).unwrap_or(u32::MAX);
-                SubmitError::NoCapacity { retry_after_s: seconds.max(RETRY_AFTER_S) }
+                SubmitError::TooLate { ttft_us, tpot_us, retry_after_s: seconds.max(RETRY_AFTER_S) }
             }
         }
     }
@@ -68,25 +72,34 @@ impl Inner {
         let avoid: Vec<NodeId> = request.avoid().iter().copied().collect();
         let key = self.cluster.read().tenant(&prompt.tenant).copied();
         let key = key.ok_or_else(|| NotPlaced::NoTenant(prompt.tenant.clone()))?;
-        let tokens = request.tokens();
+        let (tokens, attempt) = (request.tokens(), request.next_attempt());
         let names = self.names(&key, &prompt.cache_salt, &tokens);
+        let hot = self.routing.hot(now, &names, attempt.attempt == 0);
+        if attempt.attempt == 0 {
+            self.asked.count(now, &prompt.tenant, &names);
+        }
         let max_new = prompt.sampling.max_new.saturating_sub(request.delivered()).max(1);
-        let seed = (request.id().0 as u64).wrapping_add(u64::from(request.next_attempt().attempt));
-        let (decision, prefill, decode) = {
+        let question = Question { attempt, tokens: tokens.len() as u32, max_new, hot: hot.hot };
+        let (decision, peers) = {
             let cluster = self.cluster.read();
             let views = self.views(now, &cluster, &names);
-            let decision = self.decide(&views, tokens.len(), max_new, seed, &avoid).map_err(NotPlaced::NoPlace)?;
-            let gone = || NotPlaced::NoPlace(NoPlace::NoNodes);
-            let prefill = cluster.peer(decision.prefill).ok_or_else(gone)?;
-            let decode = decision.decode.map(|node| cluster.peer(node).ok_or_else(gone)).transpose()?;
-            (decision, prefill, decode)
+            // The first token is what the objective is about: a request that moved is not refused for it.
+            let slo = objective(cluster.config(), prompt.ttft_max).filter(|_| attempt.attempt == 0);
+            let wish = Wish { seed: seed(attempt), exclude: &avoid, slo, hot: &hot };
+            let decision = self.decide(cluster.config(), &views, &question, &wish);
+            let peers = decision.as_ref().ok().and_then(|decision| peers(&cluster, decision));
+            (decision, peers)
         };
+        let no = self.routing.decisions.add(&question, decision.clone());
+        let decision = decision.map_err(NotPlaced::NoPlace)?;
+        let (prefill, decode) = peers.ok_or(NotPlaced::NoPlace(NoPlace::NoNodes))?;
+        self.routing.placed(now, &names, hot.hot, &decision);
         let ticket = self.ticket(now, request, tokens, key, decode.clone());
-        self.registry.placed(request.id(), self.placement(now, &decision, ticket.tokens.len()));
         tracing::debug!(
             attempt = %ticket.attempt, prefill = prefill.name, decode = decode.as_ref().map(|peer| peer.name.as_str()),
             cached_blocks = decision.prefill_cached_blocks, cost_us = decision.cost.total_us(), "placed"
         );
+        self.watch(now, no, &question, decision, (&prefill, decode.as_ref().unwrap_or(&prefill)));
         let (name, epoch) = (prefill.name.clone(), prefill.epoch);
         request.placed(now, prefill, decode);
         if !self.nodes.send(&name, epoch, Message::Assign(ticket)) {
@@ -111,29 +124,52 @@ impl Inner {
         }
     }
 
-    fn placement(&self, now: Instant, decision: &Decision, tokens: usize) -> Placement {
-        let cached = decision.prefill_cached_blocks as usize * self.block_tokens();
-        let tokens = tokens.saturating_sub(cached) as u64;
-        Placement { prefill: decision.prefill, decode: decision.decode, tokens, at: now, decoding: false }
+    /// From now on what the nodes say of the attempt is compared with what was predicted.
+    fn watch(&self, now: Instant, no: DecisionNo, asked: &Question, decision: Decision, (prefill, decode): (&Peer, &Peer)) {
+        let (tokens, cached) = (u64::from(asked.tokens), decision.prefill_cached_blocks as usize * self.block_tokens());
+        let placement = Placement {
+            prefill: decision.prefill,
+            decode: decision.decode,
+            tokens: tokens.saturating_sub(cached as u64),
+            pairs: pairs(cached as u64, tokens),
+            at: now,
+            decoding: false,
+        };
+        let plan = Plan {
+            no,
+            attempt: asked.attempt,
+            decision: Box::new(decision),
+            prefill: (prefill.node, prefill.epoch),
+            decode: (decode.node, decode.epoch),
+            tokens: asked.tokens,
+            block_tokens: self.block_tokens() as u32,
+            layers: self.model.layout.layers,
+        };
+        let learned = self.registry.placed(asked.attempt.request, placement, Watch::new(now, plan));
+        self.routing.learn(now, learned);
     }
 
     fn block_tokens(&self) -> usize {
         usize::from(self.model.layout.block_tokens)
     }
 
-    fn decide(&self, nodes: &[NodeView], tokens: usize, max_new: u32, seed: u64, exclude: &[NodeId]) -> Result<Decision, NoPlace> {
+    fn decide(&self, config: &Settings, nodes: &[NodeView], asked: &Question, wish: &Wish) -> Result<Decision, NoPlace> {
         let layout = &self.model.layout;
         let ask = Ask {
-            tokens: tokens as u32,
-            max_new,
+            tokens: asked.tokens,
+            max_new: asked.max_new,
             block_tokens: u32::from(layout.block_tokens),
             block_bytes: layout.block_bytes() as u64,
             layers: layout.layers,
-            seed,
-            exclude,
-            slo: None,
+            seed: wish.seed,
+            exclude: wish.exclude,
+            slo: wish.slo,
+            hot: wish.hot.hot,
+            copying: &wish.hot.copying,
         };
-        route::place(&View { nodes, costs: CostModel::default() }, &ask)
+        let view = View { nodes, costs: config.costs(CostModel::default()) };
+        let (policy, turn) = self.routing.policy();
+        policy::place(policy, turn, &view, &ask)
     }
 
     /// The names of the full blocks of `tokens`. O(tokens): not to be done under the state's lock.
@@ -142,34 +178,41 @@ impl Inner {
         block_names(&Chain::new(*key, &self.fingerprint, salt), &tokens[..full], self.block_tokens())
     }
 
-    /// What is known of each live node, with a view to these blocks. O(blocks + nodes x requests in flight).
+    pub(super) fn names_of(&self, tenant: &str, tokens: &[TokenId]) -> Result<Vec<BlockHash>, SubmitError> {
+        let key = self.cluster.read().tenant(tenant).copied();
+        let key = key.ok_or_else(|| SubmitError::NotReady(format!("tenant {tenant:?} is not known here")))?;
+        Ok(self.names(&key, &[], tokens))
+    }
+
+    /// What is known of each live node, with a view to these blocks; sorted by node. O(blocks + nodes + tickets of the last moments).
     fn views(&self, now: Instant, cluster: &Cluster, names: &[BlockHash]) -> Vec<NodeView> {
         let prefixes = cluster.holders().prefix_lengths(names);
-        let placements = self.registry.placements();
-        let live = cluster.nodes().filter(|n| n.state.alive());
-        live.map(|n| {
+        let live = || cluster.nodes().filter(|n| n.state.alive());
+        let (mut views, mut loaded) = (Vec::new(), Vec::new());
+        for n in live() {
             let seen = self.nodes.seen(now, &n.name, n.epoch);
-            let (load, since) = seen.map_or((Default::default(), now), |seen| (seen.load, now - seen.load_age));
-            let prefix = prefixes.binary_search_by_key(&n.node, |(node, _)| *node).map_or(0, |i| prefixes[i].1);
-            let (inflight_tokens, inflight_sequences) = in_flight(&placements, n.node, since);
-            NodeView {
+            loaded.push(seen.map_or(now, |seen| now - seen.load_age));
+            views.push(NodeView {
                 node: n.node,
                 role: n.role,
                 usable: n.state.usable() && seen.is_some_and(|seen| seen.usable()),
                 epoch: n.epoch,
-                load,
-                prefix_blocks: prefix,
-                inflight_tokens,
-                inflight_sequences,
-            }
-        })
-        .collect()
+                load: seen.map(|seen| seen.load).unwrap_or_default(),
+                prefix_blocks: prefixes.binary_search_by_key(&n.node, |(node, _)| *node).map_or(0, |i| prefixes[i].1),
+                inflight_tokens: 0,
+                inflight_pairs: 0,
+                inflight_sequences: 0,
+                correction: Correction::default(),
+            });
+        }
+        self.registry.add_in_flight(&mut views, &loaded);
+        self.routing.correct(now, &mut views);
+        views
     }
 
     pub(super) fn explain(&self, now: Instant, tenant: &str, tokens: &[TokenId], max_new: u32) -> Result<Explanation, SubmitError> {
-        let key = self.cluster.read().tenant(tenant).copied();
-        let key = key.ok_or_else(|| SubmitError::NotReady(format!("tenant {tenant:?} is not known here")))?;
-        let names = self.names(&key, &[], tokens);
+        let names = self.names_of(tenant, tokens)?;
+        let hot = self.routing.hot(now, &names, false);
         let cluster = self.cluster.read();
         let views = self.views(now, &cluster, &names);
         let cached = |view: &NodeView| CachedAt {
@@ -178,28 +221,46 @@ impl Inner {
             cached_blocks: view.prefix_blocks,
             usable: view.usable,
         };
+        let asked = Question { attempt: AttemptId::default(), tokens: tokens.len() as u32, max_new, hot: hot.hot };
+        let wish = Wish { seed: 0, exclude: &[], slo: objective(cluster.config(), None), hot: &hot };
         Ok(Explanation {
             prompt_tokens: tokens.len(),
             block_tokens: self.block_tokens(),
             blocks: tokens.len() / self.block_tokens(),
             nodes: views.iter().map(cached).collect(),
-            decision: self.decide(&views, tokens.len(), max_new, 0, &[]),
+            hot: hot.hot,
+            decision: self.decide(cluster.config(), &views, &asked, &wish),
         })
     }
 }
 
-/// What the node's load, which is from `since`, cannot show: prompt tokens sent after it, and sequences that will decode there.
-fn in_flight(placements: &[Placement], node: NodeId, since: Instant) -> (u64, u32) {
-    let (mut tokens, mut sequences) = (0, 0);
-    for placement in placements {
-        let unseen = placement.at >= since;
-        if placement.prefill == node && unseen {
-            tokens += placement.tokens;
-        }
-        sequences += match placement.decode {
-            Some(decode) => u32::from(decode == node && !placement.decoding),
-            None => u32::from(placement.prefill == node && unseen),
-        };
-    }
-    (tokens, sequences)
+/// What a decision depends on beside the nodes and the prompt.
+struct Wish<'a> {
+    seed: u64,
+    exclude: &'a [NodeId],
+    slo: Option<Slo>,
+    hot: &'a HotNow,
+}
+
+/// What the time to the first token and between tokens is to be: the client's own word on the first counts before the cluster's.
+fn objective(config: &Settings, ttft_max: Option<Duration>) -> Option<Slo> {
+    let cluster = config.slo();
+    let own = ttft_max.map(|ttft| Slo {
+        ttft_us: u64::try_from(ttft.as_micros()).unwrap_or(u64::MAX),
+        tpot_us: cluster.map_or(u64::MAX, |slo| slo.tpot_us),
+    });
+    own.or(cluster)
+}
+
+const fn seed(attempt: AttemptId) -> u64 {
+    (attempt.request.0 as u64).wrapping_add(attempt.attempt as u64)
+}
+
+/// Who was chosen, as the ticket names them; `None` when one has just left.
+fn peers(cluster: &Cluster, decision: &Decision) -> Option<(Peer, Option<Peer>)> {
+    let decode = match decision.decode {
+        None => None,
+        Some(node) => Some(cluster.peer(node)?),
+    };
+    Some((cluster.peer(decision.prefill)?, decode))
 }

@@ -20,6 +20,7 @@ fn prompt() -> Prompt {
         tenant: "default".into(),
         cache_salt: vec![],
         budget: Duration::from_secs(300),
+        ttft_max: None,
         trace: [0; 25],
     }
 }

@@ -22,7 +22,8 @@ struct Closing(Arc<Inner>, millrace_core::ids::RequestId);
 
 impl Drop for Closing {
     fn drop(&mut self) {
-        self.0.registry.close(self.1);
+        let learned = self.0.registry.close(self.1);
+        self.0.routing.learn(Instant::now(), learned);
     }
 }
 
@@ -56,6 +57,10 @@ pub(super) async fn run(inner: Arc<Inner>, mut request: Request, mut inputs: mps
         }
         decoding = decodes;
     }
+}
+
+fn tenant_gone(name: &str) -> String {
+    format!("the tenant {name:?} was deleted")
 }
 
 fn take(request: &mut Request, input: Input) {
@@ -103,14 +108,19 @@ impl Inner {
                     info!(attempt = %running.id, prefill = running.prefill.name, decode, delivered = request.delivered(), "moved");
                 }
             }
-            Err(NotPlaced::NoTenant(name)) => request.cancel(FailureKind::NoNodes, &format!("tenant {name:?} is gone")),
+            Err(NotPlaced::NoTenant(name)) => request.cancel(FailureKind::TenantGone, &tenant_gone(&name)),
             Err(NotPlaced::NoPlace(NoPlace::Overloaded { .. })) => request.unplaced(now, true, "the cluster is full".into()),
             Err(NotPlaced::NoPlace(error)) => request.unplaced(now, false, error.to_string()),
         }
     }
 
-    /// Tells the request which of its nodes is lost.
+    /// Tells the request which of its nodes is lost, or that its tenant is.
     fn look_after(&self, now: Instant, request: &mut Request) {
+        let tenant = &request.prompt().tenant;
+        if self.cluster.read().tenant(tenant).is_none() {
+            let detail = tenant_gone(tenant);
+            return request.cancel(FailureKind::TenantGone, &detail);
+        }
         let Some(running) = request.running() else { return };
         let lost = {
             let cluster = self.cluster.read();

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use millrace_core::cluster::{Answer, Command};
+use millrace_core::cluster::{Answer, Command, Limits, PolicyCommand};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{AttemptId, Epoch};
 use millrace_core::layout::{KvDtype, KvLayout};
-use millrace_core::message::{Finish, Join, Load, Message, Role, Ticket};
+use millrace_core::message::{Finish, Join, Load, Message, PrefillStats, Role, Ticket};
 use millrace_core::sampling::Sampling;
 
+use super::decisions::Outcome;
 use super::*;
 use crate::nodes::LinkId;
 
@@ -47,6 +48,7 @@ fn status() -> RaftStatus {
         voters: Arc::from([1]),
         frames_refused: 0,
         sends_dropped: 0,
+        disk_full: false,
         failure: None,
     }
 }
@@ -96,6 +98,7 @@ fn prompt(tokens: u32) -> Prompt {
         tenant: DEFAULT_TENANT.into(),
         cache_salt: vec![],
         budget: Duration::from_secs(60),
+        ttft_max: None,
         trace: [0; 25],
     }
 }
@@ -221,6 +224,108 @@ async fn what_is_in_flight_counts_before_a_heartbeat_shows_it() {
     assert_eq!(counts, [4, 4], "{} requests spread evenly", running.len());
 }
 
+/// A node that has measured a millisecond a token, with so many tokens queued.
+fn loaded(world: &World, fake: &Fake, queued_tokens: u64) {
+    let load = Load { free_blocks: 100, total_blocks: 100, queued_tokens, prefill_ns_per_token: 1_000_000, ..Load::default() };
+    world.nodes.heartbeat(Instant::now() + Duration::from_secs(3600), &fake.name, fake.link, fake.who, load);
+}
+
+#[tokio::test]
+async fn a_decision_is_kept_with_what_came_of_it_and_corrects_the_next() {
+    let mut world = World::new();
+    let mut node = world.join("decode-0", Role::Decode, 1);
+    loaded(&world, &node, 0);
+    let mut running = world.dispatcher.submit(prompt(64)).unwrap();
+    let attempt = node.ticket().await.attempt;
+    let made = world.dispatcher.decisions().list(0, 9, None);
+    let decision = made[0].placed.as_ref().unwrap();
+    assert_eq!((made.len(), made[0].attempt, made[0].tokens, made[0].observed.outcome), (1, attempt, 64, None));
+    assert_eq!((decision.prefill, decision.cost.prefill_us), (node.who.0, 64_000));
+    let stats = PrefillStats { node: "decode-0".into(), cached_tokens: 16, queue_us: 5, compute_us: 144_000 };
+    world.dispatcher.token(NodeId(77), TokenOut { prefill: Some(stats.clone()), ..out(attempt, 0, false) }); // a stranger's word
+    world.dispatcher.token(node.who.0, TokenOut { prefill: Some(stats), ..out(attempt, 0, false) });
+    (1..4).for_each(|index| world.dispatcher.token(node.who.0, out(attempt, index, index == 3)));
+    assert_eq!(tokens(&mut running).await, [0, 1, 2, 3]);
+    let seen = world.dispatcher.decisions().list(0, 9, Some(running.id()))[0].observed;
+    assert_eq!((seen.outcome, seen.cached_tokens, seen.compute_us, seen.tokens), (Some(Outcome::Done), Some(16), Some(144_000), 4));
+    let counts = world.dispatcher.beliefs();
+    assert_eq!((counts.prefill_belief, counts.prefill_found, counts.decode_belief), (0, 1, 0));
+    // 48 tokens were to take 48 ms and took three times as long: the next prediction is higher by an eighth of that.
+    let correction = world.dispatcher.correction(node.who.0, node.who.1).prefill.in_1024ths();
+    assert!((1200..1350).contains(&correction), "{correction}");
+    let explained = world.dispatcher.explain(DEFAULT_TENANT, &[1; 64], 4).unwrap();
+    assert!(explained.decision.unwrap().cost.prefill_us > 75_000);
+}
+
+#[tokio::test]
+async fn an_attempt_that_moves_or_is_dropped_says_so() {
+    let mut world = World::new();
+    let mut old = world.join("decode-0", Role::Decode, 1);
+    let running = world.dispatcher.submit(prompt(20)).unwrap();
+    old.ticket().await;
+    let mut new = world.join("decode-0", Role::Decode, 2);
+    new.ticket().await;
+    let id = running.id();
+    let outcomes = || -> Vec<_> { world.dispatcher.decisions().list(0, 9, Some(id)).iter().map(|r| r.observed.outcome).collect() };
+    assert_eq!(outcomes(), [Some(Outcome::Moved), None]);
+    drop(running);
+    assert!(matches!(new.sent.recv().await, Some(Message::Cancel(_))));
+    while world.dispatcher.running() > 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(outcomes(), [Some(Outcome::Moved), Some(Outcome::Dropped)]);
+}
+
+#[tokio::test]
+async fn a_miss_of_the_objective_is_refused_in_time_and_with_the_time_to_wait() {
+    let mut world = World::new();
+    let node = world.join("decode-0", Role::Decode, 1);
+    loaded(&world, &node, 3_400);
+    let wish = |ms| Prompt { ttft_max: Some(Duration::from_millis(ms)), ..prompt(100) };
+    let refused = world.dispatcher.submit(wish(500)).unwrap_err();
+    assert_eq!(refused, SubmitError::TooLate { ttft_us: 3_500_000, tpot_us: 21_000, retry_after_s: 3 });
+    assert!(world.dispatcher.submit(wish(3_500)).is_ok());
+    assert!(world.dispatcher.submit(wish(50)).is_ok(), "no idle node could do it: to wait would not help");
+    let record = &world.dispatcher.decisions().list(0, 9, None)[0];
+    assert!(matches!(record.placed, Err(NoPlace::Overloaded { .. })), "a refusal is a decision too");
+    let set = vec![("slo.ttft_ms".to_owned(), Some(1_000))];
+    world.apply(&Command::Policy(PolicyCommand::SetConfig { if_version: None, set }));
+    assert!(matches!(world.dispatcher.submit(prompt(100)), Err(SubmitError::TooLate { .. })), "the cluster's objective");
+    assert!(world.dispatcher.submit(wish(5_000)).is_ok(), "the client's own counts before it");
+}
+
+#[tokio::test]
+async fn a_moved_request_is_not_refused_for_the_objective() {
+    let mut world = World::new();
+    let mut fakes = [world.join("decode-0", Role::Decode, 1), world.join("decode-1", Role::Decode, 2)];
+    fakes.iter().for_each(|fake| loaded(&world, fake, 0));
+    let _running = world.dispatcher.submit(Prompt { ttft_max: Some(Duration::from_millis(500)), ..prompt(100) }).unwrap();
+    let first = fakes.iter_mut().position(|f| matches!(f.sent.try_recv(), Ok(Message::Assign(_)))).unwrap();
+    fakes.iter().for_each(|fake| loaded(&world, fake, 50_000));
+    world.nodes.detach(&fakes[first].name, fakes[first].link);
+    assert_eq!(fakes[1 - first].ticket().await.attempt.attempt, 1);
+}
+
+#[test]
+fn a_mostly_cached_prompt_is_explained_as_computed_where_it_is_decoded() {
+    use millrace_core::identity::{Chain, block_names};
+    use millrace_core::message::{BlockOp, Delta};
+    let mut world = World::new();
+    let [prefill, decode] = [world.join("prefill-0", Role::Prefill, 1), world.join("decode-0", Role::Decode, 2)];
+    loaded(&world, &prefill, 0);
+    loaded(&world, &decode, 0);
+    let tokens: Vec<u32> = (0..400).collect();
+    let place = |world: &World| {
+        let decision = world.dispatcher.explain(DEFAULT_TENANT, &tokens, 64).unwrap().decision.unwrap();
+        (decision.prefill, decision.decode)
+    };
+    assert_eq!(place(&world), (prefill.who.0, Some(decode.who.0)));
+    let chain = Chain::new(TenantKey([5; 32]), &model().fingerprint(), b"");
+    let ops = block_names(&chain, &tokens[..384], 16).into_iter().map(BlockOp::Stored).collect();
+    world.apply(&Command::Deltas(vec![Delta { node: decode.who.0, epoch: decode.who.1, base_seq: 0, seq: 1, ops }]));
+    assert_eq!(place(&world), (decode.who.0, None));
+}
+
 #[test]
 fn a_prefix_shows_in_the_explanation() {
     use millrace_core::identity::{Chain, block_names};
@@ -234,4 +339,51 @@ fn a_prefix_shows_in_the_explanation() {
     let explained = world.dispatcher.explain(DEFAULT_TENANT, &tokens, 4).unwrap();
     assert_eq!((explained.blocks, explained.nodes[0].cached_blocks), (2, 2));
     assert_eq!(explained.decision.unwrap().prefill, node.who.0);
+}
+
+fn set(key: &str, value: u64) -> Command {
+    Command::Policy(PolicyCommand::SetConfig { if_version: None, set: vec![(key.into(), Some(value))] })
+}
+
+#[tokio::test]
+async fn settings_count_from_the_moment_that_they_are_applied() {
+    let mut world = World::new();
+    let _node = world.join("decode-0", Role::Decode, 1);
+    let _running = world.dispatcher.submit(prompt(20)).unwrap();
+    world.apply(&set("request.running_max", 1));
+    assert_eq!(world.dispatcher.submit(prompt(20)).unwrap_err(), SubmitError::NoCapacity { retry_after_s: 1 });
+    world.apply(&set("request.running_max", 2));
+    world.apply(&set("request.tokens_max", 23));
+    assert_eq!(world.dispatcher.submit(prompt(20)).unwrap_err(), SubmitError::TooLong { tokens: 24, max: 23 });
+    world.apply(&set("request.tokens_max", 24));
+    world.dispatcher.submit(prompt(20)).unwrap();
+    world.apply(&set("request.running_max", 4));
+    // A thousand tokens take a second by the router's own figures: no node can hold this objective.
+    world.apply(&set("slo.ttft_ms", 1));
+    assert!(matches!(world.dispatcher.submit(prompt(1000)), Err(SubmitError::NoCapacity { .. })));
+    world.apply(&set("slo.ttft_ms", 0));
+    world.dispatcher.submit(prompt(1000)).unwrap();
+}
+
+#[tokio::test]
+async fn a_deleted_tenants_requests_end() {
+    let mut world = World::new();
+    let mut node = world.join("decode-0", Role::Decode, 1);
+    let (name, key) = ("acme".to_owned(), TenantKey([9; 32]));
+    let create = PolicyCommand::CreateTenant { name: name.clone(), key, api_key: None, limits: Limits::default() };
+    world.apply(&Command::Policy(create));
+    let mut running = world.dispatcher.submit(Prompt { tenant: name.clone(), ..prompt(20) }).unwrap();
+    let ticket = node.ticket().await;
+    assert!(ticket.tenant_key == key);
+    let mut other = world.dispatcher.submit(prompt(20)).unwrap();
+    let others = node.ticket().await;
+    world.apply(&Command::Policy(PolicyCommand::DeleteTenant { name }));
+    assert!(matches!(running.next().await, Some(Event::Failed { kind: FailureKind::TenantGone, .. })));
+    assert_eq!(node.sent.recv().await, Some(Message::Cancel(ticket.attempt)));
+    for index in 0..4 {
+        world.dispatcher.token(node.who.0, out(others.attempt, index, index == 3));
+    }
+    assert_eq!(tokens(&mut other).await, [0, 1, 2, 3], "others go on");
+    let asked = world.dispatcher.asked(9);
+    assert_eq!(asked.iter().map(|a| (a.tenant.as_str(), a.blocks)).collect::<Vec<_>>().len(), 2);
 }

@@ -28,6 +28,8 @@ pub struct Prompt {
     pub cache_salt: Vec<u8>,
     /// Time for the whole request.
     pub budget: Duration,
+    /// The client's own objective for the time to the first token: refused when it is predicted to be missed.
+    pub ttft_max: Option<Duration>,
     /// W3C trace context: 16 bytes trace id, 8 bytes span id, flags; zeros for none.
     pub trace: [u8; 25],
 }
@@ -79,6 +81,8 @@ pub enum FailureKind {
     SlowClient,
     /// This replica is stopping (503).
     Stopping,
+    /// The tenant was deleted (401).
+    TenantGone,
 }
 
 /// What a request took.
@@ -117,6 +121,19 @@ pub enum SubmitError {
     /// The cluster is full (429).
     #[error("the cluster is at capacity; try again in {retry_after_s} s")]
     NoCapacity {
+        /// For `Retry-After`, seconds.
+        retry_after_s: u32,
+    },
+    /// The objective would be missed, by what is predicted (429).
+    #[error(
+        "the first token would take {} ms and each further one {} ms, over the objective; try again in {retry_after_s} s",
+        ttft_us.div_ceil(1000), tpot_us.div_ceil(1000)
+    )]
+    TooLate {
+        /// Predicted time to the first token, microseconds.
+        ttft_us: u64,
+        /// Predicted time between tokens, microseconds.
+        tpot_us: u64,
         /// For `Retry-After`, seconds.
         retry_after_s: u32,
     },

@@ -56,6 +56,7 @@ impl ApiError {
             FailureKind::Rejected => (StatusCode::BAD_REQUEST, "rejected"),
             FailureKind::SlowClient => (StatusCode::REQUEST_TIMEOUT, "slow_client"),
             FailureKind::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+            FailureKind::TenantGone => (StatusCode::UNAUTHORIZED, "tenant_deleted"),
         };
         let retry_after_s = matches!(kind, FailureKind::NoCapacity | FailureKind::NoNodes | FailureKind::Stopping).then_some(1);
         Self { retry_after_s, ..Self::new(status, code, detail) }
@@ -79,6 +80,10 @@ impl From<SubmitError> for ApiError {
         match error {
             SubmitError::NoCapacity { retry_after_s } => {
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "capacity", message);
+                Self { retry_after_s: Some(retry_after_s), ..error }
+            }
+            SubmitError::TooLate { retry_after_s, .. } => {
+                let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "objective", message);
                 Self { retry_after_s: Some(retry_after_s), ..error }
             }
             SubmitError::NoNodes { .. } => Self::failed(FailureKind::NoNodes, &message),

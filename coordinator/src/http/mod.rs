@@ -1,10 +1,12 @@
 //! The OpenAI gateway: HTTP in, checked requests to the dispatcher, answers out.
 //!
-//! `request` says what may be asked, `answer` turns tokens to text, `stop` finds stop strings, `respond` writes JSON and events,
+//! `auth` says who asks, `limits` how much they may have at a time, `request` what may be asked, `answer` turns tokens to text, `stop` finds stop strings, `respond` writes JSON and events,
 //! `error` shapes errors, `metrics` counts. Where a request goes is the dispatcher's business.
 
 pub mod answer;
+pub mod auth;
 pub mod error;
+pub mod limits;
 pub mod metrics;
 pub mod request;
 pub mod respond;
@@ -24,15 +26,19 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use self::answer::Choice;
+use self::auth::{Caller, authenticate};
 use self::error::ApiError;
+use self::limits::Limiter;
 use self::metrics::Metrics;
-use self::request::{ChatBody, CompletionBody, REQUEST_BUDGET, Wanted};
+use self::request::{ChatBody, CompletionBody, REQUEST_BUDGET, Rules, Wanted};
 use self::respond::Envelope;
 use crate::App;
-use crate::dispatch::{DEFAULT_TENANT, Prompt};
+use crate::dispatch::Prompt;
 
 /// Bytes of a request body.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
+/// A client's own objective for the time to the first token, milliseconds: 429 when it is predicted to be missed.
+pub const TTFT_HEADER: &str = "x-millrace-ttft-ms";
 /// Time in which a body must have come.
 pub const BODY_WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -41,6 +47,7 @@ pub const BODY_WAIT_MAX: Duration = Duration::from_secs(30);
 struct Gateway {
     app: Arc<App>,
     metrics: Arc<Metrics>,
+    limiter: Arc<Limiter>,
 }
 
 /// Serves until `app.shutdown` begins, then ends the open connections.
@@ -50,7 +57,7 @@ struct Gateway {
 pub async fn serve(app: Arc<App>, listener: TcpListener) -> std::io::Result<()> {
     let shutdown = app.shutdown.clone();
     let metrics = Metrics::new(&app).map_err(std::io::Error::other)?;
-    let router = router(Gateway { app, metrics });
+    let router = router(Gateway { app, metrics, limiter: Arc::default() });
     axum::serve(listener, router).with_graceful_shutdown(async move { drop(shutdown.wait().await) }).await
 }
 
@@ -75,21 +82,25 @@ fn router(gateway: Gateway) -> Router {
 }
 
 async fn completions(State(gateway): State<Gateway>, headers: HeaderMap, body: Body) -> Response {
-    let check = |app: &App, body: CompletionBody| body.check(&app.checkpoint, &app.model.name);
+    let check = |rules: &Rules, body: CompletionBody| body.check(rules);
     gateway.answer(headers, body, check).await
 }
 
 async fn chat(State(gateway): State<Gateway>, headers: HeaderMap, body: Body) -> Response {
-    let check = |app: &App, body: ChatBody| body.check(&app.checkpoint, &app.model.name);
+    let check = |rules: &Rules, body: ChatBody| body.check(rules);
     gateway.answer(headers, body, check).await
 }
 
 impl Gateway {
+    fn caller(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
+        authenticate(self.app.cluster.read().policy(), headers)
+    }
+
     async fn answer<T: DeserializeOwned + Send + 'static>(
         &self,
         headers: HeaderMap,
         body: Body,
-        check: impl FnOnce(&App, T) -> Result<Wanted, ApiError> + Send + 'static,
+        check: impl FnOnce(&Rules, T) -> Result<Wanted, ApiError> + Send + 'static,
     ) -> Response {
         match self.run(&headers, body, check).await {
             Ok(response) => response,
@@ -104,31 +115,51 @@ impl Gateway {
         &self,
         headers: &HeaderMap,
         body: Body,
-        check: impl FnOnce(&App, T) -> Result<Wanted, ApiError> + Send + 'static,
+        check: impl FnOnce(&Rules, T) -> Result<Wanted, ApiError> + Send + 'static,
     ) -> Result<Response, ApiError> {
+        let caller = self.caller(headers)?;
         let bytes = read(headers, body).await?;
         let app = self.app.clone();
         // Parsing and tokenizing megabytes takes tens of milliseconds: not on a thread that carries everybody's tokens.
-        let parse = move || check(&app, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?);
+        let answer_max = caller.limits.answer_tokens_max;
+        let parse = move || {
+            let rules = Rules { checkpoint: &app.checkpoint, model: &app.model.name, answer_max };
+            check(&rules, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?)
+        };
         let wanted = tokio::task::spawn_blocking(parse).await.map_err(|_| crashed())??;
-        self.submit(wanted, trace(headers)).await
+        self.submit(caller, wanted, ttft_max(headers)?, trace(headers)).await
     }
 
-    async fn submit(&self, wanted: Wanted, trace: [u8; 25]) -> Result<Response, ApiError> {
+    async fn submit(
+        &self,
+        caller: Caller,
+        wanted: Wanted,
+        ttft_max: Option<Duration>,
+        trace: [u8; 25],
+    ) -> Result<Response, ApiError> {
         let Wanted { prompts, sampling, cache_salt, shape } = wanted;
+        let prompt_tokens = prompts.iter().map(Vec::len).sum::<usize>() as u64;
+        let permit = self.limiter.admit(&caller, prompts.len() as u32, prompt_tokens)?;
+        let tokens_left = permit.tokens;
         let mut choices = Vec::with_capacity(prompts.len());
         let mut first = None;
         for tokens in prompts {
             let (count, ignore_eos) = (tokens.len(), sampling.ignore_eos);
-            let (sampling, tenant, cache_salt) = (sampling.clone(), DEFAULT_TENANT.to_owned(), cache_salt.clone());
-            let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, trace };
+            let (sampling, tenant, cache_salt) = (sampling.clone(), caller.tenant.clone(), cache_salt.clone());
+            let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, ttft_max, trace };
             let running = self.app.dispatcher.submit(prompt)?;
             first.get_or_insert(running.id().0);
             choices.push(Choice::new(running, &self.app.checkpoint, &shape, count, ignore_eos));
         }
         let id = first.unwrap_or_default();
-        let envelope = Envelope::new(id, &self.app.model.name, shape, self.metrics.clone());
-        if envelope.shape.stream { Ok(respond::streamed(envelope, choices)) } else { respond::whole(envelope, choices).await }
+        let meter = self.metrics.of_tenant(&caller.tenant);
+        let envelope = Envelope::new(id, &self.app.model.name, shape, meter, permit);
+        let mut response =
+            if envelope.shape.stream { respond::streamed(envelope, choices) } else { respond::whole(envelope, choices).await? };
+        if let Some(left) = tokens_left {
+            left.write(response.headers_mut());
+        }
+        Ok(response)
     }
 }
 
@@ -158,6 +189,15 @@ fn crashed() -> ApiError {
     ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "the request could not be read")
 }
 
+/// What [`TTFT_HEADER`] says.
+fn ttft_max(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = headers.get(TTFT_HEADER) else { return Ok(None) };
+    let ms = value.to_str().ok().and_then(|text| text.trim().parse().ok()).map(Duration::from_millis);
+    let wrong =
+        || ApiError::invalid(TTFT_HEADER, format!("{TTFT_HEADER} must be milliseconds, from 1 to {}", REQUEST_BUDGET.as_millis()));
+    ms.filter(|ms| (Duration::from_millis(1)..=REQUEST_BUDGET).contains(ms)).map(Some).ok_or_else(wrong)
+}
+
 /// W3C `traceparent`: version, trace id, span id, flags; zeros when there is none or it is malformed.
 fn trace(headers: &HeaderMap) -> [u8; 25] {
     let parse = || {
@@ -177,13 +217,15 @@ fn trace(headers: &HeaderMap) -> [u8; 25] {
     parse().unwrap_or_default()
 }
 
-async fn models(State(gateway): State<Gateway>) -> Json<Value> {
-    Json(json!({"object": "list", "data": [gateway.model_json()]}))
+async fn models(State(gateway): State<Gateway>, headers: HeaderMap) -> Result<Json<Value>, ApiError> {
+    gateway.caller(&headers)?;
+    Ok(Json(json!({"object": "list", "data": [gateway.model_json()]})))
 }
 
-async fn model(State(gateway): State<Gateway>, Path(id): Path<String>) -> Response {
+async fn model(State(gateway): State<Gateway>, headers: HeaderMap, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    gateway.caller(&headers)?;
     let served = &gateway.app.model.name;
-    if id == *served { Json(gateway.model_json()).into_response() } else { ApiError::no_model(&id, served).into_response() }
+    if id == *served { Ok(Json(gateway.model_json())) } else { Err(ApiError::no_model(&id, served)) }
 }
 
 impl Gateway {

@@ -98,6 +98,17 @@ pub struct Shape {
     pub stops: Vec<String>,
 }
 
+/// What requests are checked against.
+#[derive(Clone, Copy)]
+pub struct Rules<'a> {
+    /// Tokenizer, context, end tokens.
+    pub checkpoint: &'a Checkpoint,
+    /// The public name of what is served.
+    pub model: &'a str,
+    /// Tokens of an answer that the caller may ask for; 0 for no limit.
+    pub answer_max: u32,
+}
+
 /// A request that can be run.
 #[derive(Debug)]
 pub struct Wanted {
@@ -116,15 +127,15 @@ impl CompletionBody {
     ///
     /// # Errors
     /// Names the field.
-    pub fn check(self, checkpoint: &Checkpoint, model: &str) -> Result<Wanted, ApiError> {
+    pub fn check(self, rules: &Rules) -> Result<Wanted, ApiError> {
         refuse_if("echo", self.echo.unwrap_or(false))?;
         refuse_if("suffix", self.suffix.is_some_and(|suffix| !suffix.is_empty()))?;
         refuse_if("best_of", self.best_of.is_some_and(|n| n != 1))?;
         let prompt = self.prompt.ok_or_else(|| ApiError::invalid("prompt", "prompt is required"))?;
-        self.common.check_model(model)?;
-        let prompts = prompts(checkpoint, prompt)?;
+        self.common.check_model(rules.model)?;
+        let prompts = prompts(rules.checkpoint, prompt)?;
         let max = self.common.max_tokens.map(|n| (n, "max_tokens"));
-        self.common.finish(checkpoint, prompts, max, Some(COMPLETION_TOKENS_DEFAULT), false)
+        self.common.finish(rules, prompts, max, Some(COMPLETION_TOKENS_DEFAULT), false)
     }
 }
 
@@ -133,18 +144,18 @@ impl ChatBody {
     ///
     /// # Errors
     /// Names the field.
-    pub fn check(self, checkpoint: &Checkpoint, model: &str) -> Result<Wanted, ApiError> {
+    pub fn check(self, rules: &Rules) -> Result<Wanted, ApiError> {
         refuse_if("tools", self.tools.as_ref().is_some_and(|t| t.as_array().is_none_or(|tools| !tools.is_empty())))?;
         let text_only = |f: &Value| f.is_null() || f["type"] == "text";
         refuse_if("response_format", self.response_format.as_ref().is_some_and(|f| !text_only(f)))?;
         refuse_if("top_logprobs", self.top_logprobs.is_some_and(|n| n != 0))?;
         let messages = self.messages.ok_or_else(|| ApiError::invalid("messages", "messages is required"))?;
-        self.common.check_model(model)?;
-        let text = checkpoint.text.as_ref().ok_or_else(|| no_tokenizer(checkpoint, "messages"))?;
+        self.common.check_model(rules.model)?;
+        let text = rules.checkpoint.text.as_ref().ok_or_else(|| no_tokenizer(rules.checkpoint, "messages"))?;
         let (_, tokens) = text.encode_chat(&messages)?;
         let newer = self.max_completion_tokens.map(|n| (n, "max_completion_tokens"));
         let max = newer.or(self.common.max_tokens.map(|n| (n, "max_tokens")));
-        self.common.finish(checkpoint, vec![tokens], max, None, true)
+        self.common.finish(rules, vec![tokens], max, None, true)
     }
 }
 
@@ -156,7 +167,7 @@ impl Common {
 
     fn finish(
         self,
-        checkpoint: &Checkpoint,
+        rules: &Rules,
         prompts: Vec<Vec<TokenId>>,
         max: Option<(i64, &'static str)>,
         default_max: Option<u32>,
@@ -168,8 +179,8 @@ impl Common {
         refuse_if("logit_bias", self.logit_bias.as_ref().is_some_and(|b| b.as_object().is_none_or(|b| !b.is_empty())))?;
         refuse_if("logprobs", self.logprobs.as_ref().is_some_and(|l| !l.is_null() && *l != Value::Bool(false)))?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let max_new = max_new(checkpoint, longest, max, default_max)?;
-        let sampling = self.sampling(checkpoint, max_new)?;
+        let max_new = max_new(rules, longest, max, default_max)?;
+        let sampling = self.sampling(rules.checkpoint, max_new)?;
         let shape = self.shape(chat)?;
         let cache_salt = self.cache_salt.unwrap_or_default().into_bytes();
         if cache_salt.len() > CACHE_SALT_BYTES_MAX {
@@ -224,22 +235,21 @@ fn within(param: &'static str, value: Option<f64>, default: f64, range: std::ops
     Err(ApiError::invalid(param, format!("{param} must be between {} and {}, got {value}", range.start(), range.end())))
 }
 
-/// Tokens to generate: what was asked, never past the context.
-fn max_new(
-    checkpoint: &Checkpoint,
-    prompt: usize,
-    asked: Option<(i64, &'static str)>,
-    default: Option<u32>,
-) -> Result<u32, ApiError> {
-    let context = checkpoint.config.max_positions;
+/// Tokens to generate: what was asked, never past the context or the caller's limit.
+fn max_new(rules: &Rules, prompt: usize, asked: Option<(i64, &'static str)>, default: Option<u32>) -> Result<u32, ApiError> {
+    let context = rules.checkpoint.config.max_positions;
+    let own_max = if rules.answer_max == 0 { u32::MAX } else { rules.answer_max };
     if prompt >= context {
         let message = format!("This model's maximum context length is {context} tokens; the prompt has {prompt} tokens");
         return Err(ApiError { code: "context_length_exceeded", ..ApiError::invalid("prompt", message) });
     }
     let room = context - prompt;
     match asked {
-        None => Ok(default.map_or(room, |n| room.min(n as usize)) as u32),
+        None => Ok(default.map_or(room, |n| room.min(n as usize)).min(own_max as usize) as u32),
         Some((n, param)) if n < 1 => Err(ApiError::invalid(param, format!("{param} must be at least 1, got {n}"))),
+        Some((n, param)) if n as u64 > u64::from(own_max) => {
+            Err(ApiError::invalid(param, format!("{n} tokens were asked for, the limit of this API key's tenant is {own_max}")))
+        }
         Some((n, _)) if n as u64 <= room as u64 => Ok(n as u32),
         Some((n, param)) => {
             let message = format!(

@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 
 use super::answer::{Choice, Piece};
 use super::error::ApiError;
-use super::metrics::{Metrics, Watch};
+use super::limits::Permit;
+use super::metrics::{TenantMeter, Watch};
 use super::request::Shape;
 use crate::dispatch::Usage;
 
@@ -30,16 +31,18 @@ pub struct Envelope {
     /// How to write.
     pub shape: Shape,
     /// Where to count.
-    pub metrics: Arc<Metrics>,
+    pub meter: TenantMeter,
+    /// The place among the tenant's requests, for as long as the response lasts.
+    _permit: Permit,
 }
 
 impl Envelope {
     /// For a request that was just accepted.
     #[must_use]
-    pub fn new(request: u128, model: &str, shape: Shape, metrics: Arc<Metrics>) -> Self {
+    pub fn new(request: u128, model: &str, shape: Shape, meter: TenantMeter, permit: Permit) -> Self {
         let prefix = if shape.chat { "chatcmpl" } else { "cmpl" };
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self { id: format!("{prefix}-{request:032x}"), model: model.to_owned(), created, shape, metrics }
+        Self { id: format!("{prefix}-{request:032x}"), model: model.to_owned(), created, shape, meter, _permit: permit }
     }
 
     fn object(&self) -> &'static str {
@@ -78,7 +81,7 @@ pub async fn whole(envelope: Envelope, choices: Vec<Choice>) -> Result<Response,
 
 async fn collect(envelope: &Envelope, index: usize, mut choice: Choice) -> Result<(Value, Usage), ApiError> {
     let (mut content, mut ids): (String, Vec<TokenId>) = Default::default();
-    let mut watch = Watch::start(&envelope.metrics);
+    let mut watch = Watch::start(&envelope.meter);
     while let Some(piece) = choice.next().await {
         match piece {
             Piece::Token { token, text } => {
@@ -143,7 +146,7 @@ enum Chunk {
 }
 
 fn chunks(envelope: Arc<Envelope>, index: usize, choice: Choice) -> impl Stream<Item = Chunk> + Send {
-    let watch = Watch::start(&envelope.metrics);
+    let watch = Watch::start(&envelope.meter);
     stream::unfold((choice, watch, envelope), move |(mut choice, mut watch, envelope)| async move {
         let chunk = match choice.next().await? {
             Piece::Token { token, text } => {

@@ -53,6 +53,12 @@ impl Links {
             Message::Handover(stats) => self.with_number(served, |node| self.dispatcher.handover(node, stats)),
             Message::Delta(delta) => self.on_report(served, delta.node, Report::Delta(delta)),
             Message::Snapshot(page) => self.on_report(served, page.node, Report::Page(page)),
+            Message::CacheReport(report) => self.with_number(served, |node| {
+                if report.node == node {
+                    self.proposer.nodes.orders.reported(report);
+                }
+            }),
+            Message::CacheDigest(digest) => self.on_report(served, digest.node, Report::Digest(digest)),
             Message::Join(join) => self.on_join(served, join),
             Message::Leave { node, epoch } => self.on_leave(served, node, epoch),
             _ => debug!(node = served.who.name, "a message without meaning from a node"),
@@ -100,6 +106,7 @@ impl Links {
         };
         let (proposer, model) = (self.proposer.clone(), self.model.clone());
         let (who, id, outbox) = (served.who.clone(), served.id, served.outbox.clone());
+        let admin = self.admin.clone();
         tokio::spawn(async move {
             let outcome = join::join(&proposer, &who, join, &model).await;
             match &outcome {
@@ -107,7 +114,10 @@ impl Links {
                     proposer.nodes.joined(&who.name, id, (*node, *epoch));
                     info!(node = who.name, number = %node, %epoch, "node joined");
                 }
-                Outcome::Refused { reason, retry } => info!(node = who.name, reason, retry, "node refused"),
+                Outcome::Refused { reason, retry } => {
+                    info!(node = who.name, reason, retry, "node refused");
+                    admin.refused(&who.name, reason);
+                }
             }
             outbox(outcome.message());
             drop(permit);

@@ -5,12 +5,9 @@
 //! the present state is dropped here. This guards against crashes and runaway counters; against a member that lies within
 //! the rules (say, acknowledges entries it does not hold) Raft has no defence, and neither has this.
 
-use std::cmp::Ordering;
-
 use raft::RawNode;
 use raft::eraftpb::{Message, MessageType};
 
-use super::StateMachine;
 use super::message::CONTEXT_BYTES;
 use super::storage::Store;
 
@@ -21,7 +18,7 @@ const TERM_LEAP_MAX: u64 = 1 << 24;
 const READS_MAX: usize = 4096;
 
 /// Whether a decoded message that `peer` sent is one that a correct replica could have sent.
-pub(super) fn admits(node: &RawNode<Store>, machine: &dyn StateMachine, peer: u64, message: &Message) -> bool {
+pub(super) fn admits(node: &RawNode<Store>, peer: u64, message: &Message) -> bool {
     let members = node.store().voters();
     let addressed = message.from == peer && message.to == node.raft.id && peer != node.raft.id;
     if !addressed || members.binary_search(&peer).is_err() || message.term > node.raft.term + TERM_LEAP_MAX {
@@ -31,7 +28,7 @@ pub(super) fn admits(node: &RawNode<Store>, machine: &dyn StateMachine, peer: u6
     match message.get_msg_type() {
         MessageType::MsgAppend => one_leader(node, message),
         MessageType::MsgHeartbeat => one_leader(node, message) && (message.term < node.raft.term || message.commit <= last),
-        MessageType::MsgSnapshot => one_leader(node, message) && snapshot_is_ours(node, machine, message),
+        MessageType::MsgSnapshot => one_leader(node, message) && snapshot_is_ours(node, message),
         MessageType::MsgAppendResponse => message.index <= last && message.reject_hint <= last || !leads(node, message),
         MessageType::MsgTimeoutNow | MessageType::MsgReadIndexResp => {
             message.term == node.raft.term && message.from == node.raft.leader_id
@@ -57,14 +54,9 @@ fn leads(node: &RawNode<Store>, message: &Message) -> bool {
 }
 
 /// Membership is fixed, so a snapshot with other voters is not of this cluster. What is committed here has one term, so a
-/// snapshot that ends at the commit index names it. The data is looked at only when raft would take the snapshot.
-fn snapshot_is_ours(node: &RawNode<Store>, machine: &dyn StateMachine, message: &Message) -> bool {
-    let (snapshot, log) = (message.get_snapshot(), &node.raft.raft_log);
-    let meta = snapshot.get_metadata();
-    let data_is_ours = || match meta.index.cmp(&log.committed) {
-        Ordering::Less => true,
-        Ordering::Equal => log.match_term(meta.index, meta.term),
-        Ordering::Greater => machine.check_snapshot(&snapshot.data).is_ok(),
-    };
-    meta.get_conf_state().voters == node.store().voters() && (message.term < node.raft.term || data_is_ours())
+/// snapshot that ends at the commit index names it. The data was read before the message came here.
+fn snapshot_is_ours(node: &RawNode<Store>, message: &Message) -> bool {
+    let (meta, log) = (message.get_snapshot().get_metadata(), &node.raft.raft_log);
+    let point_is_ours = meta.index != log.committed || log.match_term(meta.index, meta.term);
+    meta.get_conf_state().voters == node.store().voters() && (message.term < node.raft.term || point_is_ours)
 }

@@ -44,17 +44,23 @@ pub enum BenchError {
 struct Nothing;
 
 impl StateMachine for Nothing {
+    type State = ();
+
     fn apply(&mut self, _: u64, _: &[u8]) -> Vec<u8> {
         Vec::new()
     }
 
-    fn snapshot(&self) -> Vec<u8> {
+    fn view(&self) {}
+
+    fn encode((): &()) -> Vec<u8> {
         Vec::new()
     }
 
-    fn restore(&mut self, _: &[u8]) -> Result<(), RestoreError> {
+    fn decode(_: &[u8]) -> Result<(), RestoreError> {
         Ok(())
     }
+
+    fn install(&mut self, (): ()) {}
 }
 
 /// Commits `count` commands of `bytes` bytes, `outstanding` at a time, through three replicas with their logs under `dir`
@@ -63,7 +69,7 @@ impl StateMachine for Nothing {
 /// # Errors
 /// A replica did not start, or stopped, or none came to lead.
 pub fn bench_commits(dir: &Path, outstanding: usize, count: usize, bytes: usize) -> Result<CommitBench, BenchError> {
-    let replicas = start_replicas(dir)?;
+    let replicas = start_replicas(dir, |_| Nothing)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let result = runtime.block_on(async {
         let leader = find_leader(&replicas).await?;
@@ -75,24 +81,29 @@ pub fn bench_commits(dir: &Path, outstanding: usize, count: usize, bytes: usize)
         let commits_per_s = latencies_us.len() as f64 / elapsed.as_secs_f64();
         Ok(CommitBench { commits_per_s, p50_us: rank(50), p99_us: rank(99) })
     });
-    for replica in &replicas {
-        replica.shutdown();
-    }
-    runtime.block_on(async {
-        for replica in &replicas {
-            replica.stopped().await;
-        }
-    });
+    runtime.block_on(stop(&replicas));
     result
 }
 
-fn start_replicas(dir: &Path) -> Result<Vec<RaftHandle>, BenchError> {
+/// Stops replicas and waits until they have.
+pub(crate) async fn stop(replicas: &[RaftHandle]) {
+    replicas.iter().for_each(RaftHandle::shutdown);
+    for replica in replicas {
+        replica.stopped().await;
+    }
+}
+
+/// Three replicas that reach each other through channels; `machine` makes the state machine of each.
+pub(crate) fn start_replicas<M: StateMachine + 'static>(
+    dir: &Path,
+    machine: impl Fn(u64) -> M,
+) -> Result<Vec<RaftHandle>, BenchError> {
     let mut replicas = Vec::new();
     let mut wires = Vec::new();
     for id in 1..=REPLICAS {
         let (outgoing, frames) = mpsc::channel(OUTGOING_FRAMES_MAX);
         let config = RaftConfig::new(id, (1..=REPLICAS).collect(), dir.join(format!("replica-{id}")), "bench");
-        replicas.push(start(config, Nothing, outgoing)?);
+        replicas.push(start(config, machine(id), outgoing)?);
         wires.push((id, frames));
     }
     for (from, mut frames) in wires {
@@ -107,7 +118,7 @@ fn start_replicas(dir: &Path) -> Result<Vec<RaftHandle>, BenchError> {
 }
 
 /// Waits until one replica leads and has committed an entry.
-async fn find_leader(replicas: &[RaftHandle]) -> Result<RaftHandle, BenchError> {
+pub(crate) async fn find_leader(replicas: &[RaftHandle]) -> Result<RaftHandle, BenchError> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         for replica in replicas {

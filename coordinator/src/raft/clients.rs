@@ -135,13 +135,14 @@ impl Clients {
         }
     }
 
-    /// Answers the reads whose index is applied and gives up those that found no quorum in time.
+    /// Answers the reads whose index is applied and gives up those that found no quorum in time, or for which
+    /// this replica lags too far behind.
     pub fn settle_reads(&mut self, applied: u64, tick: u64) {
         let answers = &mut self.answers;
         self.reads.retain_mut(|batch| {
             let answer = match batch.index {
                 Some(index) if index <= applied => Ok(applied),
-                None if batch.expires <= tick => Err(ProposeError::Dropped),
+                _ if batch.expires <= tick => Err(ProposeError::Dropped),
                 _ => return true,
             };
             answers.extend(batch.replies.drain(..).map(|reply| Answer::Read(reply, answer.clone())));

@@ -6,19 +6,22 @@
 //! status is published before any waiter is answered.
 
 use std::any::Any;
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
-use raft::eraftpb::{Entry, Message, MessageType, Snapshot};
-use raft::{Config, INVALID_ID, ProgressState, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole};
+use raft::eraftpb::{Entry, HardState, Message, MessageType};
+use raft::{Config, INVALID_ID, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole};
 use tokio::sync::{mpsc, watch};
 
+use super::background::{Background, Received, Spawn};
 use super::clients::{Clients, Reply};
+use super::disk::Disk;
 use super::handle::{Input, Shared};
+use super::room::Room;
+use super::ship::ShipInput;
 use super::storage::Store;
 use super::wal::{Identity, LogPoint};
 use super::{DiskError, ProposeError, RaftConfig, RaftFailure, RaftStartError, RaftStatus, Role, StateMachine};
@@ -35,47 +38,85 @@ const INFLIGHT_MAX: usize = 256;
 const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
 /// Committed bytes applied in one round.
 const APPLY_BYTES_MAX: u64 = 16 << 20;
-/// A snapshot that a follower has not confirmed after so many ticks counts as lost and is sent again.
-const SNAPSHOT_TICKS_MAX: u32 = 200;
+
+/// What a replica is put together from.
+pub(super) struct Parts {
+    pub config: RaftConfig,
+    pub disk: Arc<dyn Disk>,
+    pub spawn: Spawn,
+    pub inputs: Receiver<Input>,
+    pub outgoing: mpsc::Sender<(u64, Vec<u8>)>,
+    pub ship: SyncSender<ShipInput>,
+    pub shared: Arc<Shared>,
+}
+
+/// Why a replica ends.
+pub(super) enum Stop {
+    /// It was told to.
+    Asked,
+    /// It cannot go on.
+    Failed(RaftFailure),
+}
+
+impl From<RaftFailure> for Stop {
+    fn from(failure: RaftFailure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+/// A bug that a test plants, to see that it is found.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Planted {
+    #[default]
+    Nothing,
+    /// Reads are served from the local state without asking the quorum.
+    StaleRead,
+    /// Appends are acknowledged before they are synced.
+    EarlyAck,
+}
 
 /// One replica; see the module.
-pub(super) struct Driver {
+pub(super) struct Driver<M: StateMachine> {
     // Dropped first: the directory is released before `status`, the last field, closes.
-    node: RawNode<Store>,
-    machine: Box<dyn StateMachine>,
-    config: RaftConfig,
-    inputs: Receiver<Input>,
+    pub node: RawNode<Store>,
+    pub machine: M,
+    pub config: RaftConfig,
+    pub disk: Arc<dyn Disk>,
+    pub room: Room,
+    pub background: Background<M::State>,
+    pub inputs: Receiver<Input>,
     outgoing: mpsc::Sender<(u64, Vec<u8>)>,
-    shared: Arc<Shared>,
-    clients: Clients,
-    applied: u64,
+    ship: SyncSender<ShipInput>,
+    pub shared: Arc<Shared>,
+    pub clients: Clients,
+    pub applied: u64,
     /// Ticks so far, and when the next is due.
-    ticks: u64,
+    pub ticks: u64,
     tick_due: Instant,
     /// The term this replica leads, while it does.
     reign: Option<u64>,
     /// Sends that failed since raft was last told: peer, and whether a snapshot was lost.
     failed_sends: Vec<(u64, bool)>,
     sends_dropped: u64,
-    /// Ticks since a follower was sent a snapshot that it has not confirmed.
-    snapshots_sent: HashMap<u64, u32>,
+    /// The snapshot that raft is being told of.
+    pub received: Option<Received<M::State>>,
+    #[cfg(test)]
+    pub planted: Planted,
     status: watch::Sender<RaftStatus>,
 }
 
-impl Driver {
-    /// Opens the log, restores the state machine from the snapshot, and gives the status to watch.
-    pub fn open(
-        config: RaftConfig,
-        mut machine: Box<dyn StateMachine>,
-        inputs: Receiver<Input>,
-        outgoing: mpsc::Sender<(u64, Vec<u8>)>,
-        shared: Arc<Shared>,
-    ) -> Result<(Self, watch::Receiver<RaftStatus>), RaftStartError> {
+impl<M: StateMachine> Driver<M> {
+    /// Opens the log, restores the state machine from the snapshot, and gives the status to watch. Time starts at `now`.
+    pub fn open(parts: Parts, mut machine: M, now: Instant) -> Result<(Self, watch::Receiver<RaftStatus>), RaftStartError> {
+        let Parts { config, disk, spawn, inputs, outgoing, ship, shared } = parts;
         let owner = Identity { cluster_id: config.cluster_id.clone(), node: config.id, voters: config.voters.clone() };
-        let (store, snapshot) = Store::open(&config.dir, owner)?;
+        let (store, snapshot) = Store::open(disk.clone(), &config.dir, owner)?;
         if let Some(data) = snapshot {
-            machine.restore(&data)?;
+            machine.install(M::decode(&data)?);
         }
+        let room = Room::open(disk.clone(), &config.dir, config.reserve_bytes)?;
+        shared.full.store(room.full, Ordering::Relaxed);
         let applied = store.snapshot_index();
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let node = RawNode::new(&raft_config(&config, applied), store, &logger)?;
@@ -83,17 +124,23 @@ impl Driver {
         let mut driver = Self {
             node,
             machine,
+            disk,
+            room,
+            background: Background::new(spawn),
             inputs,
             outgoing,
+            ship,
             shared,
             clients: Clients::new(config.id),
             applied,
             ticks: 0,
-            tick_due: Instant::now() + config.tick,
+            tick_due: now + config.tick,
             reign: None,
             failed_sends: Vec::new(),
             sends_dropped: 0,
-            snapshots_sent: HashMap::new(),
+            received: None,
+            #[cfg(test)]
+            planted: Planted::default(),
             status,
             config,
         };
@@ -104,13 +151,14 @@ impl Driver {
     /// Serves until told to stop or broken; says which in the last status.
     pub fn run(mut self) {
         let failure = match catch_unwind(AssertUnwindSafe(|| self.serve())) {
-            Ok(Ok(())) => None,
-            Ok(Err(failure)) => Some(failure),
+            Ok(Stop::Asked) => None,
+            Ok(Stop::Failed(failure)) => Some(failure),
             Err(panic) => Some(RaftFailure::Invariant(panic_text(panic.as_ref()))),
         };
         if let Some(failure) = &failure {
             tracing::error!(id = self.config.id, %failure, "the replica stops");
         }
+        self.shared.halted.store(true, Ordering::Release);
         self.status.send_modify(|status| {
             status.role = Role::Stopped;
             status.leader = None;
@@ -118,32 +166,40 @@ impl Driver {
         });
     }
 
-    fn serve(&mut self) -> Result<(), RaftFailure> {
-        while self.take_inputs() {
-            self.tick_if_due();
-            self.begin_reads();
-            while self.node.has_ready() && !self.halted() {
-                let ready = self.node.ready();
-                self.handle(ready)?;
-                self.report_failed_sends();
+    fn serve(&mut self) -> Stop {
+        loop {
+            let wait = self.tick_due.saturating_duration_since(Instant::now());
+            let first = match self.inputs.recv_timeout(wait) {
+                Ok(input) => Some(input),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return Stop::Asked,
+            };
+            if let Err(stop) = self.round(first, Instant::now()) {
+                return stop;
             }
-            self.watch_leadership();
-            self.clients.settle_reads(self.applied, self.ticks);
-            self.compact_if_due()?;
-            self.publish();
-            self.clients.answer();
         }
-        Ok(())
     }
 
-    /// Waits for input or the next tick, then steps what has gathered. False: stop.
-    fn take_inputs(&mut self) -> bool {
-        let wait = self.tick_due.saturating_duration_since(Instant::now());
-        let mut next = match self.inputs.recv_timeout(wait) {
-            Ok(input) => Some(input),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => return false,
-        };
+    /// One round, with all input that waits behind `first`.
+    pub fn round(&mut self, first: Option<Input>, now: Instant) -> Result<(), Stop> {
+        #[cfg(test)]
+        self.sync_late()?;
+        self.collect_done()?;
+        self.take_inputs(first);
+        self.tick_if_due(now)?;
+        self.begin_reads();
+        self.handle_readies()?;
+        self.watch_leadership();
+        self.clients.settle_reads(self.applied, self.ticks);
+        self.compact_if_due();
+        self.publish();
+        self.clients.answer();
+        if self.halted() { Err(Stop::Asked) } else { Ok(()) }
+    }
+
+    /// Steps what has gathered.
+    fn take_inputs(&mut self, first: Option<Input>) {
+        let mut next = first.or_else(|| self.inputs.try_recv().ok());
         let (mut taken, mut bytes) = (0, 0);
         while let Some(input) = next {
             bytes += self.accept(input);
@@ -152,10 +208,19 @@ impl Driver {
             let full = taken >= ROUND_INPUTS_MAX || bytes >= ROUND_BYTES_MAX;
             next = if full { None } else { self.inputs.try_recv().ok() };
         }
-        !self.halted()
     }
 
-    fn halted(&self) -> bool {
+    /// Carries out whatever raft wants done.
+    pub fn handle_readies(&mut self) -> Result<(), Stop> {
+        while self.node.has_ready() && !self.halted() {
+            let ready = self.node.ready();
+            self.handle(ready)?;
+            self.report_failed_sends();
+        }
+        Ok(())
+    }
+
+    pub fn halted(&self) -> bool {
         self.shared.halted.load(Ordering::Acquire)
     }
 
@@ -178,8 +243,11 @@ impl Driver {
         0
     }
 
-    fn step(&mut self, peer: u64, message: Message) {
-        let admitted = admit::admits(&self.node, self.machine.as_ref(), peer, &message);
+    pub fn step(&mut self, peer: u64, message: Message) {
+        let admitted = admit::admits(&self.node, peer, &message);
+        if admitted && self.has_no_room_for(&message) {
+            return;
+        }
         if !admitted || self.node.step(message).is_err() {
             self.shared.frames_refused.fetch_add(1, Ordering::Relaxed);
         }
@@ -189,6 +257,9 @@ impl Driver {
         if self.node.raft.state != StateRole::Leader {
             let leader = self.leader();
             return self.clients.refuse(reply, ProposeError::NotLeader { leader });
+        }
+        if self.room.full {
+            return self.clients.refuse(reply, ProposeError::DiskFull);
         }
         let (seq, context) = self.clients.wait_for_commit(reply);
         if self.node.propose(context, command).is_err() {
@@ -211,34 +282,23 @@ impl Driver {
         }
         let expires = self.ticks + self.config.election_ticks as u64;
         if let Some(context) = self.clients.begin_reads(expires) {
+            #[cfg(test)]
+            if self.planted == Planted::StaleRead {
+                return self.clients.confirm_read(&context, self.applied);
+            }
             self.node.read_index(context);
         }
     }
 
     /// At most one tick a round, however late: a process that was paused must not depose its leader on waking.
-    fn tick_if_due(&mut self) {
-        let now = Instant::now();
+    fn tick_if_due(&mut self, now: Instant) -> Result<(), Stop> {
         if now < self.tick_due {
-            return;
+            return Ok(());
         }
         self.tick_due = next_due(self.tick_due, now, self.config.tick);
         self.ticks += 1;
         self.node.tick();
-        self.watch_snapshots();
-    }
-
-    /// A snapshot frame that was lost on the way would leave its follower waiting for ever.
-    fn watch_snapshots(&mut self) {
-        let leads = self.node.raft.state == StateRole::Leader;
-        let progress = self.node.raft.prs().iter();
-        let waiting = progress.filter(|(_, p)| leads && p.state == ProgressState::Snapshot).map(|(id, _)| *id);
-        let sent = &self.snapshots_sent;
-        self.snapshots_sent = waiting.map(|id| (id, sent.get(&id).map_or(1, |ticks| ticks + 1))).collect();
-        let overdue = self.snapshots_sent.iter().filter(|(_, ticks)| **ticks >= SNAPSHOT_TICKS_MAX);
-        for peer in overdue.map(|(id, _)| *id).collect::<Vec<_>>() {
-            self.snapshots_sent.remove(&peer);
-            self.node.report_snapshot(peer, SnapshotStatus::Failure);
-        }
+        self.watch_room()
     }
 
     /// When leadership is lost, or lost and regained, what was proposed before has an unknown outcome.
@@ -252,7 +312,7 @@ impl Driver {
         }
     }
 
-    fn handle(&mut self, mut ready: Ready) -> Result<(), RaftFailure> {
+    fn handle(&mut self, mut ready: Ready) -> Result<(), Stop> {
         self.send(ready.take_messages());
         for read in ready.take_read_states() {
             self.clients.confirm_read(&read.request_ctx, read.index);
@@ -263,7 +323,7 @@ impl Driver {
         self.apply(ready.take_committed_entries());
         let (must_sync, entries) = (ready.must_sync(), ready.take_entries());
         if must_sync {
-            self.node.mut_store().persist(entries, ready.hs()).map_err(disk_failure)?;
+            self.persist(&entries, ready.hs())?;
         } else if let Some(hard) = ready.hs() {
             self.node.mut_store().note_commit(hard.commit);
         }
@@ -278,12 +338,35 @@ impl Driver {
         Ok(())
     }
 
-    fn install(&mut self, ready: &Ready) -> Result<(), RaftFailure> {
-        let snapshot: &Snapshot = ready.snapshot();
-        let meta = snapshot.get_metadata();
+    fn persist(&mut self, entries: &[Entry], hard: Option<&HardState>) -> Result<(), Stop> {
+        while let Err(error) = self.node.mut_store().write(entries, hard) {
+            self.make_room(error)?;
+        }
+        #[cfg(test)]
+        if self.planted == Planted::EarlyAck {
+            return Ok(());
+        }
+        Ok(self.node.mut_store().sync().map_err(disk_failure)?)
+    }
+
+    /// What the planted early acknowledgement did not wait for.
+    #[cfg(test)]
+    fn sync_late(&mut self) -> Result<(), Stop> {
+        match self.planted {
+            Planted::EarlyAck => Ok(self.node.mut_store().sync().map_err(disk_failure)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts the snapshot that raft was told of in the place of state and log.
+    fn install(&mut self, ready: &Ready) -> Result<(), Stop> {
+        let meta = ready.snapshot().get_metadata();
         let at = LogPoint { index: meta.index, term: meta.term };
-        self.node.mut_store().install(at, &snapshot.data, ready.hs()).map_err(disk_failure)?;
-        self.machine.restore(&snapshot.data).map_err(|e| RaftFailure::Restore(e.to_string()))?;
+        let received = self.received.take().expect("raft is told only of snapshots that are here");
+        while let Err(error) = self.node.mut_store().install(at, &received.file, ready.hs()) {
+            self.make_room(error)?;
+        }
+        self.machine.install(received.state);
         self.applied = at.index;
         Ok(())
     }
@@ -302,9 +385,14 @@ impl Driver {
 
     fn send(&mut self, messages: Vec<Message>) {
         for message in messages.into_iter().flat_map(message::split) {
-            if self.outgoing.try_send((message.to, message::encode(&message))).is_err() {
+            let (to, is_snapshot) = (message.to, message.get_msg_type() == MessageType::MsgSnapshot);
+            let sent = match is_snapshot {
+                true => self.ship.try_send(ShipInput::Send(message)).is_ok(),
+                false => self.outgoing.try_send((to, message::encode(&message))).is_ok(),
+            };
+            if !sent {
                 self.sends_dropped += 1;
-                self.failed_sends.push((message.to, message.get_msg_type() == MessageType::MsgSnapshot));
+                self.failed_sends.push((to, is_snapshot));
             }
         }
     }
@@ -322,19 +410,9 @@ impl Driver {
         }
     }
 
-    fn compact_if_due(&mut self) -> Result<(), RaftFailure> {
-        let limits = self.config.log;
-        if !self.node.store().wants_snapshot(self.applied, &limits) {
-            return Ok(());
-        }
-        let data = self.machine.snapshot();
-        tracing::info!(id = self.config.id, applied = self.applied, bytes = data.len(), "raft log compacted");
-        let applied = self.applied;
-        self.node.mut_store().compact(applied, &data, limits.entries_kept).map_err(disk_failure)
-    }
-
-    fn publish(&mut self) {
+    pub fn publish(&mut self) {
         let mut now = observe(&self.node, self.applied);
+        now.disk_full = self.shared.full.load(Ordering::Relaxed);
         now.frames_refused = self.shared.frames_refused.load(Ordering::Relaxed);
         now.sends_dropped = self.sends_dropped;
         self.status.send_if_modified(|status| {
@@ -383,6 +461,7 @@ fn observe(node: &RawNode<Store>, applied: u64) -> RaftStatus {
         voters: store.voters().into(),
         frames_refused: 0,
         sends_dropped: 0,
+        disk_full: false,
         failure: None,
     }
 }
@@ -392,11 +471,11 @@ fn next_due(due: Instant, now: Instant, tick: Duration) -> Instant {
     if regular > now { regular } else { now + tick }
 }
 
-fn disk_failure(error: DiskError) -> RaftFailure {
+pub(super) fn disk_failure(error: DiskError) -> RaftFailure {
     RaftFailure::Disk(error.to_string())
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> String {
+pub(super) fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
     text.unwrap_or("a panic without text").to_string()
 }

@@ -2,12 +2,17 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc as std_mpsc};
+use std::time::Instant;
 
-use raft::eraftpb::Message;
+use raft::eraftpb::{Message, MessageType};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
+use super::background::Spawn;
 use super::clients::Reply;
-use super::driver::Driver;
+use super::disk::{Disk, OsDisk};
+use super::driver::{Driver, Parts};
+use super::ship::{self, Dock, SHIP_INPUTS_MAX, Ship, ShipInput};
+use super::wal::Identity;
 use super::{
     CLUSTER_ID_BYTES_MAX, COMMAND_BYTES_MAX, FRAME_BYTES_MAX, ProposeError, RaftConfig, RaftStartError, RaftStatus, StateMachine,
     VOTERS_MAX, message,
@@ -44,6 +49,8 @@ pub(super) enum Input {
 #[derive(Default)]
 pub(super) struct Shared {
     pub halted: AtomicBool,
+    /// The disk is full.
+    pub full: AtomicBool,
     pub frames_refused: AtomicU64,
 }
 
@@ -52,6 +59,7 @@ pub(super) struct Shared {
 #[derive(Clone)]
 pub struct RaftHandle {
     inbox: std_mpsc::Sender<Input>,
+    ship: std_mpsc::SyncSender<ShipInput>,
     status: watch::Receiver<RaftStatus>,
     shared: Arc<Shared>,
     waiting: Arc<Semaphore>,
@@ -65,19 +73,60 @@ pub struct RaftHandle {
 /// The configuration is impossible, the directory is in use, or its data is another's or damaged.
 pub fn start(
     config: RaftConfig,
-    state_machine: impl StateMachine + 'static,
+    state_machine: impl StateMachine,
     outgoing: mpsc::Sender<(u64, Vec<u8>)>,
 ) -> Result<RaftHandle, RaftStartError> {
+    start_on(Arc::new(OsDisk), config, state_machine, outgoing)
+}
+
+/// As [`start`], over the file system `disk`.
+pub(super) fn start_on<M: StateMachine>(
+    disk: Arc<dyn Disk>,
+    config: RaftConfig,
+    state_machine: M,
+    outgoing: mpsc::Sender<(u64, Vec<u8>)>,
+) -> Result<RaftHandle, RaftStartError> {
+    let name = format!("raft-{}", config.id);
+    let assembled = assemble(disk, config, state_machine, outgoing, Arc::new(|job| drop(std::thread::spawn(job))), Instant::now())?;
+    let Assembled { handle, driver, ship, ship_inputs } = assembled;
+    let no_thread = |error| RaftStartError::Config(format!("no thread for the replica: {error}"));
+    std::thread::Builder::new().name(format!("{name}-ship")).spawn(move || ship.run(&ship_inputs)).map_err(no_thread)?;
+    std::thread::Builder::new().name(name).spawn(move || driver.run()).map_err(no_thread)?;
+    Ok(handle)
+}
+
+/// A replica before its threads run. Tests step it themselves.
+pub(super) struct Assembled<M: StateMachine> {
+    pub handle: RaftHandle,
+    pub driver: Driver<M>,
+    pub ship: Ship<M::State>,
+    pub ship_inputs: std_mpsc::Receiver<ShipInput>,
+}
+
+/// Opens a replica; its time begins at `now`.
+pub(super) fn assemble<M: StateMachine>(
+    disk: Arc<dyn Disk>,
+    config: RaftConfig,
+    machine: M,
+    outgoing: mpsc::Sender<(u64, Vec<u8>)>,
+    spawn: Spawn,
+    now: Instant,
+) -> Result<Assembled<M>, RaftStartError> {
     let config = checked(config)?;
     let shared = Arc::new(Shared::default());
     let (inbox, inputs) = std_mpsc::channel();
-    let name = format!("raft-{}", config.id);
-    let (driver, status) = Driver::open(config, Box::new(state_machine), inputs, outgoing, Arc::clone(&shared))?;
-    let spawned = std::thread::Builder::new().name(name).spawn(move || driver.run());
-    spawned.map_err(|error| RaftStartError::Config(format!("no thread for the replica: {error}")))?;
-    let waiting = Arc::new(Semaphore::new(WAITING_MAX));
-    let frame_bytes = Arc::new(Semaphore::new(FRAMES_QUEUED_BYTES_MAX));
-    Ok(RaftHandle { inbox, status, shared, waiting, frame_bytes })
+    let (to_ship, ship_inputs) = std_mpsc::sync_channel(SHIP_INPUTS_MAX);
+    let (me, dir) = (config.id, config.dir.clone());
+    let owner = Identity { cluster_id: config.cluster_id.clone(), node: me, voters: config.voters.clone() };
+    let (ship, out) = (to_ship.clone(), outgoing.clone());
+    let parts = Parts { config, disk: disk.clone(), spawn, inputs, outgoing, ship, shared: shared.clone() };
+    let (driver, status) = Driver::open(parts, machine, now)?;
+    let tell = driver.background.tell.clone();
+    let dock =
+        Dock { me, disk, dir, owner, outgoing: out, shared: shared.clone(), status: status.clone(), decode: M::decode, tell };
+    let (waiting, frame_bytes) = (Arc::new(Semaphore::new(WAITING_MAX)), Arc::new(Semaphore::new(FRAMES_QUEUED_BYTES_MAX)));
+    let handle = RaftHandle { inbox, ship: to_ship, status, shared, waiting, frame_bytes };
+    Ok(Assembled { handle, driver, ship: Ship::new(dock), ship_inputs })
 }
 
 /// The configuration with its voters sorted, if it is possible.
@@ -101,9 +150,18 @@ impl RaftHandle {
     /// A raft frame that the peer `from`, already authenticated, has sent. Malformed frames are dropped and counted,
     /// and so is everything while the queue is full.
     pub fn step(&self, from: u64, frame: &[u8]) {
+        if ship::is_shipment(frame) {
+            // What does not fit counts as lost, and is sent again.
+            let _ = self.ship.try_send(ShipInput::Frame { peer: from, frame: frame.to_vec() });
+            return;
+        }
         let len = u32::try_from(frame.len()).unwrap_or(u32::MAX);
         let Ok(bytes) = Arc::clone(&self.frame_bytes).try_acquire_many_owned(len) else { return };
         match message::decode(frame) {
+            // Without its data it means nothing; with it, it comes as a shipment.
+            Ok(message) if message.get_msg_type() == MessageType::MsgSnapshot => {
+                self.shared.frames_refused.fetch_add(1, Ordering::Relaxed);
+            }
             Ok(message) => drop(self.inbox.send(Input::Peer { peer: from, message, bytes })),
             Err(error) => {
                 self.shared.frames_refused.fetch_add(1, Ordering::Relaxed);
@@ -161,6 +219,7 @@ impl RaftHandle {
     pub fn shutdown(&self) {
         self.shared.halted.store(true, Ordering::Release);
         let _ = self.inbox.send(Input::Wake);
+        let _ = self.ship.try_send(ShipInput::Wake);
     }
 
     /// Resolves when the replica has stopped and released its directory.

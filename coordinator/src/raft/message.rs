@@ -9,7 +9,7 @@ use rkyv::util::AlignedVec;
 use rkyv::with::InlineAsBox;
 use rkyv::{Archive, Serialize, rancor};
 
-use super::{COMMAND_BYTES_MAX, FRAME_BYTES_MAX, SNAPSHOT_BYTES_MAX, VOTERS_MAX};
+use super::{COMMAND_BYTES_MAX, FRAME_BYTES_MAX, VOTERS_MAX};
 
 /// Magic and version of the frame's layout.
 const PREAMBLE: [u8; 8] = *b"MRRAFT\0\x01";
@@ -33,12 +33,10 @@ struct WireEntry<'a> {
 }
 
 #[derive(Archive, Serialize)]
-struct WireSnapshot<'a> {
+struct WireSnapshot {
     index: u64,
     term: u64,
     voters: Vec<u64>,
-    #[rkyv(with = InlineAsBox)]
-    data: &'a [u8],
 }
 
 #[derive(Archive, Serialize)]
@@ -56,7 +54,7 @@ struct WireMessage<'a> {
     #[rkyv(with = InlineAsBox)]
     context: &'a [u8],
     entries: Vec<WireEntry<'a>>,
-    snapshot: Option<WireSnapshot<'a>>,
+    snapshot: Option<WireSnapshot>,
 }
 
 /// Why a frame is no raft message. All are the peer's fault: the frame is dropped and counted.
@@ -105,12 +103,12 @@ pub(super) fn split(mut message: Message) -> Vec<Message> {
     parts.into_iter().map(piece).collect()
 }
 
-/// The frame of a message.
+/// The frame of a message. A snapshot's data is not in it: `ship` sends that.
 pub(super) fn encode(message: &Message) -> Vec<u8> {
     let snapshot = (message.get_msg_type() == MessageType::MsgSnapshot).then(|| {
-        let (snapshot, meta) = (message.get_snapshot(), message.get_snapshot().get_metadata());
+        let meta = message.get_snapshot().get_metadata();
         let voters = meta.get_conf_state().voters.clone();
-        WireSnapshot { index: meta.index, term: meta.term, voters, data: &snapshot.data }
+        WireSnapshot { index: meta.index, term: meta.term, voters }
     });
     let wire = WireMessage {
         kind: message.get_msg_type() as u8,
@@ -206,13 +204,11 @@ fn decode_snapshot(wire: &ArchivedWireMessage<'_>, message: &mut Message) -> Res
     };
     let (index, term) = (counter(found.index)?, counter(found.term)?);
     let point_is_right = index > 0 && term > 0 && term <= message.term;
-    if !point_is_right || found.voters.len() > VOTERS_MAX || found.data.len() > SNAPSHOT_BYTES_MAX {
+    if !point_is_right || found.voters.len() > VOTERS_MAX {
         return Err(FrameError::Snapshot);
     }
     let voters: Vec<u64> = found.voters.iter().map(|v| v.to_native()).collect();
-    let snapshot = message.mut_snapshot();
-    snapshot.data = found.data.to_vec().into();
-    let meta = snapshot.mut_metadata();
+    let meta = message.mut_snapshot().mut_metadata();
     meta.index = index;
     meta.term = term;
     meta.set_conf_state(ConfState::from((voters, Vec::new())));
@@ -263,9 +259,7 @@ mod tests {
         }
         let mut message = append(0, 0);
         message.set_msg_type(MessageType::MsgSnapshot);
-        let snapshot = message.mut_snapshot();
-        snapshot.data = vec![1, 2, 3].into();
-        let meta = snapshot.mut_metadata();
+        let meta = message.mut_snapshot().mut_metadata();
         (meta.index, meta.term) = (39, 7);
         meta.set_conf_state(ConfState::from((vec![1, 2, 3], Vec::new())));
         assert_eq!(decode(&encode(&message)), Ok(message));

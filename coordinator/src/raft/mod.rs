@@ -6,20 +6,25 @@
 //!
 //! What this module does not do: it does not forward proposals (a follower answers
 //! [`ProposeError::NotLeader`]), it does not change membership (the voters are fixed when the log is created), and it
-//! does not continue after a failed write: the page cache can no longer be trusted then (fsyncgate), so the replica
-//! stops and says so in its [`RaftStatus`].
+//! does not continue after a failed sync: the page cache can no longer be trusted then (fsyncgate), so the replica
+//! stops and says so in its [`RaftStatus`]. A full disk alone does not stop it: it refuses writes until there is room (`room`).
 //!
 //! Files: `driver` the thread and the handling of a `Ready` in documented order; `clients` who waits for an answer;
 //! `admit` which peer messages may reach raft-rs, which panics on impossible ones; `message` frames; `storage` the log
-//! in memory and on disk; `wal` and `snapshot` the two files; `codec` their bytes; `bench` commits a second.
+//! in memory and on disk; `wal` and `snapshot` the two files over the file layer `disk`; `codec` their bytes; `background` compaction beside the
+//! thread; `ship` snapshots between replicas, in chunks; `room` the full disk; `bench` commits a second.
 
 mod admit;
-mod bench;
+mod background;
+pub(crate) mod bench;
 mod clients;
 mod codec;
+mod disk;
 mod driver;
 mod handle;
 mod message;
+mod room;
+mod ship;
 mod snapshot;
 mod storage;
 mod wal;
@@ -37,10 +42,10 @@ pub use handle::{RaftHandle, start};
 /// Largest command of one proposal, in bytes; a larger one is refused with [`ProposeError::TooLarge`].
 pub const COMMAND_BYTES_MAX: usize = 1 << 20;
 /// Largest state machine snapshot that is sent to a lagging replica, in bytes. A larger one is kept on disk, but a
-/// replica that needs it stays behind until snapshots travel in chunks.
-pub const SNAPSHOT_BYTES_MAX: usize = 128 << 20;
-/// Largest frame that the driver emits or accepts, in bytes; only snapshots come near it, others stay under 3 MiB.
-pub const FRAME_BYTES_MAX: usize = SNAPSHOT_BYTES_MAX + (1 << 20);
+/// replica that needs it stays behind, and a peer that announces one is refused.
+pub const SNAPSHOT_BYTES_MAX: u64 = 1 << 30;
+/// Largest frame that the driver emits or accepts, in bytes: an append of the most and smallest entries stays below it.
+pub const FRAME_BYTES_MAX: usize = 12 << 20;
 /// Longest cluster id, in bytes.
 pub const CLUSTER_ID_BYTES_MAX: usize = 64;
 /// Most voters of one cluster.
@@ -82,6 +87,9 @@ pub struct RaftConfig {
     pub heartbeat_ticks: usize,
     /// When the log is compacted.
     pub log: LogLimits,
+    /// Room held back on the disk, in bytes: enough for all that one round of the thread may have to persist after the
+    /// disk has run full.
+    pub reserve_bytes: u64,
 }
 
 impl RaftConfig {
@@ -97,33 +105,34 @@ impl RaftConfig {
             election_ticks: 10,
             heartbeat_ticks: 2,
             log: LogLimits::default(),
+            reserve_bytes: 16 << 20,
         }
     }
 }
 
 /// What the log is for: the committed commands are applied to it, in order, once each, on every replica.
-pub trait StateMachine: Send {
+pub trait StateMachine: Send + 'static {
+    /// A whole state, as of one entry of the log.
+    type State: Send + 'static;
+
     /// Applies the command of log entry `index`; the answer goes to whoever proposed it, if it waits on this replica.
     /// Must be a function of the state and the command alone: every replica has to come to the same state.
     fn apply(&mut self, index: u64, command: &[u8]) -> Vec<u8>;
 
-    /// The whole state as bytes, from which [`StateMachine::restore`] makes it again.
-    fn snapshot(&self) -> Vec<u8>;
+    /// The present state, for another thread to write down. The log waits for it, so it should be cheap.
+    fn view(&self) -> Self::State;
 
-    /// Replaces the whole state.
+    /// A state as bytes, from which [`StateMachine::decode`] makes it again. Called on a thread of its own.
+    fn encode(state: &Self::State) -> Vec<u8>;
+
+    /// The state of some bytes, which may come from a hostile peer. Called on a thread of its own.
     ///
     /// # Errors
-    /// The bytes are no snapshot of this machine; the replica then stops.
-    fn restore(&mut self, bytes: &[u8]) -> Result<(), RestoreError>;
+    /// The bytes are no snapshot of this machine: what a peer sent is dropped, and a replica with such a file does not start.
+    fn decode(bytes: &[u8]) -> Result<Self::State, RestoreError>;
 
-    /// Whether [`StateMachine::restore`] would take these bytes. Asked of a snapshot that came from a peer before raft
-    /// sees it, so that a hostile one is dropped where a failed restore would stop the replica.
-    ///
-    /// # Errors
-    /// The bytes are no snapshot of this machine.
-    fn check_snapshot(&self, _bytes: &[u8]) -> Result<(), RestoreError> {
-        Ok(())
-    }
+    /// Replaces the whole state. The log waits for it.
+    fn install(&mut self, state: Self::State);
 }
 
 /// Bytes that are no snapshot of the state machine, and why.
@@ -153,6 +162,9 @@ pub enum ProposeError {
     /// Too many proposals and reads are waiting already; this one had no effect.
     #[error("too many proposals are waiting")]
     Busy,
+    /// The disk of the replica that leads is full; nothing was proposed. It hands leadership over if another can take it.
+    #[error("the disk is full; no writes are taken")]
+    DiskFull,
     /// The command is longer than [`COMMAND_BYTES_MAX`].
     #[error("a command of {bytes} bytes is over the limit of {COMMAND_BYTES_MAX}")]
     TooLarge {
@@ -237,9 +249,6 @@ pub enum RaftFailure {
     /// A write, fsync or rename failed. Nothing after the last successful fsync was promised to anybody.
     #[error("disk: {0}")]
     Disk(String),
-    /// The state machine refused a snapshot that it had accepted when asked.
-    #[error("restore: {0}")]
-    Restore(String),
     /// An invariant of raft or of this driver broke.
     #[error("invariant: {0}")]
     Invariant(String),
@@ -287,6 +296,8 @@ pub struct RaftStatus {
     pub frames_refused: u64,
     /// Messages to peers dropped because the outgoing queue was full.
     pub sends_dropped: u64,
+    /// The disk is full: this replica takes no entries until there is room again. It votes and answers for what it has applied.
+    pub disk_full: bool,
     /// Why the replica stopped, if it did so by itself.
     pub failure: Option<RaftFailure>,
 }

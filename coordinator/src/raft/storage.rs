@@ -3,23 +3,32 @@
 //!
 //! On disk, one record holds all that one `Ready` persists: entries (an entry replaces whatever the log held from its
 //! index on) and then the hard state. The commit index alone is never worth a write; it rides along with the next.
+//!
+//! Compaction has two long parts, which `background` does while the log goes on: the snapshot is written under a temporary
+//! name ([`Store::adopt_snapshot`] gives it its own), then the entries behind it into a fresh segment ([`Store::begin_rotation`]), which takes over
+//! together with the records that were appended meanwhile ([`Store::finish_rotation`]).
 
 use std::collections::VecDeque;
-use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, StorageError};
 
 use super::codec::{Reader, put_bytes, put_u64};
-use super::wal::{Identity, LogPoint, Recovered, Wal, corrupt, disk};
-use super::{DiskError, LogLimits, RaftStartError, SNAPSHOT_BYTES_MAX, snapshot};
+use super::disk::{self, Disk, Lock, failed};
+use super::snapshot::{self, Meta, Saved};
+use super::wal::{Identity, LogPoint, Recovered, Wal, corrupt};
+use super::{DiskError, LogLimits, RaftStartError, SNAPSHOT_BYTES_MAX};
 
 /// Records of a fresh segment are closed at about this size.
 const RECORD_BYTES_AIM: usize = 8 << 20;
+/// Bytes of entries kept behind a snapshot at most, however many entries [`LogLimits`] would keep.
+const KEPT_BYTES_MAX: usize = 64 << 20;
 
 /// The log of one replica; see the module.
 pub(super) struct Store {
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
     owner: Identity,
     wal: Wal,
@@ -31,34 +40,61 @@ pub(super) struct Store {
     snapshot: LogPoint,
     /// Bytes appended since the last compaction.
     grown_bytes: u64,
+    /// The segment that is being made, and what has been appended since it was begun.
+    rotation: Option<(u64, Vec<Vec<u8>>)>,
+    /// Number of the next segment.
+    next_seq: u64,
     /// Held as long as the store lives: one process per directory.
-    _lock: File,
+    _lock: Lock,
+}
+
+/// All that a fresh segment is made of; see [`Store::begin_rotation`].
+pub(super) struct Rotation {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    owner: Identity,
+    seq: u64,
+    base: LogPoint,
+    entries: Vec<Entry>,
+    hard: HardState,
+}
+
+impl Rotation {
+    /// Writes the segment under a temporary name. Takes as long as its bytes do: not for the replica's thread, unless they are few.
+    pub fn write(self) -> Result<Wal, DiskError> {
+        let records = records_of(&self.entries, self.base, &self.hard);
+        Wal::draft(&self.disk, &self.dir, self.seq, &self.owner, self.base, &records)
+    }
 }
 
 impl Store {
     /// Opens or creates the log in `dir`; also gives the snapshot's data, from which the state machine restarts.
-    pub fn open(dir: &Path, owner: Identity) -> Result<(Self, Option<Vec<u8>>), RaftStartError> {
-        fs::create_dir_all(dir).map_err(disk("create", dir))?;
-        let lock = lock(dir)?;
-        let recovered = Wal::recover(dir, &owner)?;
-        let (at, data) = snapshot::load(dir, &owner)?.map_or((None, None), |(at, data)| (Some(at), Some(data)));
+    pub fn open(disk: Arc<dyn Disk>, dir: &Path, owner: Identity) -> Result<(Self, Option<Vec<u8>>), RaftStartError> {
+        disk.create_dir_all(dir).map_err(failed("create", dir))?;
+        let lock = lock(disk.as_ref(), dir)?;
+        let recovered = Wal::recover(&disk, dir, &owner)?;
+        let saved = Saved::open(disk.as_ref(), dir, &owner)?;
+        let at = saved.as_ref().map(|saved| saved.meta.at);
         let Recovered { wal, base, bodies } = match recovered {
             Some(recovered) => recovered,
             None if at.is_some() => return Err(corrupt(dir, 0, "there is a snapshot but no log")),
             None => {
-                let wal = Wal::create(dir, 1, &owner, LogPoint::default(), &[])?;
+                let wal = Wal::create(&disk, dir, 1, &owner, LogPoint::default(), &[])?;
                 Recovered { wal, base: LogPoint::default(), bodies: Vec::new() }
             }
         };
         let mut store = Self {
+            disk,
             dir: dir.to_path_buf(),
             owner,
+            next_seq: wal.seq() + 1,
             wal,
             hard: HardState::default(),
             base,
             entries: VecDeque::new(),
             snapshot: at.unwrap_or_default(),
             grown_bytes: 0,
+            rotation: None,
             _lock: lock,
         };
         for body in bodies {
@@ -66,6 +102,7 @@ impl Store {
             store.replay(&body).ok_or_else(|| corrupt(dir, 0, "a log record does not follow from those before it"))?;
         }
         store.reconcile()?;
+        let data = saved.map(|saved| saved.data()).transpose()?;
         Ok((store, data))
     }
 
@@ -103,18 +140,25 @@ impl Store {
         Ok(())
     }
 
-    /// Makes entries and the hard state durable: on return they survive a crash.
-    pub fn persist(&mut self, entries: Vec<Entry>, hard: Option<&HardState>) -> Result<(), DiskError> {
-        if let Some(hard) = hard {
-            self.hard = hard.clone();
-        }
-        let record = encode_record(&entries, &self.hard);
-        self.wal.append(&record)?;
+    /// Writes entries and the hard state to the file; they survive a crash after [`Store::sync`]. When the disk is full it may be tried
+    /// again with the same.
+    pub fn write(&mut self, entries: &[Entry], hard: Option<&HardState>) -> Result<(), DiskError> {
+        let record = encode_record(entries, hard.unwrap_or(&self.hard));
+        self.wal.write(&record)?;
+        self.hard = hard.unwrap_or(&self.hard).clone();
         self.grown_bytes += record.len() as u64;
+        if let Some((_, since)) = &mut self.rotation {
+            since.push(record);
+        }
         for entry in entries {
-            self.put(entry);
+            self.put(entry.clone());
         }
         Ok(())
+    }
+
+    /// Makes durable what was written.
+    pub fn sync(&mut self) -> Result<(), DiskError> {
+        self.wal.sync()
     }
 
     /// Notes a new commit index, which needs no write of its own.
@@ -122,10 +166,13 @@ impl Store {
         self.hard.commit = self.hard.commit.max(commit);
     }
 
-    /// Takes over a snapshot that the leader sent: file first, then a log that begins behind it.
-    pub fn install(&mut self, at: LogPoint, data: &[u8], hard: Option<&HardState>) -> Result<(), DiskError> {
-        snapshot::save(&self.dir, &self.owner, at, data)?;
-        self.snapshot = at;
+    /// Takes over a snapshot that the leader sent and that lies under a temporary name: file first, then a log that begins behind it.
+    /// When the disk is full it may be tried again.
+    pub fn install(&mut self, at: LogPoint, file: &Path, hard: Option<&HardState>) -> Result<(), DiskError> {
+        if self.snapshot != at {
+            snapshot::adopt(self.disk.as_ref(), &self.dir, file)?;
+            self.snapshot = at;
+        }
         if let Some(hard) = hard {
             self.hard = hard.clone();
         }
@@ -136,44 +183,80 @@ impl Store {
     /// Whether `applied` is far enough ahead of the last snapshot to take another.
     pub fn wants_snapshot(&self, applied: u64, limits: &LogLimits) -> bool {
         let behind = applied.saturating_sub(self.snapshot.index);
-        behind > 0 && (behind >= limits.entries_max || self.grown_bytes >= limits.bytes_max)
+        self.rotation.is_none() && behind > 0 && (behind >= limits.entries_max || self.grown_bytes >= limits.bytes_max)
     }
 
-    /// Saves the state after entry `applied` and drops the log before it, all but the `kept` newest entries.
-    pub fn compact(&mut self, applied: u64, data: &[u8], kept: u64) -> Result<(), DiskError> {
+    /// What a snapshot of the state after entry `applied` says of itself, and whose it is.
+    pub fn describe(&self, applied: u64) -> (Identity, Meta) {
         let term = self.term_at(applied).expect("an applied entry is in the log or ends the snapshot");
-        let at = LogPoint { index: applied, term };
-        snapshot::save(&self.dir, &self.owner, at, data)?;
+        (self.owner.clone(), Meta { at: LogPoint { index: applied, term }, members: self.conf_state() })
+    }
+
+    /// Makes a finished file the snapshot and drops the log before it, all but the `kept` newest entries. False: there is a newer one.
+    pub fn adopt_snapshot(&mut self, at: LogPoint, file: &Path, kept: u64) -> Result<bool, DiskError> {
+        if at.index <= self.snapshot.index {
+            disk::discard(self.disk.as_ref(), file);
+            return Ok(false);
+        }
+        snapshot::adopt(self.disk.as_ref(), &self.dir, file)?;
         self.snapshot = at;
-        let cut = applied.saturating_sub(kept).max(self.base.index);
+        let mut bytes = 0;
+        let count = (at.index - self.base.index) as usize;
+        let fits = |entry: &&Entry| {
+            bytes += entry.data.len();
+            bytes <= KEPT_BYTES_MAX
+        };
+        let kept = self.entries.range(..count).rev().take(kept as usize).take_while(fits).count();
+        let cut = at.index - kept as u64;
         let base = LogPoint { index: cut, term: self.term_at(cut).expect("the cut lies within the log") };
         self.entries.drain(..(cut - self.base.index) as usize);
         self.base = base;
-        self.rotate()
+        Ok(true)
     }
 
-    fn restart_at(&mut self, at: LogPoint) -> Result<(), DiskError> {
-        self.base = at;
-        self.entries.clear();
-        self.rotate()
+    /// What a fresh segment of the log as it is now is made of. Until [`Store::finish_rotation`] the old one goes on.
+    pub fn begin_rotation(&mut self) -> Rotation {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        self.grown_bytes = 0;
+        self.rotation = Some((seq, Vec::new()));
+        let (disk, dir, owner) = (self.disk.clone(), self.dir.clone(), self.owner.clone());
+        let entries = self.entries.iter().cloned().collect();
+        Rotation { disk, dir, owner, seq, base: self.base, entries, hard: self.hard.clone() }
     }
 
-    fn rotate(&mut self) -> Result<(), DiskError> {
-        let mut records = Vec::new();
-        let (mut batch, mut bytes) = (Vec::new(), 0);
-        // The commit index may point behind the entries of the first records, so only the last one carries it.
-        let early = HardState { commit: self.base.index, ..self.hard.clone() };
-        for entry in &self.entries {
-            bytes += entry.data.len();
-            batch.push(entry.clone());
-            if bytes >= RECORD_BYTES_AIM {
-                records.push(encode_record(&batch, &early));
-                (batch, bytes) = (Vec::new(), 0);
+    /// The fresh segment is written: it gets what was appended meanwhile, and takes over. One that is not awaited any more is removed.
+    pub fn finish_rotation(&mut self, mut fresh: Wal) -> Result<(), DiskError> {
+        match self.rotation.take() {
+            Some((seq, since)) if seq == fresh.seq() => {
+                let written = since.iter().try_for_each(|record| fresh.write(record));
+                if let Err(error) = written {
+                    fresh.remove()?;
+                    return Err(error);
+                }
+                fresh.sync()?;
+                fresh.publish()?;
+                std::mem::replace(&mut self.wal, fresh).remove()
+            }
+            other => {
+                self.rotation = other;
+                fresh.remove()
             }
         }
-        records.push(encode_record(&batch, &self.hard));
-        self.grown_bytes = 0;
-        self.wal.rotate(&self.owner, self.base, &records)
+    }
+
+    /// The fresh segment could not be written: the old one stays.
+    pub fn abandon_rotation(&mut self) {
+        self.rotation = None;
+    }
+
+    /// Drops the whole log. What is not written yet of a rotation has no use any more.
+    fn restart_at(&mut self, at: LogPoint) -> Result<(), DiskError> {
+        self.rotation = None;
+        self.base = at;
+        self.entries.clear();
+        let fresh = self.begin_rotation().write()?;
+        self.finish_rotation(fresh)
     }
 
     /// Puts an entry at its index, dropping what was there and behind it.
@@ -252,36 +335,49 @@ impl raft::Storage for Store {
         Ok(self.last().index)
     }
 
-    /// Read from its file each time: it is rarely asked for, and may be large.
+    /// Only says which snapshot there is: `ship` sends the file.
     fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
         let unavailable = || raft::Error::from(StorageError::SnapshotTemporarilyUnavailable);
-        let loaded = snapshot::load(&self.dir, &self.owner);
-        let loaded = loaded.inspect_err(|error| tracing::error!(%error, to, "the snapshot cannot be read"));
-        let (at, data) = loaded.ok().flatten().ok_or_else(unavailable)?;
-        if at.index < request_index {
+        let saved = Saved::open(self.disk.as_ref(), &self.dir, &self.owner);
+        let saved = saved.inspect_err(|error| tracing::error!(%error, to, "the snapshot cannot be read"));
+        let saved = saved.ok().flatten().ok_or_else(unavailable)?;
+        if saved.meta.at.index < request_index {
             return Err(unavailable());
         }
-        if data.len() > SNAPSHOT_BYTES_MAX {
-            tracing::error!(to, bytes = data.len(), "the snapshot is too large to be sent");
+        if saved.total > SNAPSHOT_BYTES_MAX {
+            tracing::error!(to, bytes = saved.total, "the snapshot is too large to be sent");
             return Err(unavailable());
         }
-        let mut snapshot = Snapshot { data: data.into(), ..Default::default() };
+        let mut snapshot = Snapshot::default();
         let meta = snapshot.mut_metadata();
-        meta.index = at.index;
-        meta.term = at.term;
-        meta.set_conf_state(self.conf_state());
+        meta.index = saved.meta.at.index;
+        meta.term = saved.meta.at.term;
+        meta.set_conf_state(saved.meta.members);
         Ok(snapshot)
     }
 }
 
-fn lock(dir: &Path) -> Result<File, RaftStartError> {
+fn lock(disk: &dyn Disk, dir: &Path) -> Result<Lock, RaftStartError> {
     let path = dir.join("lock");
-    let file = File::create(&path).map_err(disk("create", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(RaftStartError::Locked { dir: dir.to_path_buf() }),
-        Err(TryLockError::Error(source)) => Err(disk("lock", &path)(source).into()),
+    let lock = disk.lock(&path).map_err(failed("lock", &path))?;
+    lock.ok_or_else(|| RaftStartError::Locked { dir: dir.to_path_buf() })
+}
+
+/// The records of a segment that begins behind `base`.
+fn records_of(entries: &[Entry], base: LogPoint, hard: &HardState) -> Vec<Vec<u8>> {
+    let mut records = Vec::new();
+    let (mut from, mut bytes) = (0, 0);
+    // The commit index may point behind the entries of the first records, so only the last one carries it.
+    let early = HardState { commit: base.index, ..hard.clone() };
+    for (at, entry) in entries.iter().enumerate() {
+        bytes += entry.data.len();
+        if bytes >= RECORD_BYTES_AIM {
+            records.push(encode_record(&entries[from..=at], &early));
+            (from, bytes) = (at + 1, 0);
+        }
     }
+    records.push(encode_record(&entries[from..], hard));
+    records
 }
 
 fn encode_record(entries: &[Entry], hard: &HardState) -> Vec<u8> {

@@ -1,4 +1,4 @@
-//! The log file: checksummed records that are durable when [`Wal::append`] returns.
+//! The log file: checksummed records that are durable when [`Wal::sync`] returns.
 //!
 //! A segment is `header | record*`, followed by zeros written ahead so that a sync does not have to change the file's
 //! size. One record is everything one `Ready` has to persist, and each is synced before the next is written: after a crash
@@ -8,12 +8,11 @@
 //!
 //! What the records mean is decided in `storage`.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::codec::{Reader, put_bytes, put_u64};
+use super::disk::{self, Disk, DiskFile, failed};
 use super::{DiskError, RaftStartError};
 
 /// Largest body of one record, in bytes; far above what one `Ready` can hold.
@@ -79,7 +78,8 @@ pub(super) struct LogPoint {
 
 /// One open segment, written at its end.
 pub(super) struct Wal {
-    file: File,
+    disk: Arc<dyn Disk>,
+    file: Box<dyn DiskFile>,
     path: PathBuf,
     seq: u64,
     salt: u64,
@@ -88,7 +88,7 @@ pub(super) struct Wal {
     /// Zeros reach to here.
     zeroed: u64,
     buffer: Vec<u8>,
-    /// A write failed: what is on disk is unknown from here on.
+    /// A write failed in a way that leaves unknown what is on disk.
     broken: bool,
 }
 
@@ -103,97 +103,132 @@ pub(super) struct Recovered {
 
 impl Wal {
     /// Makes segment `seq` with the given records, durably and all at once: a crash leaves all of it or nothing.
-    pub fn create(dir: &Path, seq: u64, owner: &Identity, base: LogPoint, bodies: &[Vec<u8>]) -> Result<Self, DiskError> {
-        let path = dir.join(format!("wal-{seq:016x}.log"));
+    pub fn create(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        seq: u64,
+        owner: &Identity,
+        base: LogPoint,
+        bodies: &[Vec<u8>],
+    ) -> Result<Self, DiskError> {
+        let mut wal = Self::draft(disk, dir, seq, owner, base, bodies)?;
+        wal.publish()?;
+        Ok(wal)
+    }
+
+    /// Makes segment `seq` under a temporary name, synced: [`Wal::publish`] makes it the newest of its directory.
+    pub fn draft(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        seq: u64,
+        owner: &Identity,
+        base: LogPoint,
+        bodies: &[Vec<u8>],
+    ) -> Result<Self, DiskError> {
+        let path = segment_path(dir, seq).with_extension(TEMPORARY);
         let salt = rand::random();
         let mut bytes = encode_header(seq, salt, owner, base);
         for body in bodies {
             let at = bytes.len() as u64;
             push_record(&mut bytes, at, salt, body);
         }
-        write_durably(dir, &path, &[&bytes])?;
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(disk("open", &path))?;
+        let file = disk.create(&path).map_err(failed("create", &path))?;
         let end = bytes.len() as u64;
-        Ok(Self { file, path, seq, salt, end, zeroed: end, buffer: Vec::new(), broken: false })
+        let written = file.write_at(&bytes, 0).map_err(failed("write", &path)).and_then(|()| disk::sync(file.as_ref(), &path));
+        written.inspect_err(|_| disk::discard(disk.as_ref(), &path))?;
+        Ok(Self { disk: disk.clone(), file, path, seq, salt, end, zeroed: end, buffer: Vec::new(), broken: false })
+    }
+
+    /// Gives a drafted segment its name.
+    pub fn publish(&mut self) -> Result<(), DiskError> {
+        let path = self.path.with_extension(EXTENSION);
+        disk::adopt(self.disk.as_ref(), &self.path, &path)?;
+        self.path = path;
+        Ok(())
+    }
+
+    /// Removes the segment: another has taken its place, or it was never published.
+    pub fn remove(self) -> Result<(), DiskError> {
+        self.disk.remove(&self.path).map_err(failed("remove", &self.path))
     }
 
     /// Opens the newest segment, cuts a torn last record, and removes what a crash left over. `None` if there is none.
-    pub fn recover(dir: &Path, owner: &Identity) -> Result<Option<Recovered>, RaftStartError> {
-        let mut segments = list_segments(dir)?;
+    pub fn recover(disk: &Arc<dyn Disk>, dir: &Path, owner: &Identity) -> Result<Option<Recovered>, RaftStartError> {
+        let mut segments = list_segments(disk.as_ref(), dir)?;
         let Some((seq, path)) = segments.pop() else { return Ok(None) };
-        let bytes = fs::read(&path).map_err(disk("read", &path))?;
+        let bytes = disk::read_all(disk.as_ref(), &path).map_err(failed("read", &path))?;
         let header = decode_header(&path, &bytes)?;
         owner.expect(header.owner)?;
         if header.seq != seq {
             return Err(corrupt(&path, 0, "the file name and the header name different segments"));
         }
         let (bodies, end) = scan(&path, &bytes, header.len, header.salt)?;
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(disk("open", &path))?;
-        file.set_len(end as u64).and_then(|()| file.sync_all()).map_err(disk("truncate", &path))?;
+        let file = disk.open(&path).map_err(failed("open", &path))?;
+        file.set_len(end as u64).map_err(failed("truncate", &path))?;
+        disk::sync(file.as_ref(), &path)?;
         for (_, old) in segments {
-            fs::remove_file(&old).map_err(disk("remove", &old))?;
+            disk.remove(&old).map_err(failed("remove", &old))?;
         }
-        let end = end as u64;
-        let wal = Self { file, path, seq, salt: header.salt, end, zeroed: end, buffer: Vec::new(), broken: false };
+        let (disk, end) = (disk.clone(), end as u64);
+        let wal = Self { disk, file, path, seq, salt: header.salt, end, zeroed: end, buffer: Vec::new(), broken: false };
         Ok(Some(Recovered { wal, base: header.base, bodies }))
     }
 
-    /// Appends one record and syncs it. After an error the segment refuses every later append.
-    pub fn append(&mut self, body: &[u8]) -> Result<(), DiskError> {
+    /// Number of the segment.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// Appends one record; it counts after [`Wal::sync`], and each is synced before the next is written. When the disk is full the record
+    /// may be written again; after any other error the segment refuses every later one.
+    pub fn write(&mut self, body: &[u8]) -> Result<(), DiskError> {
         assert!(!body.is_empty() && body.len() <= RECORD_BYTES_MAX, "a record holds 1 byte to 1 GiB");
         if self.broken {
             let source = std::io::Error::other("an earlier write failed");
-            return Err(disk("append to", &self.path)(source));
+            return Err(failed("append to", &self.path)(source));
         }
-        let written = self.write_and_sync(body);
-        self.broken = written.is_err();
+        let written = self.put(body);
+        self.broken = written.as_ref().is_err_and(|error| !error.full());
         written
     }
 
-    fn write_and_sync(&mut self, body: &[u8]) -> Result<(), DiskError> {
+    fn put(&mut self, body: &[u8]) -> Result<(), DiskError> {
         self.buffer.clear();
         push_record(&mut self.buffer, self.end, self.salt, body);
         let end = self.end + self.buffer.len() as u64;
-        while self.zeroed < end {
-            self.file.write_all_at(&[0; CHUNK_BYTES], self.zeroed).map_err(disk("extend", &self.path))?;
-            self.zeroed += CHUNK_BYTES as u64;
-        }
-        self.file.write_all_at(&self.buffer, self.end).map_err(disk("append to", &self.path))?;
-        self.file.sync_data().map_err(disk("sync", &self.path))?;
+        self.extend(end)?;
+        self.file.write_at(&self.buffer, self.end).map_err(failed("append to", &self.path))?;
         self.end = end;
+        self.zeroed = self.zeroed.max(end);
         Ok(())
     }
 
-    /// Replaces this segment by a new one that holds `bodies`; the old file goes only when the new one is durable.
-    pub fn rotate(&mut self, owner: &Identity, base: LogPoint, bodies: &[Vec<u8>]) -> Result<(), DiskError> {
-        let dir = self.path.parent().expect("a segment lies in a directory").to_path_buf();
-        let next = Self::create(&dir, self.seq + 1, owner, base, bodies)?;
-        let old = std::mem::replace(self, next);
-        fs::remove_file(&old.path).map_err(disk("remove", &old.path))
+    /// Writes zeros ahead. If there is no room for a whole step of them, there may still be for the record.
+    fn extend(&mut self, end: u64) -> Result<(), DiskError> {
+        while self.zeroed < end {
+            match self.file.write_at(&[0; CHUNK_BYTES], self.zeroed).map_err(failed("extend", &self.path)) {
+                Ok(()) => self.zeroed += CHUNK_BYTES as u64,
+                Err(error) if error.full() => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes what was written durable.
+    pub fn sync(&mut self) -> Result<(), DiskError> {
+        let synced = disk::sync(self.file.as_ref(), &self.path);
+        self.broken |= synced.is_err();
+        synced
     }
 }
 
-/// Writes a file under a temporary name, syncs it, renames it into place and syncs the directory.
-pub(super) fn write_durably(dir: &Path, path: &Path, parts: &[&[u8]]) -> Result<(), DiskError> {
-    let temporary = path.with_extension("tmp");
-    let mut file = File::create(&temporary).map_err(disk("create", &temporary))?;
-    for part in parts {
-        file.write_all(part).map_err(disk("write", &temporary))?;
-    }
-    file.sync_all().map_err(disk("sync", &temporary))?;
-    fs::rename(&temporary, path).map_err(disk("rename", &temporary))?;
-    sync_dir(dir)
-}
+/// Ending of a segment's name, and of one that is not finished.
+const EXTENSION: &str = "log";
+const TEMPORARY: &str = "tmp";
 
-/// Makes the names in a directory durable.
-pub(super) fn sync_dir(dir: &Path) -> Result<(), DiskError> {
-    File::open(dir).and_then(|d| d.sync_all()).map_err(disk("sync", dir))
-}
-
-/// Turns an I/O error into one that names the operation and the file.
-pub(super) fn disk(op: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> DiskError {
-    let path = path.to_path_buf();
-    move |source| DiskError { op, path, source }
+fn segment_path(dir: &Path, seq: u64) -> PathBuf {
+    dir.join(format!("wal-{seq:016x}.{EXTENSION}"))
 }
 
 /// A refusal to start on damaged data.
@@ -288,13 +323,12 @@ fn scan(path: &Path, bytes: &[u8], start: usize, salt: u64) -> Result<(Vec<Vec<u
 }
 
 /// Segments by number, oldest first; unfinished temporary files are removed.
-fn list_segments(dir: &Path) -> Result<Vec<(u64, PathBuf)>, RaftStartError> {
+fn list_segments(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>, RaftStartError> {
     let mut segments = Vec::new();
-    for item in fs::read_dir(dir).map_err(disk("list", dir))? {
-        let path = item.map_err(disk("list", dir))?.path();
+    for path in disk.list(dir).map_err(failed("list", dir))? {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         if name.ends_with(".tmp") {
-            fs::remove_file(&path).map_err(disk("remove", &path))?;
+            disk.remove(&path).map_err(failed("remove", &path))?;
         } else if let Some(seq) = name.strip_prefix("wal-").and_then(|n| n.strip_suffix(".log")) {
             let seq = u64::from_str_radix(seq, 16).map_err(|_| corrupt(&path, 0, "not the name of a log segment"))?;
             segments.push((seq, path));
@@ -306,16 +340,29 @@ fn list_segments(dir: &Path) -> Result<Vec<(u64, PathBuf)>, RaftStartError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use super::super::disk::OsDisk;
+    use super::super::tests::simdisk::SimDisk;
     use super::*;
+
+    fn os() -> Arc<dyn Disk> {
+        Arc::new(OsDisk)
+    }
 
     fn owner() -> Identity {
         Identity { cluster_id: "c".into(), node: 1, voters: vec![1, 2, 3] }
     }
 
+    fn append(wal: &mut Wal, body: &[u8]) -> Result<(), DiskError> {
+        wal.write(body)?;
+        wal.sync()
+    }
+
     fn wal_with(dir: &Path, bodies: &[Vec<u8>]) -> Wal {
-        let mut wal = Wal::create(dir, 1, &owner(), LogPoint::default(), &[]).unwrap();
+        let mut wal = Wal::create(&os(), dir, 1, &owner(), LogPoint::default(), &[]).unwrap();
         for body in bodies {
-            wal.append(body).unwrap();
+            append(&mut wal, body).unwrap();
         }
         wal
     }
@@ -323,7 +370,7 @@ mod tests {
     fn reopen(bytes: &[u8]) -> Result<Vec<Vec<u8>>, RaftStartError> {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("wal-0000000000000001.log"), bytes).unwrap();
-        Ok(Wal::recover(dir.path(), &owner())?.unwrap().bodies)
+        Ok(Wal::recover(&os(), dir.path(), &owner())?.unwrap().bodies)
     }
 
     fn sample() -> Vec<Vec<u8>> {
@@ -377,40 +424,70 @@ mod tests {
         let mut wal = wal_with(dir.path(), &sample());
         let mut forged = Vec::new();
         push_record(&mut forged, wal.end, wal.salt ^ 1, b"forged");
-        wal.append(&forged.repeat(40)).unwrap();
+        append(&mut wal, &forged.repeat(40)).unwrap();
         let mut torn = fs::read(&wal.path).unwrap();
         torn[wal.end as usize - 1] ^= 1;
         fs::write(&wal.path, &torn).unwrap();
-        let mut recovered = Wal::recover(dir.path(), &owner()).unwrap().unwrap();
+        let mut recovered = Wal::recover(&os(), dir.path(), &owner()).unwrap().unwrap();
         assert_eq!(recovered.bodies, sample());
-        recovered.wal.append(b"after").unwrap();
-        let bodies = Wal::recover(dir.path(), &owner()).unwrap().unwrap().bodies;
+        append(&mut recovered.wal, b"after").unwrap();
+        let bodies = Wal::recover(&os(), dir.path(), &owner()).unwrap().unwrap().bodies;
         assert_eq!(bodies.last().unwrap(), b"after");
         assert_eq!(bodies.len(), 7);
     }
 
     #[test]
-    fn rotation_leaves_one_segment_and_a_half_made_one_is_ignored() {
+    fn a_draft_counts_only_when_published_and_the_newest_segment_wins() {
         let dir = tempfile::tempdir().unwrap();
-        let mut wal = wal_with(dir.path(), &sample());
+        let old = wal_with(dir.path(), &sample());
         let base = LogPoint { index: 9, term: 2 };
-        wal.rotate(&owner(), base, &[vec![1], vec![2]]).unwrap();
-        wal.append(&[3]).unwrap();
-        fs::write(dir.path().join("wal-0000000000000003.tmp"), b"half").unwrap();
-        let found = Wal::recover(dir.path(), &owner()).unwrap().unwrap();
+        let draft = || Wal::draft(&os(), dir.path(), 2, &owner(), base, &[vec![1], vec![2]]).unwrap();
+        drop(draft());
+        assert_eq!(Wal::recover(&os(), dir.path(), &owner()).unwrap().unwrap().bodies, sample());
+        let mut new = draft();
+        append(&mut new, &[3]).unwrap();
+        new.publish().unwrap();
+        let found = Wal::recover(&os(), dir.path(), &owner()).unwrap().unwrap();
         assert_eq!((found.base, found.bodies), (base, vec![vec![1], vec![2], vec![3]]));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert!(old.remove().is_err(), "recovery has removed it");
     }
 
     #[test]
-    fn a_full_disk_is_an_error_and_the_segment_stays_broken() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut wal = wal_with(dir.path(), &sample());
-        let good = std::mem::replace(&mut wal.file, OpenOptions::new().write(true).open("/dev/full").unwrap());
-        let error = wal.append(b"lost").unwrap_err();
-        assert_eq!(error.source.kind(), std::io::ErrorKind::StorageFull);
-        wal.file = good;
-        assert!(wal.append(b"never after a failure").is_err());
-        assert_eq!(Wal::recover(dir.path(), &owner()).unwrap().unwrap().bodies, sample());
+    fn a_full_disk_may_be_tried_again_and_a_failed_sync_may_not() {
+        let disk = SimDisk::default();
+        let (any, dir): (Arc<dyn Disk>, _) = (Arc::new(disk.clone()), Path::new("/d"));
+        let mut wal = Wal::create(&any, dir, 1, &owner(), LogPoint::default(), &[]).unwrap();
+        disk.fill(100);
+        append(&mut wal, &[1; 60]).unwrap();
+        let error = append(&mut wal, &[2; 300]).unwrap_err();
+        assert!(error.full(), "{error}");
+        disk.free();
+        append(&mut wal, &[3; 20]).unwrap();
+        disk.crash(&mut |n| n);
+        assert_eq!(Wal::recover(&any, dir, &owner()).unwrap().unwrap().bodies, [vec![1; 60], vec![3; 20]]);
+        let mut wal = Wal::recover(&any, dir, &owner()).unwrap().unwrap().wal;
+        disk.fail_next_sync();
+        assert!(!append(&mut wal, b"unknown").unwrap_err().full());
+        assert!(append(&mut wal, b"never after that").is_err());
+    }
+
+    #[test]
+    fn what_a_crash_leaves_of_a_record_that_was_not_synced_is_cut() {
+        for keep in 0..60 {
+            let disk = SimDisk::default();
+            let (any, dir): (Arc<dyn Disk>, _) = (Arc::new(disk.clone()), Path::new("/d"));
+            let mut wal = Wal::create(&any, dir, 1, &owner(), LogPoint::default(), &[]).unwrap();
+            append(&mut wal, b"kept").unwrap();
+            wal.write(&[7; 40]).unwrap();
+            disk.crash(&mut |_| keep);
+            let bodies = Wal::recover(&any, dir, &owner()).unwrap().unwrap().bodies;
+            let whole = keep >= 40 + HEAD_BYTES;
+            assert_eq!(
+                bodies,
+                if whole { vec![b"kept".to_vec(), vec![7; 40]] } else { vec![b"kept".to_vec()] },
+                "{keep} bytes kept"
+            );
+        }
     }
 }

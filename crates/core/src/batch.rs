@@ -7,6 +7,7 @@
 
 mod schedule;
 mod sequence;
+mod upkeep;
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::format;
@@ -20,6 +21,7 @@ use crate::identity::Fingerprint;
 use crate::ids::{AttemptId, BlockHash, Slot, SlotRef, Time, TokenId};
 use crate::message::{AttemptFailed, BlockOp, FailKind, Finish, Load, Ticket, TokenOut};
 use crate::pool::{Pool, PoolStats};
+use crate::route::pairs;
 use sequence::{Phase, Sequence};
 
 /// Bounds of one node's batch.
@@ -247,12 +249,19 @@ impl Batch {
         let pool = self.pool.stats();
         let behind = |serial: &Serial| self.sequences[serial].pending();
         let decoding = self.running.iter().filter(|s| behind(s) == 1).count() as u32;
+        let (mut queued_tokens, mut queued_pairs) = (0, 0u64);
+        for sequence in self.waiting.iter().chain(&self.running).map(|s| &self.sequences[s]).filter(|s| s.pending() > 1) {
+            queued_tokens += sequence.pending() as u64;
+            queued_pairs = queued_pairs.saturating_add(pairs(sequence.computed as u64, sequence.tokens.len() as u64));
+        }
         Load {
-            queued_tokens: self.waiting.iter().chain(&self.running).map(behind).filter(|&n| n > 1).sum::<usize>() as u64,
+            queued_tokens,
+            queued_pairs,
             running: decoding + self.receiving,
             waiting: self.waiting.len() as u32,
             free_blocks: pool.free,
             evictable_blocks: pool.evictable,
+            pinned_blocks: pool.pinned,
             total_blocks: pool.total,
             ..Load::default()
         }

@@ -6,18 +6,25 @@
 //! out of the log).
 
 mod apply;
+mod audit;
 mod codec;
 mod command;
+mod policy;
 
+pub use audit::{Audit, Checksum};
 pub use codec::{COMMAND_BYTES_MAX, CodecError, DELTAS_OPS_MAX, decode, decode_answer, encode, encode_answer};
-pub use command::{Answer, Command, DeltaVerdict, Node, NodeState, ReplicaInfo, SnapshotVerdict};
+pub use command::{Answer, Command, DeltaVerdict, DigestVerdict, Node, NodeState, ReplicaInfo, SnapshotVerdict};
+pub use policy::{
+    API_KEYS_MAX, ApiKeyDigest, Change, Config, Kind, Limits, PIN_BLOCKS_MAX, PINNED_BLOCKS_MAX, PINS_MAX, Pin, Policy,
+    PolicyAnswer, PolicyCommand, PolicyError, SETTINGS, Setting, Spec, Tenant, ValueError,
+};
 
 use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use crate::holders::{BLOCKS_MAX, Holders};
+use crate::holders::Holders;
 use crate::identity::TenantKey;
 use crate::ids::{BlockHash, Epoch, NodeId, ReplicaId};
 use crate::message::{ModelIdentity, Peer};
@@ -33,6 +40,8 @@ pub const NODES_MAX: usize = 1024;
 pub const TENANTS_MAX: usize = 1 << 16;
 /// Replicas that announced themselves; a further one is refused.
 pub const REPLICAS_MAX: usize = 64;
+/// Blocks in all snapshots of nodes that are being assembled, 16 bytes each; what does not fit must be sent again later.
+pub const ASSEMBLED_BLOCKS_MAX: usize = 1 << 23;
 /// Bytes of a name or an address; a longer one is refused.
 pub const NAME_BYTES_MAX: usize = 256;
 
@@ -55,10 +64,11 @@ pub struct Cluster {
     model: Option<ModelIdentity>,
     nodes: BTreeMap<NodeId, Node>,
     names: BTreeMap<String, NodeId>,
-    tenants: BTreeMap<String, TenantKey>,
+    policy: Policy,
     replicas: BTreeMap<ReplicaId, ReplicaInfo>,
     assemblies: BTreeMap<NodeId, Assembly>,
     holders: Holders,
+    audit: Audit,
 }
 
 impl Cluster {
@@ -119,12 +129,24 @@ impl Cluster {
     /// A tenant's key.
     #[must_use]
     pub fn tenant(&self, name: &str) -> Option<&TenantKey> {
-        self.tenants.get(name)
+        self.policy.tenant(name).map(|tenant| &tenant.key)
     }
 
-    /// All tenants, by name.
-    pub fn tenants(&self) -> impl Iterator<Item = (&str, &TenantKey)> {
-        self.tenants.iter().map(|(name, key)| (name.as_str(), key))
+    /// What operators decided: settings, tenants, pins.
+    #[must_use]
+    pub const fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// The settings.
+    #[must_use]
+    pub const fn config(&self) -> &Config {
+        self.policy.config()
+    }
+
+    /// Slots of the smallest live node's pool.
+    fn smallest_pool(&self) -> Option<u32> {
+        self.nodes.values().filter(|n| n.state.alive()).map(|n| n.slots).min()
     }
 
     /// The replicas that announced themselves, by number.
@@ -149,11 +171,13 @@ impl Cluster {
     }
 
     fn validate(&self) -> Result<(), &'static str> {
-        let sizes = [
-            (self.nodes.len(), NODES_MAX, "too many nodes"),
-            (self.tenants.len(), TENANTS_MAX, "too many tenants"),
-            (self.replicas.len(), REPLICAS_MAX, "too many replicas"),
-        ];
+        self.validate_members()?;
+        self.holders.validate()
+    }
+
+    /// All but the tables of the index.
+    fn validate_members(&self) -> Result<(), &'static str> {
+        let sizes = [(self.nodes.len(), NODES_MAX, "too many nodes"), (self.replicas.len(), REPLICAS_MAX, "too many replicas")];
         if let Some((.., what)) = sizes.iter().find(|(len, max, _)| len > max) {
             return Err(what);
         }
@@ -176,11 +200,11 @@ impl Cluster {
         if !self.holders.nodes().eq(alive) {
             return Err("the index knows other nodes than those alive");
         }
-        if self.assemblies.values().map(|a| a.blocks.len()).sum::<usize>() > BLOCKS_MAX {
+        if self.assemblies.values().map(|a| a.blocks.len()).sum::<usize>() > ASSEMBLED_BLOCKS_MAX {
             return Err("too many blocks are being assembled");
         }
         self.assemblies.iter().try_for_each(|(id, assembly)| self.validate_assembly(*id, assembly))?;
-        self.holders.validate()
+        self.policy.validate()
     }
 
     fn validate_node(&self, node: &Node) -> Result<(), &'static str> {

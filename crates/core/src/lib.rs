@@ -18,6 +18,8 @@ pub mod layout;
 pub mod message;
 pub mod pool;
 pub mod publish;
+pub mod quota;
 pub mod route;
 pub mod sampling;
+pub mod top;
 pub mod transfer;

@@ -9,10 +9,12 @@
 mod cached;
 mod member;
 mod request;
+mod upkeep;
 
 pub use cached::*;
 pub use member::*;
 pub use request::*;
+pub use upkeep::*;
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -151,6 +153,12 @@ pub enum Message {
         /// The answer, or an error for the operator.
         result: Result<String, String>,
     },
+    /// A replica asks a node to pin, drop or look at cached blocks.
+    CacheOrder(CacheOrder),
+    /// What came of it.
+    CacheReport(CacheReport),
+    /// What a node caches in short, each second to one replica, which passes it to the leader.
+    CacheDigest(CacheDigest),
 }
 
 impl Message {
@@ -168,15 +176,18 @@ impl Message {
             | Self::WantSnapshot { .. }
             | Self::Assign(_)
             | Self::Cancel(_)
+            | Self::CacheOrder(_)
             | Self::Answer { .. } => matches!(role, Role::Coordinator),
             Self::Join(_)
             | Self::Heartbeat { .. }
             | Self::Delta(_)
             | Self::Snapshot(_)
+            | Self::CacheDigest(_)
             | Self::Token(_)
             | Self::Failed(_)
             | Self::Handover(_)
             | Self::Leave { .. }
+            | Self::CacheReport(_)
             | Self::Abort { .. } => matches!(role, Role::Prefill | Role::Decode),
             Self::Open(_) | Self::Fin(_) => matches!(role, Role::Prefill | Role::Decode),
             Self::Granted(_) | Self::Declined { .. } | Self::Credit { .. } | Self::Received { .. } => {

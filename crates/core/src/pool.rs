@@ -1,15 +1,20 @@
 //! The paged allocator and its prefix cache: which slot holds which block, who may still read it, what goes first when room is needed.
 //!
-//! A slot is *free* (nothing in it), *in use* (somebody holds a reference, or a cached block that follows it is in use) or
-//! *evictable* (cached, read by nobody). Cached blocks form trees by their parents: a block is cached only while the one before it is,
+//! A slot is *free* (nothing in it), *in use* (somebody holds a reference, or a cached block that follows it is in use),
+//! *pinned* (cached, read by nobody, and to be kept) or *evictable* (cached, read by nobody). Cached blocks form trees by their parents: a block is cached only while the one before it is,
 //! so eviction takes leaves first, the least recently used of them. A [`SlotRef`] whose generation has passed has no effect.
 //! The pool knows nothing of tokens, sequences or bytes. Idea: vLLM's block pool and SGLang's radix cache, one table for both.
+
+mod upkeep;
+
+pub use upkeep::{PIN_PERCENT_MAX, Resident, pins_max};
 
 use alloc::collections::{BTreeSet, VecDeque};
 use alloc::vec::Vec;
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 
+use crate::identity::Owner;
 use crate::ids::{BlockHash, Generation, Slot, SlotRef};
 use crate::message::BlockOp;
 
@@ -38,7 +43,7 @@ pub enum Published {
     Stale,
 }
 
-/// How full a pool is, in slots: `free + evictable + in_use == total`.
+/// How full a pool is, in slots: `free + evictable + pinned + in_use == total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolStats {
     /// All slots.
@@ -47,6 +52,8 @@ pub struct PoolStats {
     pub free: u32,
     /// Cached, read by nobody: given out on demand.
     pub evictable: u32,
+    /// Cached, read by nobody, and never given out while the pin lasts.
+    pub pinned: u32,
     /// Referenced, or cached before a block that is.
     pub in_use: u32,
     /// Holding a block that can be found, in use or not.
@@ -59,6 +66,9 @@ pub struct PoolStats {
 #[derive(Clone, Copy, Debug)]
 struct Cached {
     name: BlockHash,
+    owner: Owner,
+    /// Counts as in use whoever reads it.
+    pinned: bool,
     /// Slot of the block before it; stays put, since a parent outlives its children.
     parent: Option<u32>,
     /// Cached blocks right after this one.
@@ -78,7 +88,7 @@ struct Entry {
 
 impl Entry {
     fn busy(&self) -> bool {
-        self.refs > 0 || self.block.is_some_and(|b| b.busy_children > 0)
+        self.refs > 0 || self.block.is_some_and(|b| b.pinned || b.busy_children > 0)
     }
 
     fn leaf(&self) -> bool {
@@ -95,6 +105,12 @@ pub struct Pool {
     /// Evictable slots without cached children, by `used`.
     leaves: BTreeSet<(u64, u32)>,
     evictable: u32,
+    /// Names to be pinned, cached or not.
+    pins: HashSet<BlockHash>,
+    /// Blocks that are.
+    pinned: u32,
+    /// Those of them that nobody references.
+    pinned_idle: u32,
     clock: u64,
     stale_refs: u64,
     ops: VecDeque<BlockOp>,
@@ -110,6 +126,9 @@ impl Pool {
             by_name: HashMap::new(),
             leaves: BTreeSet::new(),
             evictable: 0,
+            pins: HashSet::new(),
+            pinned: 0,
+            pinned_idle: 0,
             clock: 0,
             stale_refs: 0,
             ops: VecDeque::new(),
@@ -137,8 +156,16 @@ impl Pool {
 
     /// Takes the least recently used leaf out of the cache and returns its slot.
     fn evict(&mut self) -> u32 {
-        let (_, slot) = self.leaves.pop_first().expect("an evictable block has an evictable leaf below it");
-        let block = self.entries[slot as usize].block.take().expect("leaves are cached");
+        let &(_, slot) = self.leaves.first().expect("an evictable block has an evictable leaf below it");
+        self.take_out(slot);
+        slot
+    }
+
+    /// Takes an evictable leaf out of the cache; its slot is the caller's.
+    fn take_out(&mut self, slot: u32) {
+        let entry = &mut self.entries[slot as usize];
+        let block = entry.block.take().expect("leaves are cached");
+        self.leaves.remove(&(entry.used, slot));
         self.by_name.remove(&block.name);
         self.evictable -= 1;
         self.ops.push_back(BlockOp::Evicted(block.name));
@@ -149,7 +176,6 @@ impl Pool {
                 self.leaves.insert((entry.used, parent));
             }
         }
-        slot
     }
 
     /// How many of the leading `names` are cached. Takes nothing and marks nothing as used.
@@ -166,6 +192,7 @@ impl Pool {
             let entry = &mut self.entries[slot as usize];
             let was_busy = entry.busy();
             entry.refs += 1;
+            self.pinned_idle -= u32::from(entry.refs == 1 && entry.block.is_some_and(|b| b.pinned));
             run.push(SlotRef { slot: Slot(slot), generation: Generation(entry.generation) });
             if !was_busy {
                 self.enter_use(slot);
@@ -174,8 +201,8 @@ impl Pool {
         run
     }
 
-    /// From now on the block in `at` can be found under `name`, behind the block `parent` (`None` for a first block).
-    pub fn publish(&mut self, at: SlotRef, parent: Option<BlockHash>, name: BlockHash) -> Published {
+    /// From now on the block in `at` can be found under `name`, behind the block `parent` (`None` for a first block); it is `owner`'s.
+    pub fn publish(&mut self, at: SlotRef, parent: Option<BlockHash>, name: BlockHash, owner: Owner) -> Published {
         let slot = at.slot.0;
         if !self.holds(at) {
             self.stale_refs += 1;
@@ -189,9 +216,11 @@ impl Pool {
             Some(found) => found,
             None => None,
         };
+        let pinned = self.born_pinned(parent, &name);
+        self.pinned += u32::from(pinned);
         let entry = &mut self.entries[slot as usize];
         assert!(entry.block.is_none(), "slot {slot} holds another block already: content never changes within a generation");
-        entry.block = Some(Cached { name, parent, children: 0, busy_children: 0 });
+        entry.block = Some(Cached { name, owner, pinned, parent, children: 0, busy_children: 0 });
         self.by_name.insert(name, slot);
         self.ops.push_back(BlockOp::Stored(name));
         if let Some(parent) = parent {
@@ -226,6 +255,7 @@ impl Pool {
         if entry.refs > 0 {
             return;
         }
+        self.pinned_idle += u32::from(entry.block.is_some_and(|b| b.pinned));
         if entry.block.is_none() {
             self.free.push(slot);
         } else if !entry.busy() {
@@ -287,7 +317,8 @@ impl Pool {
             total,
             free,
             evictable: self.evictable,
-            in_use: total - free - self.evictable,
+            pinned: self.pinned_idle,
+            in_use: total - free - self.evictable - self.pinned_idle,
             cached: self.by_name.len() as u32,
             stale_refs: self.stale_refs,
         }
@@ -344,6 +375,7 @@ impl Pool {
         assert_eq!((idle, idle_leaves, cached), (self.evictable, self.leaves.len(), self.by_name.len()));
         let stats = self.stats();
         let in_use = self.entries.iter().filter(|e| e.busy()).count() as u32;
-        assert_eq!(stats.in_use, in_use, "conservation: {stats:?}");
+        assert_eq!(stats.in_use + stats.pinned, in_use, "conservation: {stats:?}");
+        self.check_pins();
     }
 }

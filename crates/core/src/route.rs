@@ -1,31 +1,37 @@
 //! Where a request goes: a pure function of what the gateway knows. One number in one unit, predicted microseconds until the
 //! answer is done plus the microseconds that it costs others, over every prefill x decode pair and over every node that can do
-//! it whole. The formula and its terms are in [`cost`]; the reasons are Mooncake's Algorithm 1, Dynamo's conditional
+//! it whole. The formula and its terms are in `cost`, how fast nodes are in `speed`, how far predictions were off in [`correct`],
+//! what is asked for often in [`hot`]; the reasons are Mooncake's Algorithm 1, Dynamo's conditional
 //! disaggregation and DistServe's placement, on one scale.
 //!
 //! Not decided here: what a node holds ([`crate::holders`]), whether it is alive ([`crate::cluster`]), and what to do when the place
 //! turns out to be bad (the gateway asks again and names the node in [`Ask::exclude`]).
 
+pub mod correct;
 mod cost;
+pub mod hot;
+pub mod policy;
+mod speed;
 
-pub use cost::{Breakdown, CostModel, cost};
-use cost::{Terms, pair, whole};
+pub use cost::{Breakdown, cost};
+use cost::{Spread, Terms, pair, whole};
+pub use speed::{CostModel, Speed, pairs};
 
 use alloc::vec::Vec;
 
 use crate::ids::{Epoch, NodeId};
 use crate::message::{Load, Role};
+use correct::Correction;
+use hot::Hot;
 
 /// Nodes of each role that are tried in pairs; of more, those with the best partial cost. A node that can do the request whole is
 /// always tried.
 pub const SIDE_MAX: usize = 64;
 /// Plans that [`Decision::alternatives`] names.
 pub const ALTERNATIVES_MAX: usize = 4;
-/// Plans whose cost is within this share of the best are equally good: one of them falls by the seed, so that gateways which
-/// know the same do not all send to the same node.
+/// Plans whose cost is within this share of the best are equally good, unless [`CostModel::tie_percent`] says otherwise: one of them
+/// falls by the seed, so that gateways which know the same do not all send to the same node.
 pub const TIE_PERCENT: u64 = 3;
-/// A request is refused when its predicted time to the first token is this many times what it should be.
-pub const TTFT_REFUSE_FACTOR: u64 = 2;
 
 /// What the gateway knows of a node.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,8 +51,19 @@ pub struct NodeView {
     pub prefix_blocks: u32,
     /// Prompt tokens that this gateway sent there to be computed and that its load cannot show yet.
     pub inflight_tokens: u64,
+    /// [`pairs`] of those tokens.
+    pub inflight_pairs: u64,
     /// Sequences that this gateway sent there to be decoded and that its load cannot show yet.
     pub inflight_sequences: u32,
+    /// What predictions for it were off by lately.
+    pub correction: Correction,
+}
+
+impl NodeView {
+    /// Whether its role is one that requests go to.
+    const fn serves(&self) -> bool {
+        matches!(self.role, Role::Prefill | Role::Decode)
+    }
 }
 
 /// What the gateway knows.
@@ -61,9 +78,9 @@ pub struct View<'a> {
 /// How long an answer may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slo {
-    /// To the first token, microseconds.
+    /// To the first token, microseconds; `u64::MAX` for as fast as possible.
     pub ttft_us: u64,
-    /// For each further token, microseconds.
+    /// For each further token, microseconds; `u64::MAX` for as fast as possible.
     pub tpot_us: u64,
 }
 
@@ -86,6 +103,10 @@ pub struct Ask<'a> {
     pub exclude: &'a [NodeId],
     /// What to hold; `None` for as good as possible.
     pub slo: Option<Slo>,
+    /// The prefix of the prompt that is asked for often, if one is.
+    pub hot: Option<Hot>,
+    /// Nodes that are computing that prefix already.
+    pub copying: &'a [NodeId],
 }
 
 /// Where it goes.
@@ -101,10 +122,27 @@ pub struct Decision {
     pub decode_cached_blocks: u32,
     /// What it is predicted to cost.
     pub cost: Breakdown,
-    /// The best other plans and their costs, best first.
-    pub alternatives: Vec<(NodeId, Option<NodeId>, u64)>,
+    /// What `prefill`'s times are predicted with.
+    pub prefill_speed: Speed,
+    /// What the times of the node that decodes are predicted with.
+    pub decode_speed: Speed,
+    /// Plans within [`TIE_PERCENT`] of the best, of which this is one; at least 1.
+    pub ties: u32,
+    /// The best other plans, best first.
+    pub alternatives: Vec<Alternative>,
     /// Only nodes of [`Ask::exclude`] were left, so one was chosen.
     pub exclusion_ignored: bool,
+}
+
+/// A plan that was not chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alternative {
+    /// Who would compute the prompt.
+    pub prefill: NodeId,
+    /// Who would decode; `None` when `prefill` would do it whole.
+    pub decode: Option<NodeId>,
+    /// What it is predicted to cost.
+    pub cost: Breakdown,
 }
 
 /// Why it goes nowhere.
@@ -121,12 +159,14 @@ pub enum NoPlace {
         /// Slots of the largest pool of a usable node.
         largest_blocks: u64,
     },
-    /// The objective cannot be met: refuse with Retry-After.
-    #[error("the first token would take {ttft_us} us")]
+    /// The objective cannot be met now, but could be by an idle cluster: refuse with Retry-After.
+    #[error("the first token would take {ttft_us} us and each further one {tpot_us} us")]
     Overloaded {
-        /// The best predicted time to the first token, microseconds.
+        /// Predicted for the plan that will meet the objective first: time to the first token, microseconds.
         ttft_us: u64,
-        /// After this long the queues are predicted to be short enough, microseconds.
+        /// And between two tokens, microseconds.
+        tpot_us: u64,
+        /// After this long it is predicted to meet it, microseconds.
         retry_after_us: u64,
     },
 }
@@ -152,59 +192,92 @@ pub fn place(view: &View, ask: &Ask) -> Result<Decision, NoPlace> {
     }
 }
 
-fn attempt(view: &View, ask: &Ask, exclude: &[NodeId]) -> Result<Decision, NoPlace> {
-    let chosen = |n: &&NodeView| n.usable && matches!(n.role, Role::Prefill | Role::Decode) && !exclude.contains(&n.node);
+/// What each node that may be chosen would contribute.
+fn candidates(view: &View, ask: &Ask, exclude: &[NodeId]) -> Vec<Terms> {
+    let chosen = |n: &&NodeView| n.usable && n.serves() && !exclude.contains(&n.node);
     let costs = view.costs.informed(view.nodes);
-    let terms: Vec<Terms> = view.nodes.iter().filter(chosen).map(|n| Terms::new(n, ask, &costs)).collect();
+    view.nodes.iter().filter(chosen).map(|n| Terms::new(n, ask, &costs)).collect()
+}
+
+fn attempt(view: &View, ask: &Ask, exclude: &[NodeId]) -> Result<Decision, NoPlace> {
+    let terms = candidates(view, ask, exclude);
     if terms.is_empty() {
         return Err(NoPlace::NoNodes);
     }
-    let mut options = Options::of(&terms, ask);
+    let spread = Spread::of(&terms, ask, &view.costs);
+    let mut options = Options::of(&terms, ask, &spread);
     if options.plans.is_empty() {
         let largest_blocks = terms.iter().map(|t| t.total_blocks).max().unwrap_or(0);
         return Err(NoPlace::TooBig { need_blocks: terms[0].need_blocks, largest_blocks });
     }
-    if let Some(slo) = ask.slo
-        && options.ttft_us > slo.ttft_us.saturating_mul(TTFT_REFUSE_FACTOR)
-    {
-        return Err(NoPlace::Overloaded { ttft_us: options.ttft_us, retry_after_us: options.ttft_us - slo.ttft_us });
+    // A prediction from nothing measured refuses nobody.
+    let measured = view.nodes.iter().any(|n| n.usable && n.serves() && n.load.prefill_ns_per_token > 0);
+    match options.first_to_meet {
+        Some(late) if measured && !options.met => {
+            let (ttft_us, tpot_us, retry_after_us) = (late.ttft_us, late.tpot_us, late.retry_after_us);
+            Err(NoPlace::Overloaded { ttft_us, tpot_us, retry_after_us })
+        }
+        _ => Ok(decide(&terms, ask, (&spread, view.costs.tie_percent), &mut options.plans)),
     }
-    options.plans.sort_unstable();
-    Ok(decide(&terms, ask, &options.plans))
 }
 
-/// Every plan that is possible, and the best time to the first token among them.
+/// Every plan that is possible, and how they stand to the objective.
 struct Options {
     plans: Vec<Plan>,
+    /// One of them meets it; true when there is none.
+    met: bool,
+    /// Of those that miss it only because of what runs already, the one that will meet it first.
+    first_to_meet: Option<Late>,
+}
+
+/// A plan that misses the objective; ordered by when it will not.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Late {
+    retry_after_us: u64,
     ttft_us: u64,
+    tpot_us: u64,
 }
 
 impl Options {
-    fn of(terms: &[Terms], ask: &Ask) -> Self {
+    fn of(terms: &[Terms], ask: &Ask, spread: &Spread) -> Self {
         let side = |role| terms.iter().filter(move |t| t.role == role);
         let decodes: Vec<_> = side(Role::Decode).filter(|t| t.fits_whole()).collect();
         let prefills: Vec<_> = side(Role::Prefill).filter(|t| t.fits_prompt()).collect();
         let one_token = ask.max_new <= 1; // nothing to decode: no reason to move any KV
-        let mut options = Self { plans: Vec::with_capacity(terms.len()), ttft_us: u64::MAX };
-        decodes.iter().for_each(|node| options.add(node, None, ask));
+        let mut options = Self { plans: Vec::with_capacity(terms.len()), met: ask.slo.is_none(), first_to_meet: None };
+        decodes.iter().for_each(|node| options.add(node, None, ask, spread));
         if one_token || decodes.is_empty() {
-            prefills.iter().filter(|t| t.fits_whole()).for_each(|node| options.add(node, None, ask));
+            prefills.iter().filter(|t| t.fits_whole()).for_each(|node| options.add(node, None, ask, spread));
         }
         if !one_token {
             let prefills = best_of(prefills, Terms::as_prefill_us);
             let decodes = best_of(decodes, Terms::as_decode_us);
             options.plans.reserve(prefills.len() * decodes.len());
             for prefill in prefills {
-                decodes.iter().for_each(|decode| options.add(prefill, Some(decode), ask));
+                decodes.iter().for_each(|decode| options.add(prefill, Some(decode), ask, spread));
             }
         }
         options
     }
 
-    fn add(&mut self, prefill: &Terms, decode: Option<&Terms>, ask: &Ask) {
-        let cost = decode.map_or_else(|| whole(prefill, ask), |decode| pair(prefill, decode, ask));
-        self.ttft_us = self.ttft_us.min(cost.ttft_us);
+    fn add(&mut self, prefill: &Terms, decode: Option<&Terms>, ask: &Ask, spread: &Spread) {
+        let cost = decode.map_or_else(|| whole(prefill, ask, spread), |decode| pair(prefill, decode, ask, spread));
         self.plans.push(Plan { cost_us: cost.total_us(), prefill: prefill.node, decode: decode.map(|d| d.node) });
+        if let Some(slo) = ask.slo {
+            self.compare(&slo, &cost, prefill, decode.unwrap_or(prefill));
+        }
+    }
+
+    fn compare(&mut self, slo: &Slo, cost: &Breakdown, prefill: &Terms, decode: &Terms) {
+        let (late_us, slow) = (cost.ttft_us.saturating_sub(slo.ttft_us), cost.tpot_us > slo.tpot_us);
+        self.met |= late_us == 0 && !slow;
+        // A prompt that is too long, or a node too slow, for the objective with nothing else to do: to try again would not help.
+        let hopeless = prefill.alone_us() > slo.ttft_us || slow && decode.idle;
+        if !hopeless && (late_us > 0 || slow) {
+            let retry_after_us = if slow { late_us.max(decode.one_ends_us) } else { late_us };
+            let late = Late { retry_after_us, ttft_us: cost.ttft_us, tpot_us: cost.tpot_us };
+            self.first_to_meet = Some(self.first_to_meet.map_or(late, |first| first.min(late)));
+        }
     }
 }
 
@@ -217,21 +290,37 @@ fn best_of(mut side: Vec<&Terms>, partial_us: impl Fn(&Terms) -> u64) -> Vec<&Te
     side
 }
 
-/// Picks among the best of the sorted, non-empty `plans` and explains it.
-fn decide(terms: &[Terms], ask: &Ask, plans: &[Plan]) -> Decision {
-    let band_us = plans[0].cost_us.saturating_add(plans[0].cost_us / 100 * TIE_PERCENT);
-    let ties = plans.partition_point(|plan| plan.cost_us <= band_us);
+/// Picks among the best of the non-empty `plans` and explains it. O(plans): only the best few are sorted.
+fn decide(terms: &[Terms], ask: &Ask, (spread, tie_percent): (&Spread, u32), plans: &mut [Plan]) -> Decision {
+    let best_us = plans.iter().map(|plan| plan.cost_us).min().unwrap_or(0);
+    let band_us = best_us.saturating_add(best_us / 100 * u64::from(tie_percent));
+    let ties = plans.iter().filter(|plan| plan.cost_us <= band_us).count();
+    let kept = (ties + ALTERNATIVES_MAX).min(plans.len());
+    plans.select_nth_unstable(kept - 1);
+    let plans = &mut plans[..kept];
+    plans.sort_unstable();
     let at = (mix(ask.seed) % ties as u64) as usize;
     let find = |node| terms.iter().find(|t| t.node == node).expect("plans are made of these terms");
+    let explained = |prefill: &Terms, decode: Option<&Terms>| {
+        decode.map_or_else(|| whole(prefill, ask, spread), |decode| pair(prefill, decode, ask, spread))
+    };
     let (prefill, decode) = (find(plans[at].prefill), plans[at].decode.map(find));
     let others = plans.iter().enumerate().filter(|(i, _)| *i != at).take(ALTERNATIVES_MAX);
+    let alternative = |plan: &Plan| Alternative {
+        prefill: plan.prefill,
+        decode: plan.decode,
+        cost: explained(find(plan.prefill), plan.decode.map(find)),
+    };
     Decision {
         prefill: prefill.node,
         decode: decode.map(|d| d.node),
         prefill_cached_blocks: prefill.cached_blocks,
         decode_cached_blocks: decode.map_or(0, |d| d.cached_blocks),
-        cost: decode.map_or_else(|| whole(prefill, ask), |decode| pair(prefill, decode, ask)),
-        alternatives: others.map(|(_, plan)| (plan.prefill, plan.decode, plan.cost_us)).collect(),
+        cost: explained(prefill, decode),
+        prefill_speed: prefill.speed,
+        decode_speed: decode.unwrap_or(prefill).speed,
+        ties: ties as u32, // at most SIDE_MAX^2 and the nodes of a view
+        alternatives: others.map(|(_, plan)| alternative(plan)).collect(),
         exclusion_ignored: false,
     }
 }

@@ -437,5 +437,6 @@ fn load_counts_what_waits_and_what_runs() {
     rig.step();
     let load = rig.batch.load();
     assert_eq!((load.running, load.waiting, load.queued_tokens), (1, 1, 18 + 10));
+    assert_eq!(load.queued_pairs, (30 * 30 - 12 * 12) / 2 + 10 * 10 / 2);
     assert_eq!(load.free_blocks + load.evictable_blocks + rig.batch.pool_stats().in_use, load.total_blocks);
 }

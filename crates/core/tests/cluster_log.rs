@@ -3,7 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use millrace_core::cluster::{Answer, Cluster, Command, NodeState, ReplicaInfo, decode, decode_answer, encode, encode_answer};
+use millrace_core::cluster::{
+    Answer, ApiKeyDigest, Cluster, Command, Limits, NodeState, PolicyCommand, ReplicaInfo, decode, decode_answer, encode,
+    encode_answer,
+};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId};
 use millrace_core::layout::{KvDtype, KvLayout};
@@ -36,6 +39,27 @@ fn model(weights: u8) -> ModelIdentity {
     ModelIdentity { name: "tiny".into(), weights: [weights; 32], tokenizer: [0; 32], layout }
 }
 
+fn random_policy(rng: &mut Rng) -> PolicyCommand {
+    let name = format!("t{}", rng.below(4));
+    let api_key = ApiKeyDigest([rng.below(9) as u8; 32]);
+    let key = TenantKey([rng.below(256) as u8; 32]);
+    match rng.below(7) {
+        0 => PolicyCommand::SetConfig {
+            if_version: Some(rng.below(5)).filter(|v| *v > 2),
+            set: vec![(["slo.ttft_ms", "auth.required", "x"][rng.below(3) as usize].into(), Some(rng.below(4)))],
+        },
+        1 => PolicyCommand::CreateTenant { name, key, api_key: Some(api_key), limits: Limits::default() },
+        2 => PolicyCommand::RotateKey { name, api_key, keep: rng.below(2) == 0 },
+        3 => PolicyCommand::DeleteTenant { name },
+        4 => PolicyCommand::Unpin { pin: rng.below(6) },
+        _ => {
+            let names = (0..rng.below(4)).map(|_| rng.block()).collect();
+            let ttl_us = Some(rng.below(3) * 1_000_000).filter(|ttl| *ttl > 0);
+            PolicyCommand::Pin { tenant: name, label: String::new(), names, ttl_us }
+        }
+    }
+}
+
 /// Mostly sensible commands, with stale epochs, gaps, other models and nonsense among them.
 fn random_command(rng: &mut Rng, cluster: &Cluster) -> Command {
     let node = NodeId(rng.below(7) as u16);
@@ -44,7 +68,7 @@ fn random_command(rng: &mut Rng, cluster: &Cluster) -> Command {
         _ => Epoch(rng.below(6)),
     };
     let seq = cluster.holders().tally(node).map_or(0, |tally| tally.seq);
-    match rng.below(20) {
+    match rng.below(24) {
         0..4 => Command::Join(Join {
             name: ["a", "b", "c", "d", "e", ""][rng.below(6) as usize].into(),
             role: [Role::Prefill, Role::Decode, Role::Decode, Role::Admin][rng.below(4) as usize],
@@ -77,6 +101,7 @@ fn random_command(rng: &mut Rng, cluster: &Cluster) -> Command {
             let seq = (seq + rng.below(3)).saturating_sub(rng.below(2));
             Command::Snapshot(SnapshotPage { node, epoch, seq, page: rng.below(3) as u32, pages, blocks })
         }
+        20..24 => Command::Policy(random_policy(rng)),
         18 => Command::PutTenant { name: format!("t{}", rng.below(4)), key: TenantKey([rng.below(256) as u8; 32]) },
         _ => Command::Announce {
             replica: ReplicaId(rng.below(4)),

@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use millrace_core::message::Role;
+use parking_lot::RwLock;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{TransportConfig, VarInt};
 use rustls::pki_types::CertificateDer;
 
-use crate::pki::{Identity, PeerIdentity, PkiError, TLS_NAME};
+use crate::pki::{ALPN, Identity, Leaf, PeerIdentity, PkiError, TLS_NAME};
 use crate::socket::CappedSocket;
 
 /// UDP payload of the largest datagram sent or taken: a 9,000-byte Ethernet frame less IPv6 and UDP headers.
@@ -183,6 +184,13 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// The certificate that the peer showed; `None` when the connection has forgotten it.
+    #[must_use]
+    pub fn leaf(&self) -> Option<Leaf> {
+        let chain = self.quic.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+        Leaf::of(chain.first()?).ok()
+    }
+
     /// Closes it at once; what is not sent yet is lost.
     pub fn close(&self, code: CloseCode, reason: &str) {
         let reason = &reason.as_bytes()[..reason.len().min(512)];
@@ -195,11 +203,16 @@ impl Connection {
 pub struct Endpoint {
     quic: quinn::Endpoint,
     socket: Arc<CappedSocket>,
-    identity: Arc<Identity>,
-    near: Arc<Settings>,
-    far: Arc<Settings>,
+    me: Arc<PeerIdentity>,
+    settings: Arc<RwLock<Both>>,
     config: EndpointConfig,
     counters: Arc<NetCounters>,
+}
+
+/// What new connections get; those that are open keep what they got.
+struct Both {
+    near: Arc<Settings>,
+    far: Arc<Settings>,
 }
 
 struct Settings {
@@ -217,16 +230,29 @@ impl Endpoint {
             io::ErrorKind::AddrInUse => BindError::InUse { addr },
             _ => BindError::Io { addr, source },
         })?;
-        let near = Settings::new(&identity, transport(&config, true))?;
-        let far = Settings::new(&identity, transport(&config, false))?;
+        let both = Both::new(&identity, &config)?;
         let mut udp = quinn::EndpointConfig::default();
         udp.max_udp_payload_size(DATAGRAM_MAX).map_err(|e| PkiError::Tls(e.to_string()))?;
         let runtime = Arc::new(quinn::TokioRuntime);
-        let server = quinn::ServerConfig::clone(&far.server);
+        let server = quinn::ServerConfig::clone(&both.far.server);
         let quic = quinn::Endpoint::new_with_abstract_socket(udp, Some(server), Arc::clone(&socket) as _, runtime)
             .map_err(|source| BindError::Io { addr, source })?;
-        let (near, far, counters) = (Arc::new(near), Arc::new(far), Arc::default());
-        Ok(Self { quic, socket, identity: Arc::new(identity), near, far, config, counters })
+        let (me, settings, counters) = (Arc::new(identity.me), Arc::new(RwLock::new(both)), Arc::default());
+        Ok(Self { quic, socket, me, settings, config, counters })
+    }
+
+    /// Uses another certificate of the same process for every connection from now on. Those that are open stay.
+    ///
+    /// # Errors
+    /// [`PkiError::Another`] when it is another process's; it does not serve. Nothing has changed then.
+    pub fn renew(&self, identity: &Identity) -> Result<(), PkiError> {
+        if identity.me != *self.me {
+            return Err(PkiError::Another(format!("is for {}, this process is {}", identity.me, self.me)));
+        }
+        let both = Both::new(identity, &self.config)?;
+        self.quic.set_server_config(Some(quinn::ServerConfig::clone(&both.far.server)));
+        *self.settings.write() = both;
+        Ok(())
     }
 
     /// Where it listens.
@@ -240,7 +266,7 @@ impl Endpoint {
     /// Who we are.
     #[must_use]
     pub fn me(&self) -> &PeerIdentity {
-        &self.identity.me
+        &self.me
     }
 
     /// What happened so far.
@@ -295,8 +321,9 @@ impl Endpoint {
         let _ = tokio::time::timeout(GOODBYE, self.quic.wait_idle()).await;
     }
 
-    fn settings(&self, addr: SocketAddr) -> &Settings {
-        if addr.ip().to_canonical().is_loopback() { &self.near } else { &self.far }
+    fn settings(&self, addr: SocketAddr) -> Arc<Settings> {
+        let both = self.settings.read();
+        Arc::clone(if addr.ip().to_canonical().is_loopback() { &both.near } else { &both.far })
     }
 
     fn refused(&self, error: ConnectError) -> ConnectError {
@@ -316,7 +343,7 @@ impl Endpoint {
                 self.refused(ConnectError::Certificate { addr, source })
             })?;
         let connection = Connection { quic, peer, counters: Arc::clone(&self.counters) };
-        self.expect(&connection, "cluster", &connection.peer.cluster, &self.identity.me.cluster)?;
+        self.expect(&connection, "cluster", &connection.peer.cluster, &self.me.cluster)?;
         Ok(connection)
     }
 
@@ -356,6 +383,13 @@ impl Accepting {
     }
 }
 
+impl Both {
+    fn new(identity: &Identity, config: &EndpointConfig) -> Result<Self, PkiError> {
+        let near = Arc::new(Settings::new(identity, transport(config, true))?);
+        Ok(Self { near, far: Arc::new(Settings::new(identity, transport(config, false))?) })
+    }
+}
+
 impl Settings {
     fn new(identity: &Identity, transport: TransportConfig) -> Result<Self, PkiError> {
         let transport = Arc::new(transport);
@@ -373,13 +407,18 @@ impl Settings {
 /// A connection's end in words, with what the TLS alerts of a foreign authority mean.
 pub(crate) fn explain(error: &quinn::ConnectionError) -> String {
     // RFC 9001 4.8: alerts are 0x100 + code; 48 is unknown_ca, 51 decrypt_error (an authority of the same name, another key).
+    // 120 is no_application_protocol.
     let foreign = |code: u64| matches!(code, 0x130 | 0x133);
+    let speaks = String::from_utf8_lossy(ALPN);
     match error {
         quinn::ConnectionError::TransportError(e) if foreign(e.code.into()) => {
             format!("the peer's certificate is signed by another authority than our ca.pem ({error})")
         }
         quinn::ConnectionError::ConnectionClosed(e) if foreign(e.error_code.into()) => {
             format!("our certificate is signed by another authority than the peer's ca.pem ({error})")
+        }
+        quinn::ConnectionError::ConnectionClosed(e) if u64::from(e.error_code) == 0x178 => {
+            format!("the peer speaks another protocol than our {speaks} ({error})")
         }
         other => other.to_string(),
     }

@@ -1,6 +1,7 @@
 //! `millrace-node` talks: everything that a process of the cluster does with sockets, certificates, signals and logs.
 //!
-//! From the wire up: [`socket`] (UDP, segmentation capped), [`endpoint`] (QUIC with mutual TLS; [`pki`] says who is who),
+//! From the wire up: [`socket`] (UDP, segmentation capped), [`endpoint`] (QUIC with mutual TLS; [`pki`] says who is who, [`renew`] takes new
+//! certificates),
 //! [`frame`] (bytes to messages), [`link`] (one peer's control messages; [`dial`] keeps one up), [`cells`] (KV beside them).
 //! [`shutdown`] and [`telemetry`] serve every binary. What a message means is decided in `millrace-core`, never here.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may stop at what it did not expect"))]
@@ -11,6 +12,7 @@ pub mod endpoint;
 pub mod frame;
 pub mod link;
 pub mod pki;
+pub mod renew;
 pub mod serve;
 pub mod shutdown;
 pub mod socket;

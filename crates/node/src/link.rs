@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use crate::endpoint::{CloseCode, ConnectError, Connection, Endpoint, Target, explain};
 use crate::frame::{FrameError, FrameReader, encode};
-use crate::pki::PeerIdentity;
+use crate::pki::{Leaf, PeerIdentity};
 
 /// Messages that wait to be sent on one link; at more the peer is a slow reader and the link ends.
 pub const LINK_QUEUE_MAX: usize = 1 << 16;
@@ -250,6 +250,12 @@ impl Link {
     #[must_use]
     pub fn peer(&self) -> &PeerIdentity {
         &self.0.connection.peer
+    }
+
+    /// The certificate that the peer showed.
+    #[must_use]
+    pub fn leaf(&self) -> Option<Leaf> {
+        self.0.connection.leaf()
     }
 
     /// What the peer said first.

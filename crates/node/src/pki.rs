@@ -73,6 +73,42 @@ pub enum PkiError {
     /// A peer's certificate, though signed by our authority, does not say who it is.
     #[error("the peer's certificate {0}")]
     Peer(String),
+    /// A new certificate is somebody else's; says whose, and who we are.
+    #[error("the new certificate {0}")]
+    Another(String),
+}
+
+/// What distinguishes one certificate of a process from its next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// The serial number, in hexadecimal digits.
+    pub serial: String,
+    /// The last moment at which it is believed.
+    pub valid_until: SystemTime,
+}
+
+impl Leaf {
+    /// Reads it out of a certificate (DER), whose signature somebody else has checked.
+    ///
+    /// # Errors
+    /// [`PkiError::Peer`] when it does not parse.
+    pub fn of(der: &[u8]) -> Result<Self, PkiError> {
+        let (_, certificate) = X509Certificate::from_der(der).map_err(|e| PkiError::Peer(format!("does not parse: {e}")))?;
+        let since_1970 = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0);
+        let serial = certificate.raw_serial().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self { serial, valid_until: SystemTime::UNIX_EPOCH + Duration::from_secs(since_1970) })
+    }
+
+    /// Reads it out of `cert.pem` in `dir`, valid or not.
+    ///
+    /// # Errors
+    /// The file cannot be read or holds no certificate.
+    pub fn load(dir: &Path) -> Result<(PeerIdentity, Self), PkiError> {
+        let path = dir.join(LEAF_CERT);
+        let der = parse_certificate(&path, &read_file(&path)?)?;
+        let content = |e: PkiError| PkiError::Content { path: path.clone(), reason: e.to_string() };
+        Ok((PeerIdentity::from_certificate(&der).map_err(content)?, Self::of(&der).map_err(content)?))
+    }
 }
 
 /// Who a certificate says its holder is.
@@ -186,6 +222,14 @@ impl Authority {
         &self.cluster
     }
 
+    /// The authority's own certificate.
+    ///
+    /// # Errors
+    /// As [`Leaf::of`].
+    pub fn leaf(&self) -> Result<Leaf, PkiError> {
+        Leaf::of(&parse_certificate(Path::new(CA_CERT), &self.ca_pem)?)
+    }
+
     /// Issues a certificate for a year, beginning a day ago: `cert.pem`, `cert.key` (mode 0600) and a copy of `ca.pem` in `dir`.
     /// Files that are there already are replaced, which renews them.
     ///
@@ -248,6 +292,14 @@ impl Identity {
         Ok(identity)
     }
 
+    /// Our own certificate's number and end.
+    ///
+    /// # Errors
+    /// As [`Leaf::of`]; not after [`Identity::load`] believed it.
+    pub fn leaf(&self) -> Result<Leaf, PkiError> {
+        Leaf::of(&self.leaf)
+    }
+
     fn verifier(&self) -> Result<Arc<dyn ClientCertVerifier>, PkiError> {
         WebPkiClientVerifier::builder_with_provider(self.roots()?, provider()).build().map_err(tls)
     }
@@ -284,6 +336,14 @@ impl Identity {
         config.resumption = rustls::client::Resumption::disabled();
         Ok(config)
     }
+}
+
+/// The bytes of the certificates in `dir`, to see that they have changed. The key is not among them: it is written before its certificate.
+///
+/// # Errors
+/// A file cannot be read.
+pub(crate) fn files(dir: &Path) -> Result<[String; 2], PkiError> {
+    Ok([read_file(&dir.join(CA_CERT))?, read_file(&dir.join(LEAF_CERT))?])
 }
 
 /// ring, with AES-128-GCM first: the fastest here, and QUIC's mandatory one.

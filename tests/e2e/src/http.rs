@@ -110,17 +110,34 @@ pub fn error_shape(body: &Value) -> Result<Value, String> {
 /// # Errors
 /// Nobody answers.
 pub async fn open(at: SocketAddr, method: &str, path: &str, body: impl Into<Bytes>) -> Result<Response, String> {
-    let wait = tokio::time::timeout(WAIT_MAX, begin(at, method, path, body.into()));
+    open_as(at, method, path, body, None).await
+}
+
+/// [`open`], with an API key if there is one.
+///
+/// # Errors
+/// Nobody answers.
+pub async fn open_as(
+    at: SocketAddr,
+    method: &str,
+    path: &str,
+    body: impl Into<Bytes>,
+    key: Option<&str>,
+) -> Result<Response, String> {
+    let wait = tokio::time::timeout(WAIT_MAX, begin(at, method, path, body.into(), key));
     wait.await.map_err(|_| format!("{method} {path}: no answer within {} s", WAIT_MAX.as_secs()))?
 }
 
-async fn begin(at: SocketAddr, method: &str, path: &str, body: Bytes) -> Result<Response, String> {
+async fn begin(at: SocketAddr, method: &str, path: &str, body: Bytes, key: Option<&str>) -> Result<Response, String> {
     let failed = |what: &str, error: &dyn std::fmt::Display| format!("{method} {path}: {what}: {error}");
     let stream = TcpStream::connect(at).await.map_err(|e| failed("connecting", &e))?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| failed("connecting", &e))?;
     let connection = tokio::spawn(async move { drop(connection.await) });
-    let request = Request::builder().method(method).uri(path).header("host", at.to_string());
+    let mut request = Request::builder().method(method).uri(path).header("host", at.to_string());
+    if let Some(key) = key {
+        request = request.header("authorization", format!("Bearer {key}"));
+    }
     let request = request.header("content-type", "application/json").body(Full::new(body)).map_err(|e| failed("asking", &e))?;
     let response = sender.send_request(request).await.map_err(|e| failed("asking", &e))?;
     let (parts, body) = response.into_parts();
@@ -132,7 +149,15 @@ async fn begin(at: SocketAddr, method: &str, path: &str, body: Bytes) -> Result<
 /// # Errors
 /// There is no whole answer.
 pub async fn send(at: SocketAddr, method: &str, path: &str, body: impl Into<Bytes>) -> Result<Reply, String> {
-    let mut response = open(at, method, path, body).await?;
+    send_as(at, method, path, body, None).await
+}
+
+/// [`send`], with an API key if there is one.
+///
+/// # Errors
+/// There is no whole answer.
+pub async fn send_as(at: SocketAddr, method: &str, path: &str, body: impl Into<Bytes>, key: Option<&str>) -> Result<Reply, String> {
+    let mut response = open_as(at, method, path, body, key).await?;
     let mut whole = Vec::new();
     while let Some(piece) = response.piece().await? {
         whole.extend_from_slice(&piece);

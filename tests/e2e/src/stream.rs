@@ -59,7 +59,15 @@ impl Events {
     /// # Errors
     /// No stream comes: why, with status and body.
     pub async fn open(at: SocketAddr, path: &str, body: &Value) -> Result<Self, String> {
-        let mut response = http::open(at, "POST", path, body.to_string()).await?;
+        Self::open_as(at, path, body, None).await
+    }
+
+    /// [`Events::open`], with an API key if there is one.
+    ///
+    /// # Errors
+    /// As [`Events::open`].
+    pub async fn open_as(at: SocketAddr, path: &str, body: &Value, key: Option<&str>) -> Result<Self, String> {
+        let mut response = http::open_as(at, "POST", path, body.to_string(), key).await?;
         let kind = response.headers.get("content-type").and_then(|kind| kind.to_str().ok()).unwrap_or_default();
         if response.status == 200 && kind.starts_with("text/event-stream") {
             return Ok(Self { response, buffer: String::new() });

@@ -6,6 +6,7 @@
 
 pub mod cluster;
 pub mod engine;
+pub mod events;
 pub mod handover;
 pub mod index;
 pub mod machine;

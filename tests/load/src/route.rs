@@ -72,7 +72,9 @@ fn decide(holders: &Holders, names: &[BlockHash], tokens: usize) {
         load: Load { running: u32::from(node % 5), queued_tokens: u64::from(node) * 100, ..Load::default() },
         prefix_blocks: prefixes.binary_search_by_key(&NodeId(node), |(node, _)| *node).map_or(0, |at| prefixes[at].1),
         inflight_tokens: 0,
+        inflight_pairs: 0,
         inflight_sequences: 0,
+        correction: Default::default(),
     };
     let nodes: Vec<_> = (1..=NODES).map(view).collect();
     let ask = Ask {
@@ -84,6 +86,8 @@ fn decide(holders: &Holders, names: &[BlockHash], tokens: usize) {
         seed: 1,
         exclude: &[],
         slo: None,
+        hot: None,
+        copying: &[],
     };
     black_box(place(&View { nodes: &nodes, costs: CostModel::default() }, &ask)).expect("every node has room");
 }

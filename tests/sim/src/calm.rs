@@ -17,7 +17,7 @@ impl World {
     pub(crate) fn become_calm(&mut self) {
         self.calm = true;
         self.outages.clear();
-        self.plan.faults = Faults { gap_us: 0, client_leaves: 0, repeated: 0, damaged: 0, engine: 0, report_lost: 0 };
+        self.plan.faults = Faults { gap_us: 0, client_leaves: 0, repeated: 0, damaged: 0, engine: 0, report_lost: 0, drift: 0 };
         let end = self.now.after(REST_MAX_US);
         let mut look = self.now;
         loop {

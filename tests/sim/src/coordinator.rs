@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use millrace_core::cluster::{Answer, Cluster, Command, DeltaVerdict, SnapshotVerdict, decode, encode};
+use millrace_core::cluster::{Answer, Cluster, Command, DeltaVerdict, DigestVerdict, SnapshotVerdict, decode, encode};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{Epoch, NodeId, Time};
 use millrace_core::message::{Delta, Join, Load, Message};
@@ -119,6 +119,11 @@ impl Coordinator {
                 self.deltas.push((link, delta));
                 return (None, self.deltas.len() == 1);
             }
+            Message::CacheDigest(digest) => {
+                let waiting = vec![(link, digest.epoch)];
+                self.fold();
+                self.log.push_back(Proposal { command: Command::Digests(vec![digest]), waiting });
+            }
             Message::Snapshot(page) => {
                 let waiting = vec![(link, page.epoch)];
                 self.fold();
@@ -201,13 +206,18 @@ impl Coordinator {
             Answer::Snapshot(verdict) => {
                 waiting.iter().filter_map(|(link, epoch)| page_reply(*epoch, verdict).map(|m| (*link, m))).collect()
             }
+            Answer::Digests(verdicts) => {
+                let reply =
+                    |(verdict, &(link, epoch)): (&DigestVerdict, &(LinkNo, Epoch))| Some((link, digest_reply(epoch, *verdict)?));
+                verdicts.iter().zip(waiting).filter_map(reply).collect()
+            }
             Answer::Renewed { stale, .. } => {
                 let stale = |who: &&(NodeId, Epoch)| stale.contains(&who.0) && self.cluster.current(who.0, who.1).is_none();
                 let links = self.who.iter().filter(|(_, who)| stale(who));
                 links.map(|(link, (_, epoch))| (*link, must_join_again(*epoch))).collect()
             }
             Answer::Refused(reason) if !waiting.is_empty() => panic!("an entry is refused: {reason}"),
-            Answer::Refused(_) | Answer::Done | Answer::Tenant(_) => Vec::new(),
+            Answer::Refused(_) | Answer::Done | Answer::Tenant(_) | Answer::Policy(_) => Vec::new(),
         }
     }
 }
@@ -223,6 +233,14 @@ fn delta_reply(epoch: Epoch, verdict: DeltaVerdict) -> Message {
         DeltaVerdict::Applied { seq } | DeltaVerdict::AlreadyApplied { seq } => Message::DeltaApplied { epoch, seq },
         DeltaVerdict::Gap { .. } => Message::WantSnapshot { epoch },
         DeltaVerdict::StaleEpoch => must_join_again(epoch),
+    }
+}
+
+fn digest_reply(epoch: Epoch, verdict: DigestVerdict) -> Option<Message> {
+    match verdict {
+        DigestVerdict::Drifted | DigestVerdict::Lacking => Some(Message::WantSnapshot { epoch }),
+        DigestVerdict::StaleEpoch => Some(must_join_again(epoch)),
+        DigestVerdict::Same | DigestVerdict::Skipped => None,
     }
 }
 

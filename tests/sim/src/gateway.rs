@@ -289,6 +289,8 @@ impl Request {
             seed: (id.0 as u64).wrapping_add(self.attempts.into()),
             exclude,
             slo: None,
+            hot: None,
+            copying: &[],
         }
     }
 
@@ -333,7 +335,9 @@ fn views(now: Time, coordinator: &Coordinator, plan: &Plan, names: &[BlockHash])
             load,
             prefix_blocks: prefixes.iter().find(|(node, _)| *node == n.node).map_or(0, |(_, blocks)| *blocks),
             inflight_tokens: 0,
+            inflight_pairs: 0,
             inflight_sequences: 0,
+            correction: Default::default(),
         }
     };
     live.map(view).collect()

@@ -26,6 +26,8 @@ pub struct Faults {
     pub engine: u64,
     /// A report of a node's cache that the coordinator loses.
     pub report_lost: u64,
+    /// A report that comes with an operation less or more than the node sent: what no sequence number shows.
+    pub drift: u64,
 }
 
 /// One world.
@@ -121,6 +123,7 @@ impl Plan {
             damaged: random.pick(&[0, 0, 20]),
             engine: random.pick(&[0, 0, 5]),
             report_lost: random.pick(&[0, 0, 50]),
+            drift: random.pick(&[0, 0, 0, 300]),
         }
     }
 }

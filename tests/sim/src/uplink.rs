@@ -109,6 +109,7 @@ impl Uplink {
         while let Some(output) = publisher.poll(now) {
             match output {
                 Output::Delta(delta) => acts.push(Act::Send(link, Message::Delta(delta))),
+                Output::NeedDigest => acts.push(Act::Send(link, Message::CacheDigest(publisher.digest(&cached())))),
                 Output::NeedSnapshot => {
                     let pages = publisher.snapshot(now, &cached());
                     acts.extend(pages.into_iter().map(|page| Act::Send(link, Message::Snapshot(page))));

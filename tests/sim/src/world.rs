@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
+use millrace_core::holders::Drift;
 use millrace_core::ids::{BlockHash, RequestId, Time, TokenId};
-use millrace_core::message::{Join, Message, Role};
+use millrace_core::message::{BlockOp, Delta, Join, Message, Role};
 use millrace_core::sampling::Sampling;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -57,6 +58,10 @@ pub struct Outcome {
     pub broken: BTreeMap<String, u64>,
     /// Writes that a real memory's locks would have made wait.
     pub writes_while_lent: u64,
+    /// Reports that were changed on their way.
+    pub drift_planted: u64,
+    /// Caches that the index was found to disagree with, and those mended by a snapshot.
+    pub drift: Drift,
 }
 
 impl fmt::Display for Outcome {
@@ -66,6 +71,13 @@ impl fmt::Display for Outcome {
         write!(f, "{whole} whole, {deadline} too late, {attempts} given up, {left} left; {} handed over; broken", self.split)?;
         if self.writes_while_lent > 0 {
             write!(f, " ({} writes had to wait for a stream)", self.writes_while_lent)?;
+        }
+        if self.drift_planted > 0 {
+            write!(
+                f,
+                " ({} reports changed, {} drifts found, {} mended)",
+                self.drift_planted, self.drift.found, self.drift.repaired
+            )?;
         }
         if self.broken.is_empty() {
             return f.write_str(" none");
@@ -114,6 +126,7 @@ pub struct World {
     committing: bool,
     pub(crate) calm: bool,
     pub(crate) writes_while_lent: u64,
+    drift_planted: u64,
     trace: Trace,
 }
 
@@ -175,6 +188,7 @@ impl World {
             committing: false,
             calm: false,
             writes_while_lent: 0,
+            drift_planted: 0,
             trace: Trace { hash: Xxh3::new(), line: String::new(), print: options.trace },
         };
         (0..world.hosts.len()).for_each(|host| world.schedule(0, Event::Start(host)));
@@ -357,7 +371,10 @@ impl World {
             (Message::Handover(stats), Some(_)) => self.gateway.handed_over(stats.attempt),
             (Message::Token(_) | Message::Failed(_) | Message::Handover(_), None) => {}
             (Message::Delta(_) | Message::Snapshot(_), _) if self.random.chance(self.plan.faults.report_lost) => {}
-            (message, _) => {
+            (mut message, _) => {
+                if let Message::Delta(delta) = &mut message {
+                    self.plant_drift(delta);
+                }
                 let (reply, fold) = self.coordinator.on_message(self.now, link, message);
                 if let Some(reply) = reply {
                     self.send(link, false, reply);
@@ -366,6 +383,20 @@ impl World {
                     self.schedule(FOLD_US, Event::Fold);
                 }
             }
+        }
+    }
+
+    /// A defect on the way of a report, now and then: an operation is lost, or one is there that nobody sent.
+    fn plant_drift(&mut self, delta: &mut Delta) {
+        if !self.random.chance(self.plan.faults.drift) {
+            return;
+        }
+        self.drift_planted += 1;
+        if self.random.chance(500) {
+            delta.ops.pop();
+        } else {
+            let name = u128::from(self.random.below(1 << 60)) << 64 | u128::from(self.random.below(1 << 60));
+            delta.ops.push(BlockOp::Stored(BlockHash(name.to_le_bytes())));
         }
     }
 
@@ -423,7 +454,11 @@ impl World {
     fn outcome(mut self, seed: u64) -> Outcome {
         self.trace.hash.update(&self.coordinator.cluster.snapshot());
         let count = |end| self.gateway.requests.values().filter(|r| r.end == Some(end)).count() as u64;
+        let drift = self.coordinator.cluster.holders().drift();
+        assert!(drift.found == 0 || self.drift_planted > 0, "{} caches differ from the index by themselves", drift.found);
         Outcome {
+            drift_planted: self.drift_planted,
+            drift,
             seed,
             trace: self.trace.hash.digest(),
             events: self.events,

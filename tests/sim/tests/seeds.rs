@@ -14,6 +14,10 @@ fn fifty_worlds_hold_every_invariant() {
     let split: u64 = outcomes.iter().map(|o| o.split).sum();
     // The worlds must be worth running: answers, hand-overs and faults in numbers.
     assert!(ends(0) > 1_000 && split > 500 && broken > 100, "{} whole, {split} handed over, {broken} broken", ends(0));
+    // Each world came to rest, so each index is that of its caches; some were wrong before and must have been found to be.
+    let drift = |of: fn(&Outcome) -> u64| outcomes.iter().map(of).sum::<u64>();
+    let (planted, found, mended) = (drift(|o| o.drift_planted), drift(|o| o.drift.found), drift(|o| o.drift.repaired));
+    assert!(planted > 10 && found > 5 && mended > 5, "{planted} planted, {found} found, {mended} mended");
 }
 
 #[test]

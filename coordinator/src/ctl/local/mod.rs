@@ -3,6 +3,7 @@
 //! `place` is its folder, `process` keeps each process running, `watcher` knows how they all are, `crate::ctl::front` is its door.
 //! Here they are put together and, in the reverse order, taken apart: door, nodes, coordinators, folder.
 
+mod control;
 mod place;
 mod process;
 mod watcher;
@@ -19,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+pub use self::control::{DownArgs, StatusArgs, down, status};
 pub use self::place::Place;
 use self::process::{Board, Keeper, Spec, log_tail};
 pub use self::process::{Kind, Order, State};
@@ -88,6 +90,9 @@ pub struct UpArgs {
     /// Threads of each node's engine; 0 shares the processors among the nodes
     #[arg(long, default_value_t = 0)]
     pub threads: u16,
+    /// How requests are placed: auto, or a rule to compare it with: cache, round-robin, least-loaded, split, whole
+    #[arg(long, default_value = "auto")]
+    pub route: String,
     /// Leave a process that dies dead
     #[arg(long)]
     pub no_restart: bool,
@@ -348,8 +353,8 @@ fn specs(args: &UpArgs, place: &Place, bin: &Path) -> Vec<Spec> {
     let mut specs = Vec::new();
     for c in &file.coordinators {
         let own = [("--id", c.id.to_string()), ("--peers", peers.clone()), ("--listen", c.quic.to_string())];
-        let dir = ("--dir", text(place.dir.join(&c.name)));
-        specs.push(spec(&c.name, Kind::Coordinator, own.into_iter().chain([dir]).collect()));
+        let more = [("--dir", text(place.dir.join(&c.name))), ("--route", args.route.clone())];
+        specs.push(spec(&c.name, Kind::Coordinator, own.into_iter().chain(more).collect()));
     }
     for node in &file.nodes {
         let kind = if node.kind == Kind::Prefill.as_str() { Kind::Prefill } else { Kind::Decode };

@@ -77,7 +77,6 @@ fn strange_snapshot(rng: &mut StdRng, message: &mut Message, index: u64) {
     message.set_msg_type(MessageType::MsgSnapshot);
     let (term, honest) = (message.term, rng.random::<bool>());
     let snapshot = message.mut_snapshot();
-    snapshot.data = if rng.random() { b"junk".to_vec().into() } else { b"journal\x01".to_vec().into() };
     let meta = snapshot.mut_metadata();
     (meta.index, meta.term) = (index, term);
     meta.set_conf_state(ConfState::from((if honest { vec![1, 2, 3] } else { vec![9] }, Vec::new())));

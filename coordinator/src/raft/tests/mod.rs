@@ -3,7 +3,13 @@
 
 mod cluster;
 mod disk;
+mod full;
+mod history;
 mod hostile;
+mod linear;
+mod ship;
+pub(super) mod simdisk;
+mod world;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -14,6 +20,8 @@ use tempfile::TempDir;
 use tokio::sync::mpsc;
 
 use super::codec::{Reader, put_bytes, put_u64};
+use super::disk::{Disk, OsDisk};
+use super::handle::start_on;
 use super::*;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -26,27 +34,32 @@ type Applied = Arc<Mutex<Vec<(u64, Vec<u8>)>>>;
 struct Journal(Applied);
 
 impl StateMachine for Journal {
+    type State = Vec<(u64, Vec<u8>)>;
+
     fn apply(&mut self, index: u64, command: &[u8]) -> Vec<u8> {
         self.0.lock().unwrap().push((index, command.to_vec()));
         index.to_le_bytes().to_vec()
     }
 
-    fn snapshot(&self) -> Vec<u8> {
+    fn view(&self) -> Self::State {
+        self.0.lock().unwrap().clone()
+    }
+
+    fn encode(state: &Self::State) -> Vec<u8> {
         let mut out = b"journal".to_vec();
-        for (index, command) in self.0.lock().unwrap().iter() {
+        for (index, command) in state {
             put_u64(&mut out, *index);
             put_bytes(&mut out, command);
         }
         out
     }
 
-    fn restore(&mut self, bytes: &[u8]) -> Result<(), RestoreError> {
-        *self.0.lock().unwrap() = parse(bytes)?;
-        Ok(())
+    fn decode(bytes: &[u8]) -> Result<Self::State, RestoreError> {
+        parse(bytes)
     }
 
-    fn check_snapshot(&self, bytes: &[u8]) -> Result<(), RestoreError> {
-        parse(bytes).map(drop)
+    fn install(&mut self, state: Self::State) {
+        *self.0.lock().unwrap() = state;
     }
 }
 
@@ -79,6 +92,7 @@ struct Cluster {
     /// By id - 1; `None` while a replica is down.
     slots: Arc<Mutex<Vec<Option<RaftHandle>>>>,
     journals: Vec<Journal>,
+    disks: Vec<Arc<dyn Disk>>,
 }
 
 impl Cluster {
@@ -87,10 +101,14 @@ impl Cluster {
     }
 
     fn start_with(log: LogLimits) -> Self {
+        Self::start_on((0..REPLICAS).map(|_| Arc::new(OsDisk) as Arc<dyn Disk>).collect(), log)
+    }
+
+    fn start_on(disks: Vec<Arc<dyn Disk>>, log: LogLimits) -> Self {
         let slots = Arc::new(Mutex::new(vec![None; REPLICAS as usize]));
         let dir = tempfile::tempdir().unwrap();
         let journals = vec![Journal::default(); REPLICAS as usize];
-        let mut cluster = Self { dir, log, faults: Arc::default(), slots, journals };
+        let mut cluster = Self { dir, log, faults: Arc::default(), slots, journals, disks };
         (1..=REPLICAS).for_each(|id| cluster.restart(id));
         cluster
     }
@@ -105,7 +123,8 @@ impl Cluster {
         let (outgoing, mut frames) = mpsc::channel::<(u64, Vec<u8>)>(4096);
         let journal = Journal::default();
         self.journals[id as usize - 1] = journal.clone();
-        let handle = start(self.config(id), journal, outgoing).unwrap();
+        let disk = self.disks[id as usize - 1].clone();
+        let handle = start_on(disk, self.config(id), journal, outgoing).unwrap();
         self.slots.lock().unwrap()[id as usize - 1] = Some(handle);
         let (slots, faults) = (Arc::clone(&self.slots), Arc::clone(&self.faults));
         std::thread::spawn(move || {
@@ -201,7 +220,7 @@ impl Cluster {
 }
 
 fn test_config(id: u64, voters: Vec<u64>, dir: PathBuf) -> RaftConfig {
-    RaftConfig { tick: Duration::from_millis(20), ..RaftConfig::new(id, voters, dir, "test") }
+    RaftConfig { tick: Duration::from_millis(20), reserve_bytes: 1 << 20, ..RaftConfig::new(id, voters, dir, "test") }
 }
 
 /// Polls until there is a value; panics after [`DEADLINE`].

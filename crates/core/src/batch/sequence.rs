@@ -4,7 +4,7 @@
 use alloc::vec::Vec;
 
 use crate::batch::BatchConfig;
-use crate::identity::Chain;
+use crate::identity::{Chain, Owner};
 use crate::ids::{AttemptId, BlockHash, SlotRef, Time, TokenId};
 use crate::message::{Finish, PrefillStats, Ticket};
 use crate::pool::{Pool, Published};
@@ -44,6 +44,7 @@ pub(super) struct Sequence {
     /// Names of the full blocks of `tokens`.
     pub names: Vec<BlockHash>,
     chain: Chain,
+    owner: Owner,
     /// Leading full blocks that were offered to the cache.
     published: usize,
     /// Its last token is out.
@@ -74,6 +75,7 @@ impl Sequence {
             table: Vec::new(),
             names,
             chain,
+            owner: ticket.tenant_key.owner(),
             published: 0,
             finished: false,
             block_tokens,
@@ -172,7 +174,7 @@ impl Sequence {
 
     fn offer(&self, pool: &mut Pool, block: usize) -> Published {
         let parent = block.checked_sub(1).map(|before| self.names[before]);
-        pool.publish(self.table[block], parent, self.names[block])
+        pool.publish(self.table[block], parent, self.names[block], self.owner)
     }
 
     pub fn check(&self, block_tokens: usize) {

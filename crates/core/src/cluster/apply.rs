@@ -1,17 +1,15 @@
 //! The state machine's transitions: one function for each command. Every rule of membership, leases and block locations is here.
 
 use alloc::format;
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use super::{
-    Answer, Assembly, Cluster, Command, DeltaVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX, Node, NodeState, RENEW_STEP_MAX_US,
-    REPLICAS_MAX, ReplicaInfo, SnapshotVerdict, TENANTS_MAX,
+    ASSEMBLED_BLOCKS_MAX, Answer, Assembly, Cluster, Command, DeltaVerdict, DigestVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX,
+    Node, NodeState, RENEW_STEP_MAX_US, REPLICAS_MAX, ReplicaInfo, SnapshotVerdict,
 };
-use crate::holders::BLOCKS_MAX;
-use crate::identity::TenantKey;
 use crate::ids::{Epoch, NodeId, ReplicaId};
-use crate::message::{Delta, Join, Role, SnapshotPage};
+use crate::message::{CacheDigest, Delta, Join, Role, SnapshotPage};
 
 impl Cluster {
     /// Applies the entry at `index` of the log. One command an entry, indexes strictly growing (gaps are fine: the consensus
@@ -21,6 +19,7 @@ impl Cluster {
             return Answer::Refused(format!("entry {index} is applied already"));
         }
         self.applied = index;
+        self.holders.sweep();
         match command {
             Command::Join(join) => self.join(join),
             Command::Leave { node, epoch } => self.end(*node, *epoch, NodeState::Left),
@@ -29,8 +28,14 @@ impl Cluster {
             Command::SetState { node, state } => self.set_state(*node, *state),
             Command::Deltas(deltas) => Answer::Deltas(deltas.iter().map(|d| (d.node, self.delta(d))).collect()),
             Command::Snapshot(page) => Answer::Snapshot(self.page(page)),
-            Command::PutTenant { name, key } => self.put_tenant(name, key),
+            Command::PutTenant { name, key } => self.policy.put_tenant(name, key),
             Command::Announce { replica, info } => self.announce(*replica, info),
+            Command::Policy(command) => self.policy.apply(self.now_us, self.smallest_pool(), command),
+            Command::Digests(digests) => Answer::Digests(digests.iter().map(|digest| self.compare(digest)).collect()),
+            Command::Checksum { replica, checksum } => {
+                self.audit.hear(*replica, *checksum, self.replicas.len());
+                Answer::Done
+            }
         }
     }
 
@@ -130,6 +135,8 @@ impl Cluster {
         let over = |n: &&Node| n.state.alive() && n.lease_until_us <= self.now_us;
         let expired: Vec<_> = self.nodes.values().filter(over).map(|n| n.node).collect();
         expired.iter().for_each(|id| self.bury(*id, NodeState::Dead));
+        self.policy.expire(self.now_us);
+        self.audit.note(self.checksum());
         Answer::Renewed { expired, stale }
     }
 
@@ -154,6 +161,13 @@ impl Cluster {
         match self.current(delta.node, delta.epoch) {
             Some(_) => self.holders.apply(delta),
             None => DeltaVerdict::StaleEpoch,
+        }
+    }
+
+    fn compare(&mut self, digest: &CacheDigest) -> DigestVerdict {
+        match self.current(digest.node, digest.epoch) {
+            Some(_) => self.holders.compare(digest),
+            None => DigestVerdict::StaleEpoch,
         }
     }
 
@@ -187,27 +201,13 @@ impl Cluster {
     fn assembly_for(&mut self, page: &SnapshotPage) -> Option<Assembly> {
         let old = self.assemblies.remove(&page.node);
         let waiting: usize = self.assemblies.values().chain(&old).map(|a| a.blocks.len()).sum();
-        if page.page >= page.pages || waiting + page.blocks.len() > BLOCKS_MAX {
+        if page.page >= page.pages || waiting + page.blocks.len() > ASSEMBLED_BLOCKS_MAX {
             return None;
         }
         if page.page == 0 {
             return Some(Assembly { node: page.node, seq: page.seq, pages: page.pages, next_page: 0, blocks: Vec::new() });
         }
         old.filter(|a| a.seq == page.seq && a.pages == page.pages && (a.next_page == page.page || a.next_page == page.page + 1))
-    }
-
-    fn put_tenant(&mut self, name: &str, key: &TenantKey) -> Answer {
-        if let Some(kept) = self.tenants.get(name) {
-            return Answer::Tenant(*kept);
-        }
-        if let Err(reason) = text("tenant", name) {
-            return Answer::Refused(reason);
-        }
-        if self.tenants.len() >= TENANTS_MAX {
-            return Answer::Refused(format!("there are {TENANTS_MAX} tenants already"));
-        }
-        self.tenants.insert(name.to_string(), *key);
-        Answer::Tenant(*key)
     }
 
     fn announce(&mut self, replica: ReplicaId, info: &ReplicaInfo) -> Answer {

@@ -5,9 +5,10 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
 
+use super::{Checksum, PolicyAnswer, PolicyCommand};
 use crate::identity::TenantKey;
 use crate::ids::{Epoch, NodeId, ReplicaId};
-use crate::message::{Delta, Join, ModelIdentity, Role, SnapshotPage};
+use crate::message::{CacheDigest, Delta, Join, ModelIdentity, Role, SnapshotPage};
 
 /// One entry of the log.
 #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -64,6 +65,17 @@ pub enum Command {
         /// Where.
         info: ReplicaInfo,
     },
+    /// An operator changes settings, tenants or pins. Answers [`Answer::Policy`].
+    Policy(PolicyCommand),
+    /// What nodes say of their caches in short, in the order of arrival. Answers [`Answer::Digests`].
+    Digests(Vec<CacheDigest>),
+    /// A replica says what its state was after an entry, in short. Answers [`Answer::Done`].
+    Checksum {
+        /// The replica.
+        replica: ReplicaId,
+        /// What it says.
+        checksum: Checksum,
+    },
 }
 
 /// What an applied entry gives back to its proposer.
@@ -93,6 +105,10 @@ pub enum Answer {
     Snapshot(SnapshotVerdict),
     /// The tenant's key.
     Tenant(TenantKey),
+    /// For a change of policy.
+    Policy(PolicyAnswer),
+    /// For each digest, in order.
+    Digests(Vec<DigestVerdict>),
 }
 
 /// What became of a delta.
@@ -115,6 +131,21 @@ pub enum DeltaVerdict {
         /// The last applied sequence number.
         seq: u64,
     },
+}
+
+/// How a node's cache compares with the index.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DigestVerdict {
+    /// They agree.
+    Same,
+    /// They do not, after the same deltas: the node must send a snapshot.
+    Drifted,
+    /// The index lacks blocks that it had no room for, and has room now: the node must send a snapshot.
+    Lacking,
+    /// It says nothing: it is of the past, or the index lacks blocks and has no room.
+    Skipped,
+    /// Its incarnation is not current or not alive: the node must join again.
+    StaleEpoch,
 }
 
 /// What became of a snapshot's page.

@@ -128,6 +128,8 @@ pub struct Load {
     pub free_blocks: u32,
     /// Slots that hold cached blocks nobody reads: free on demand.
     pub evictable_blocks: u32,
+    /// Slots that hold pinned blocks nobody reads: kept.
+    pub pinned_blocks: u32,
     /// All slots.
     pub total_blocks: u32,
     /// Measured: nanoseconds to compute one prompt token; 0 when not known yet.
@@ -136,4 +138,8 @@ pub struct Load {
     pub decode_step_us: u64,
     /// Measured: bytes a second that a hand-over from here reaches; 0 when not known yet.
     pub send_bytes_per_s: u64,
+    /// Pairs of the tokens in `queued_tokens`, each with every token before it in its sequence: what attention adds.
+    pub queued_pairs: u64,
+    /// Measured with `prefill_ns_per_token`: picoseconds more for each pair of a prompt token and a token before it.
+    pub prefill_ps_per_pair: u64,
 }

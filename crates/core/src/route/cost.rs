@@ -1,92 +1,47 @@
 //! What a plan costs, in microseconds. Integer arithmetic that saturates, so every input gives the same answer everywhere.
 //!
-//! For a prompt of `n` tokens in `N` blocks, of which node x is believed to hold the first `h_x`, and `a = min(max_new, answer_tokens)`:
+//! For a prompt of `n` tokens in `N` blocks, of which node x is believed to hold the first `h_x`, and `a = min(max_new, answer_tokens)`;
+//! `rho` are the corrections of [`super::correct`], `H` and `r` the hot prefix of the prompt and its expected requests ([`super::hot`]):
 //! ```text
-//! queue(x)   = prefill_ns_per_token(x) * (queued + in flight tokens)(x)
-//! prefill(x) = prefill_ns_per_token(x) * max(1, n - h_x * block_tokens)
-//! xfer(p,d)  = (N - h_d) * block_bytes / send_bytes_per_s(p)
-//! tail(p,d)  = xfer/L + max(0, xfer - prefill(p)) * (L-1)/L + rtt       L layers: all but the last hide behind compute
-//! wait(d)    = k * answer_tokens * step(d) / running(d)                 k sequences must end first: those that wait already,
+//! curve(x,T,P) = rho_prefill(x) * (ns_per_token(x) * T + ps_per_pair(x) * P)         T tokens, each paired with all before it: P pairs
+//! prefill(x)   = curve(x, max(1, n - h), (n^2 - h^2) / 2)                            with h = h_x * block_tokens
+//! queue(x)     = curve(x, queued + in flight tokens, queued + in flight pairs)
+//! xfer(p,d)    = rho_handover(p) * (N - h_d) * block_bytes / send_bytes_per_s(p)
+//! tail(p,d)    = xfer/L + max(0, xfer - prefill(p)) * (L-1)/L + rtt     L layers: all but the last hide behind compute
+//! step(d)      = rho_step(d) * decode_step_us(d)
+//! wait(d)      = k * answer_tokens * step(d) / running(d)               k sequences must end first: those that wait already,
 //!                                                                       and enough to free the blocks that lack
-//! step'(d)   = step(d) * (1 + growth)                                   with one sequence more
-//! decode(d)  = w_tbt * (a-1) * step'(d)
-//! stall(x)   = w_stall * (running(x) + 1 if x decodes) * prefill(x)     a prompt computed where others decode stops them; a decode
+//! step'(d)     = step(d) * (1 + growth)                                 with one sequence more
+//! decode(d)    = w_tbt * (a-1) * step'(d)
+//! stall(x)     = w_stall * (running(x) + 1 if x decodes) * prefill(x)   a prompt computed where others decode stops them; a decode
 //!                                                                       node is kept free for one sequence that is not there yet
-//! join(d)    = w_tbt * (a-1) * running(d) * growth * step(d)
-//! slo        = w_slo * (max(0, TTFT - slo.ttft) + (a-1) * max(0, step'(d) - slo.tpot))
+//! join(d)      = w_tbt * (a-1) * running(d) * growth * step(d)
+//! slo          = w_slo * (max(0, TTFT - slo.ttft) + (a-1) * max(0, step'(d) - slo.tpot))
+//! spread(x)    = min(saved, w_spread * r / (k+1) * min(busy, saved))    taken off: a copy of a hot prefix is made on purpose;
+//!                                                                       k nodes of x's role hold H, `busy` is the least queue (of
+//!                                                                       decode nodes: queue + wait) of them, `saved` what the plan would cost less if x held H too
 //!
-//! pair(p,d)  = queue(p) + prefill(p) + tail(p,d) + wait(d) + decode(d) + stall(p) + join(d) + slo,  TTFT = queue(p) + prefill(p)
-//! whole(x)   = queue(x) + prefill(x) +             wait(x) + decode(x) + stall(x) + join(x) + slo,  TTFT = queue(x) + wait(x) + prefill(x)
+//! pair(p,d)    = queue(p) + prefill(p) + tail(p,d) + wait(d) + decode(d) + stall(p) + join(d) + slo - spread(p), TTFT = queue(p) + prefill(p)
+//! whole(x)     = queue(x) + prefill(x) +             wait(x) + decode(x) + stall(x) + join(x) + slo - spread(x), TTFT = queue(x) + wait(x) + prefill(x)
 //! ```
-//! A rate that a node has not measured yet is taken to be the mean of those that others have, so that a node which has just
-//! started looks neither faster nor slower than its peers.
+//! A node that has not measured its speed is taken to have the mean of those that have, so that one which has just started looks
+//! neither faster nor slower than its peers.
 //!
-//! With `max_new = 1` there is nothing to decode: `decode`, `join` and the blocks of the answer are 0. This is 3.8 of the reference
-//! page reduced to what [`Load`] carries: prompt cost is linear in tokens (the quadratic part of attention is in the measured
-//! average), and there are no fetches between nodes and no disk tier. One more cached block at a node never makes a plan dearer:
-//! what it saves in `prefill` is never less than what it uncovers of `tail`.
+//! `spread` is 0 while as many nodes are computing H as hold it: copies double, they do not come in bursts. It reads: each of the `r / (k+1)` requests that the new holder will get is spared the queue at the others or the computing
+//! again, whichever is less. It never exceeds what is invested, so a hot prefix is copied to at most as many nodes as its holders'
+//! queues call for, and idle holders keep it to themselves.
+//!
+//! With `max_new = 1` there is nothing to decode: `decode`, `join` and the blocks of the answer are 0. This is 3.8 of the reference page
+//! reduced to what nodes report: no fetches between nodes, no disk tier, no price of evictions. One more cached block at a node
+//! never makes a plan with it dearer: what it saves in `prefill` is never less than what it uncovers of `tail`, and `spread` shrinks by no
+//! more than the plan does.
 
 use crate::ids::NodeId;
-use crate::message::{Load, Role};
+use crate::message::Role;
 
+use super::hot::Hot;
+use super::speed::{CostModel, Speed, percent, term};
 use super::{Ask, NodeView, View};
-
-/// Values for what is not measured yet, and the weights between terms.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CostModel {
-    /// Nanoseconds to compute one prompt token, where a node has not measured it.
-    pub prefill_ns_per_token: u64,
-    /// Microseconds of a decode step, where a node has not measured it.
-    pub decode_step_us: u64,
-    /// Bytes a second of a hand-over, where a node has not measured it.
-    pub send_bytes_per_s: u64,
-    /// Fixed cost of a hand-over: opening, grant and receipt, microseconds.
-    pub handover_us: u64,
-    /// Tokens that an answer is expected to have when `max_new` allows more.
-    pub answer_tokens: u32,
-    /// How much one sequence more lengthens a step, in percent.
-    pub step_growth_percent: u32,
-    /// Weight of time between tokens (own and others'), in percent of time to the first token.
-    pub tbt_percent: u32,
-    /// Weight of time for which others' decoding stands still, in percent.
-    pub stall_percent: u32,
-    /// Weight of what exceeds the objective, in percent.
-    pub slo_percent: u32,
-}
-
-impl Default for CostModel {
-    /// A small model on a CPU over a local network; the weights are proposals to be fitted by load tests.
-    fn default() -> Self {
-        Self {
-            prefill_ns_per_token: 1_000_000,
-            decode_step_us: 20_000,
-            send_bytes_per_s: 500_000_000,
-            handover_us: 2_000,
-            answer_tokens: 256,
-            step_growth_percent: 5,
-            tbt_percent: 25,
-            stall_percent: 25,
-            slo_percent: 400,
-        }
-    }
-}
-
-impl CostModel {
-    /// The same, with what the nodes of a view have measured as the value for those that have not.
-    pub(super) fn informed(&self, nodes: &[NodeView]) -> Self {
-        let mean = |of: fn(&Load) -> u64, default| {
-            let known = || nodes.iter().filter(|n| n.usable).map(|n| of(&n.load)).filter(|v| *v > 0);
-            let sum = known().fold(0u64, u64::saturating_add);
-            sum.checked_div(known().count() as u64).unwrap_or(default)
-        };
-        Self {
-            prefill_ns_per_token: mean(|load| load.prefill_ns_per_token, self.prefill_ns_per_token),
-            decode_step_us: mean(|load| load.decode_step_us, self.decode_step_us),
-            send_bytes_per_s: mean(|load| load.send_bytes_per_s, self.send_bytes_per_s),
-            ..*self
-        }
-    }
-}
 
 /// A plan's predicted cost, term by term, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -105,21 +60,83 @@ pub struct Breakdown {
     pub harm_us: u64,
     /// Weighted: what exceeds the objective.
     pub slo_us: u64,
+    /// Taken off: what a further copy of a hot prefix is worth. At most `prefill_us + tail_us + harm_us`.
+    pub spread_us: u64,
     /// Predicted time to the first token. Not a term of the sum.
     pub ttft_us: u64,
+    /// Predicted time between two tokens. Not a term of the sum.
+    pub tpot_us: u64,
 }
 
 impl Breakdown {
     /// The one number.
     #[must_use]
     pub const fn total_us(&self) -> u64 {
-        // each term is at most TERM_MAX_US, so seven cannot overflow
-        self.queue_us + self.prefill_us + self.tail_us + self.wait_us + self.decode_us + self.harm_us + self.slo_us
+        // each term is a sum of at most two that are cut to `speed::TERM_MAX_US`, so seven cannot overflow
+        let sum = self.queue_us + self.prefill_us + self.tail_us + self.wait_us + self.decode_us + self.harm_us + self.slo_us;
+        sum.saturating_sub(self.spread_us)
+    }
+
+    /// Its terms by name, as they are added up; the last is taken off.
+    #[must_use]
+    pub const fn terms(&self) -> [(&'static str, u64); 8] {
+        [
+            ("queue", self.queue_us),
+            ("prefill", self.prefill_us),
+            ("tail", self.tail_us),
+            ("wait", self.wait_us),
+            ("decode", self.decode_us),
+            ("harm", self.harm_us),
+            ("slo", self.slo_us),
+            ("spread", self.spread_us),
+        ]
     }
 }
 
-/// What a term is cut to, microseconds (200 days): sums of terms, and a term times a layer count, stay in 64 bits.
-const TERM_MAX_US: u64 = 1 << 44;
+/// What a copy of the hot prefix of one prompt is worth, for each role; nothing where no prefix is hot. Copies on decode nodes do not
+/// relieve prefill nodes, nor the other way, so that a block more at one node says nothing against a plan with it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Spread {
+    prefill: Side,
+    decode: Side,
+}
+
+/// One role's part of it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Side {
+    /// The least that a holder makes one wait.
+    busy_us: u64,
+    /// Percent of what one request saves.
+    percent: u32,
+}
+
+impl Spread {
+    /// O(nodes).
+    pub(super) fn of(terms: &[Terms], ask: &Ask, costs: &CostModel) -> Self {
+        let Some(hot) = ask.hot else { return Self::default() };
+        let side = |role| {
+            let holders = || terms.iter().filter(|t| t.role == role && t.cached_blocks >= hot.blocks);
+            let Some(busy_us) = holders().map(Terms::busy_us).min() else { return Side::default() };
+            let copying = |t: &&Terms| t.role == role && t.cached_blocks < hot.blocks && ask.copying.contains(&t.node);
+            if terms.iter().filter(copying).count() >= holders().count() {
+                return Side::default();
+            }
+            let each = u64::from(costs.spread_percent) * u64::from(hot.requests) / (holders().count() as u64 + 1);
+            Side { busy_us, percent: u32::try_from(each).unwrap_or(u32::MAX) }
+        };
+        Self { prefill: side(Role::Prefill), decode: side(Role::Decode) }
+    }
+
+    const fn side(&self, role: Role) -> &Side {
+        if matches!(role, Role::Decode) { &self.decode } else { &self.prefill }
+    }
+}
+
+impl Side {
+    fn worth_us(&self, saved_us: u64) -> u64 {
+        percent(saved_us.min(self.busy_us), self.percent).min(saved_us)
+    }
+}
 
 /// What one node contributes to any plan with it.
 #[derive(Clone, Copy, Debug)]
@@ -132,18 +149,31 @@ pub(super) struct Terms {
     pub total_blocks: u64,
     /// Blocks of prompt and answer.
     pub need_blocks: u64,
+    /// What its times are predicted with.
+    pub speed: Speed,
     prompt_blocks: u64,
     queue_us: u64,
-    prefill_us: u64,
-    stall_us: u64,
+    compute: Compute,
+    /// The same if it held the hot prefix.
+    compute_hot: Compute,
     wait_us: u64,
     decode_us: u64,
     join_us: u64,
+    tpot_us: u64,
     tpot_excess_us: u64,
+    /// Nobody decodes there, so it is as fast as it gets.
+    pub idle: bool,
+    /// After this long one sequence is expected to have ended.
+    pub one_ends_us: u64,
     missing_bytes: u64,
-    send_bytes_per_s: u64,
-    handover_us: u64,
     slo_percent: u32,
+}
+
+/// Computing a prompt at a node, and what that does to those who decode there.
+#[derive(Clone, Copy, Debug)]
+struct Compute {
+    prefill_us: u64,
+    stall_us: u64,
 }
 
 impl Terms {
@@ -151,34 +181,43 @@ impl Terms {
         let (load, block_tokens) = (&view.load, u64::from(ask.block_tokens.max(1)));
         let (tokens, answer) = (u64::from(ask.tokens), u64::from(ask.max_new.clamp(1, costs.answer_tokens.max(1))));
         let cached_blocks = u64::from(view.prefix_blocks).min(tokens / block_tokens);
-        let ns = measured(load.prefill_ns_per_token, costs.prefill_ns_per_token);
-        let prefill_us = term(ns.saturating_mul((tokens - cached_blocks * block_tokens).max(1)) / 1000);
-        let step_us = term(measured(load.decode_step_us, costs.decode_step_us));
+        let hot_blocks = cached_blocks.max(ask.hot.map_or(0, |hot: Hot| u64::from(hot.blocks)).min(tokens / block_tokens));
+        let speed = Speed::of(view, costs);
+        let step_us = speed.step_us();
         let growth_us = percent(step_us, costs.step_growth_percent);
         let running = u64::from(load.running) + u64::from(view.inflight_sequences);
-        let kept_free = u64::from(view.role == Role::Decode);
+        let stopped = running + u64::from(view.role == Role::Decode);
+        let compute = |blocks: u64| {
+            let prefill_us = speed.prompt_us(blocks * block_tokens, tokens);
+            Compute { prefill_us, stall_us: percent(prefill_us.saturating_mul(stopped), costs.stall_percent) }
+        };
         let steps = answer - 1;
         let answers_us = step_us.saturating_mul(u64::from(costs.answer_tokens)); // how long a sequence decodes
         let prompt_blocks = tokens.div_ceil(block_tokens);
         let lacks = (tokens + steps).div_ceil(block_tokens) - cached_blocks;
         let tpot_excess_us = ask.slo.map_or(0, |slo| (step_us + growth_us).saturating_sub(slo.tpot_us));
+        let queued =
+            (load.queued_tokens.saturating_add(view.inflight_tokens), load.queued_pairs.saturating_add(view.inflight_pairs));
+        let compute_now = compute(cached_blocks);
         Self {
             node: view.node,
             role: view.role,
             cached_blocks: cached_blocks as u32, // at most the prompt's, a u32
             total_blocks: u64::from(load.total_blocks),
             need_blocks: (tokens + u64::from(ask.max_new.max(1)) - 1).div_ceil(block_tokens),
+            speed,
             prompt_blocks,
-            queue_us: term(ns.saturating_mul(load.queued_tokens.saturating_add(view.inflight_tokens)) / 1000),
-            prefill_us,
-            stall_us: percent(prefill_us.saturating_mul(running + kept_free), costs.stall_percent),
+            queue_us: speed.curve_us(queued.0, queued.1),
+            compute: compute_now,
+            compute_hot: if hot_blocks == cached_blocks { compute_now } else { compute(hot_blocks) },
             wait_us: term(answers_us.saturating_mul(ended_first(view, lacks)) / running.max(1)),
             decode_us: percent((step_us + growth_us).saturating_mul(steps), costs.tbt_percent),
             join_us: percent(growth_us.saturating_mul(steps).saturating_mul(running), costs.tbt_percent),
+            tpot_us: if steps == 0 { 0 } else { step_us + growth_us },
             tpot_excess_us: term(tpot_excess_us.saturating_mul(steps)),
+            idle: running == 0,
+            one_ends_us: term(answers_us / running.max(1)),
             missing_bytes: (prompt_blocks - cached_blocks).saturating_mul(ask.block_bytes),
-            send_bytes_per_s: measured(load.send_bytes_per_s, costs.send_bytes_per_s),
-            handover_us: costs.handover_us,
             slo_percent: costs.slo_percent,
         }
     }
@@ -193,64 +232,91 @@ impl Terms {
         self.total_blocks == 0 || self.prompt_blocks <= self.total_blocks
     }
 
-    /// The part of a pair's cost that is this prefill node's alone.
+    /// The part of a pair's cost that is this prefill node's alone, at its least.
     pub(super) const fn as_prefill_us(&self) -> u64 {
-        self.queue_us + self.prefill_us + self.stall_us
+        self.queue_us + self.compute_hot.prefill_us + self.compute_hot.stall_us
     }
 
     /// The part of a pair's cost that is this decode node's alone, with its transfer at its own speed and nothing hidden.
     pub(super) fn as_decode_us(&self) -> u64 {
-        self.wait_us + self.decode_us + self.join_us + transfer_us(self.missing_bytes, self.send_bytes_per_s)
+        self.wait_us + self.decode_us + self.join_us + self.speed.transfer_us(self.missing_bytes)
+    }
+
+    /// How long one that comes here has to wait.
+    const fn busy_us(&self) -> u64 {
+        match self.role {
+            Role::Decode => self.queue_us + self.wait_us,
+            _ => self.queue_us,
+        }
+    }
+
+    /// How long the prompt would take here if nothing were before it.
+    pub(super) const fn alone_us(&self) -> u64 {
+        self.compute.prefill_us
     }
 
     fn slo_us(&self, ttft_us: u64, ask: &Ask) -> u64 {
-        let late_us = ask.slo.map_or(0, |slo| ttft_us.saturating_sub(slo.ttft_us));
-        percent(late_us.saturating_add(self.tpot_excess_us), self.slo_percent)
+        let Some(slo) = ask.slo else { return 0 };
+        percent(ttft_us.saturating_sub(slo.ttft_us).saturating_add(self.tpot_excess_us), self.slo_percent)
     }
 }
 
 /// The cost of one plan, whether or not [`super::place`] would consider it; `None` when a node is not in the view. For explanations.
 #[must_use]
 pub fn cost(view: &View, ask: &Ask, prefill: NodeId, decode: Option<NodeId>) -> Option<Breakdown> {
+    let terms = super::candidates(view, ask, &[]);
+    let spread = Spread::of(&terms, ask, &view.costs);
     let costs = view.costs.informed(view.nodes);
     let terms = |id| view.nodes.iter().find(|n| n.node == id).map(|n| Terms::new(n, ask, &costs));
     let prefill = terms(prefill)?;
     Some(match decode {
-        None => whole(&prefill, ask),
-        Some(decode) => pair(&prefill, &terms(decode)?, ask),
+        None => whole(&prefill, ask, &spread),
+        Some(decode) => pair(&prefill, &terms(decode)?, ask, &spread),
     })
 }
 
 /// One node does everything.
-pub(super) fn whole(node: &Terms, ask: &Ask) -> Breakdown {
-    let ttft_us = node.queue_us + node.wait_us + node.prefill_us;
+pub(super) fn whole(node: &Terms, ask: &Ask, spread: &Spread) -> Breakdown {
+    let (now, hot) = (&node.compute, &node.compute_hot);
+    let ttft_us = node.queue_us + node.wait_us + now.prefill_us;
+    let saved_us = (now.prefill_us + now.stall_us) - (hot.prefill_us + hot.stall_us);
     Breakdown {
         queue_us: node.queue_us,
-        prefill_us: node.prefill_us,
+        prefill_us: now.prefill_us,
         tail_us: 0,
         wait_us: node.wait_us,
         decode_us: node.decode_us,
-        harm_us: term(node.stall_us + node.join_us),
+        harm_us: now.stall_us + node.join_us,
         slo_us: node.slo_us(ttft_us, ask),
+        spread_us: spread.side(node.role).worth_us(saved_us),
         ttft_us,
+        tpot_us: node.tpot_us,
     }
 }
 
 /// `prefill` computes the prompt and hands its KV to `decode`. The first token goes out before the hand-over is done.
-pub(super) fn pair(prefill: &Terms, decode: &Terms, ask: &Ask) -> Breakdown {
-    let ttft_us = prefill.queue_us + prefill.prefill_us;
-    let layers = u64::from(ask.layers.max(1));
-    let transfer_us = transfer_us(decode.missing_bytes, prefill.send_bytes_per_s);
-    let exposed_us = transfer_us.saturating_sub(prefill.prefill_us) * (layers - 1) / layers;
+pub(super) fn pair(prefill: &Terms, decode: &Terms, ask: &Ask, spread: &Spread) -> Breakdown {
+    let (now, hot) = (&prefill.compute, &prefill.compute_hot);
+    let ttft_us = prefill.queue_us + now.prefill_us;
+    let transfer_us = prefill.speed.transfer_us(decode.missing_bytes);
+    let tail = |prefill_us| prefill.speed.tail_us(transfer_us, prefill_us, ask.layers);
+    let tail_us = tail(now.prefill_us);
+    let saved_us = if spread.prefill.percent == 0 || hot.prefill_us == now.prefill_us {
+        0
+    } else {
+        (now.prefill_us + now.stall_us + tail_us).saturating_sub(hot.prefill_us + hot.stall_us + tail(hot.prefill_us))
+    };
     Breakdown {
         queue_us: prefill.queue_us,
-        prefill_us: prefill.prefill_us,
-        tail_us: term((transfer_us / layers + exposed_us).saturating_add(prefill.handover_us)),
+        prefill_us: now.prefill_us,
+        tail_us,
         wait_us: decode.wait_us,
         decode_us: decode.decode_us,
-        harm_us: term(prefill.stall_us + decode.join_us),
+        harm_us: now.stall_us + decode.join_us,
         slo_us: decode.slo_us(ttft_us, ask),
+        spread_us: spread.prefill.worth_us(saved_us),
         ttft_us,
+        tpot_us: decode.tpot_us,
     }
 }
 
@@ -262,20 +328,4 @@ fn ended_first(view: &NodeView, need_blocks: u64) -> u64 {
     let used = u64::from(load.total_blocks).saturating_sub(free);
     let blocks_each = (used / u64::from(load.running.max(1))).max(1);
     u64::from(load.waiting) + lacking.div_ceil(blocks_each)
-}
-
-const fn measured(value: u64, default: u64) -> u64 {
-    if value == 0 { default } else { value }
-}
-
-fn transfer_us(bytes: u64, bytes_per_s: u64) -> u64 {
-    term(bytes.saturating_mul(1_000_000) / bytes_per_s.max(1))
-}
-
-fn percent(value_us: u64, percent: u32) -> u64 {
-    term(value_us.saturating_mul(u64::from(percent)) / 100)
-}
-
-fn term(value_us: u64) -> u64 {
-    value_us.min(TERM_MAX_US)
 }

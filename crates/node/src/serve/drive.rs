@@ -20,6 +20,7 @@ use super::peers::Peers;
 use super::rates::Rates;
 use super::receiving::{Reception, Receptions};
 use super::sending::{Effect, Sendings};
+use super::upkeep::Upkeep;
 use super::uplink::Uplinks;
 use super::{Clock, NodeConfig};
 use crate::shutdown::Shutdown;
@@ -41,6 +42,7 @@ pub(super) struct Drive {
     pub(super) uplinks: Uplinks,
     pub(super) peers: Peers,
     pub(super) sendings: Sendings,
+    pub(super) upkeep: Upkeep,
     pub(super) receptions: Receptions,
     pub(super) rates: Rates,
     /// Rows of the step in flight: attempt, tokens known after it, tokens in all.
@@ -141,6 +143,7 @@ impl Drive {
         match message {
             Message::Assign(ticket) => self.on_assign(replica, ticket),
             Message::Cancel(attempt) => self.cancel(attempt),
+            Message::CacheOrder(order) => self.on_order(replica, order),
             Message::Joined { node, epoch } => {
                 let empty = self.batch.cached_names().next().is_none();
                 if self.uplinks.on_joined(node, epoch, empty) {
@@ -405,6 +408,7 @@ impl Drive {
     fn advance(&mut self) -> Result<()> {
         self.drain_batch();
         self.begin_step()?;
+        self.look_on();
         self.drain_batch();
         let now = self.now();
         let (batch, rates) = (&self.batch, &self.rates);
@@ -489,6 +493,9 @@ impl Drive {
     // --- time and the end ------------------------------------------------------------------------------------------
 
     fn deadline(&self) -> Time {
+        if self.upkeep.reads() {
+            return self.clock.now();
+        }
         self.uplinks.deadline().min(self.next_tick)
     }
 
@@ -519,6 +526,7 @@ impl Drive {
 fn load(batch: &Batch, rates: &Rates) -> Load {
     Load {
         prefill_ns_per_token: rates.prefill_ns_per_token(),
+        prefill_ps_per_pair: rates.prefill_ps_per_pair(),
         decode_step_us: rates.decode_step_us(),
         send_bytes_per_s: rates.send_bytes_per_s(),
         ..batch.load()

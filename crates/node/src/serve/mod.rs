@@ -14,6 +14,7 @@ pub mod process;
 mod rates;
 mod receiving;
 mod sending;
+mod upkeep;
 mod uplink;
 
 use std::collections::{HashMap, HashSet};
@@ -95,6 +96,12 @@ impl Node {
         self.endpoint.local_addr().context("the node's own address")
     }
 
+    /// The node's endpoint.
+    #[must_use]
+    pub fn endpoint(&self) -> Endpoint {
+        self.endpoint.clone()
+    }
+
     /// Serves until shutdown: joins, computes, hands over, decodes.
     ///
     /// # Errors
@@ -119,6 +126,7 @@ impl Node {
         let drive = drive::Drive {
             batch: Batch::new(self.config.batch.clone()),
             compute: compute::Compute::start(engine, events_tx.clone()).context("starting the engine's thread")?,
+            upkeep: upkeep::Upkeep::new(Arc::clone(&slab)),
             sendings: sending::Sendings::new(slab, clock, events_tx.clone()),
             peers: peers::Peers::new(endpoint.clone(), hello, links, events_tx),
             uplinks: uplink::Uplinks::new(join),

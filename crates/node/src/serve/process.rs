@@ -11,6 +11,7 @@ use millrace_kernels::slab::KvSlab;
 use super::Node;
 use super::args::NodeArgs;
 use crate::pki::Identity;
+use crate::renew;
 use crate::shutdown::Shutdown;
 
 /// What the binary brings: an engine and what it serves.
@@ -55,6 +56,7 @@ fn run_to_end(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened>
         }
         let node = Node::bind(config, identity)?;
         println!("ready {{\"name\":\"{}\",\"quic\":\"{}\",\"pid\":{}}}", args.name, node.address()?, std::process::id());
+        tokio::spawn(renew::keep_renewed(node.endpoint(), args.certs.clone(), renew::LOOK_INTERVAL, shutdown.clone()));
         node.serve(opened.engine, opened.slab, shutdown).await
     });
     runtime.shutdown_background();

@@ -53,6 +53,11 @@ impl Uplinks {
         self.joined
     }
 
+    /// The last delta that the log has applied, when nothing is under way to it.
+    pub(super) fn settled(&self) -> Option<u64> {
+        self.publisher.as_ref().and_then(Publisher::settled)
+    }
+
     pub(super) fn up(&mut self, now: Time, replica: ReplicaId, no: LinkNo, link: Link) {
         self.links.insert(replica, (no, link));
         self.home.get_or_insert(replica);
@@ -168,6 +173,9 @@ impl Uplinks {
             match output {
                 Output::Delta(delta) => {
                     let _ = link.send(&Message::Delta(delta));
+                }
+                Output::NeedDigest => {
+                    let _ = link.send(&Message::CacheDigest(publisher.digest(&cached())));
                 }
                 Output::NeedSnapshot => {
                     for page in publisher.snapshot(now, &cached()) {

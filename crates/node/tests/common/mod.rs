@@ -30,6 +30,11 @@ impl World {
         Identity::load(&dir).unwrap()
     }
 
+    /// Issues the certificate of `name` again.
+    pub fn renew(&self, role: Role, name: &str) {
+        self.authority.issue(role, name, &self.dir(name)).unwrap();
+    }
+
     /// Where the certificates of `name` are, once it has an identity or an endpoint.
     pub fn dir(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use millrace_load::report::{HEAD, Row};
-use millrace_load::{engine, handover, index, machine, raft, route, stream};
+use millrace_load::{engine, events, handover, index, machine, raft, route, stream};
 
 /// Measures this machine and prints medians.
 #[derive(Parser)]
@@ -29,6 +29,7 @@ enum Section {
     Route,
     Raft,
     Index,
+    Events,
 }
 
 fn main() -> Result<()> {
@@ -55,7 +56,8 @@ fn run(section: Section, arguments: &Arguments) -> Result<()> {
         Section::Stream => runtime.block_on(stream::measure(runs, if quick { 128 } else { 1024 }))?.into_iter().for_each(print),
         Section::Route => route::measure(runs).into_iter().for_each(print),
         Section::Raft => raft::measure(runs.min(3), quick)?.into_iter().for_each(print),
-        Section::Index => index::measure(runs).into_iter().for_each(print),
+        Section::Events => events::measure(runs.min(3), quick)?.into_iter().for_each(print),
+        Section::Index => index::measure(runs, if quick { 1 } else { 10 }).into_iter().for_each(print),
     }
     Ok(())
 }

@@ -83,7 +83,9 @@ pub fn plan(args: &TraceArgs) -> Result<Plan> {
     let mut maker = Maker::new(common, what)?;
     let classes = classes(&mut maker.header.classes, common, &rows);
     let output_scale = args.output_scale.unwrap_or(f64::from(common.block_tokens) / f64::from(args.trace_block));
-    let (mut requests, mut sessions): (Vec<(usize, Planned)>, HashMap<u32, (usize, u32, u64)>) = Default::default();
+    let mut requests: Vec<(usize, Planned)> = Vec::with_capacity(rows.len());
+    // Of each session: its arrival, its last turn, and how long after the arrival that is due.
+    let mut sessions: HashMap<u32, (usize, u32, u64)> = HashMap::new();
     let mut first_times = Vec::new();
     for (at, row) in rows.iter().enumerate() {
         let prompt = prompt(&mut maker, args, row).with_context(|| format!("{}: row {}", args.file.display(), at + 1))?;

@@ -78,7 +78,7 @@ pub fn search(args: &SearchArgs) -> Result<Verdict> {
     }
     save(&args.common.out, &mut points)?;
     let (passed, failed) = search.bracket();
-    let best = points.iter().filter(|point| point.rate == passed).next_back();
+    let best = points.iter().rfind(|point| point.rate == passed);
     match (best, failed) {
         (Some(best), failed) => {
             let (low, high) = best.interval;
