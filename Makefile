@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim bench clean clean-cache
+.PHONY: help setup demo test check sim bench bench-load clean clean-cache
 
 cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
@@ -49,6 +49,11 @@ sim: ## run the whole cluster in the deterministic simulator (SEED=, SEEDS=, STE
 bench: setup ## measure a local cluster under load (BENCH_ARGS=...)
 	cargo build --release
 	"$(target_dir)/release/millbench" $(BENCH_ARGS)
+
+bench-load: ## the load harness itself: its figures against known delays, and its own ceiling (a quiet machine; no cluster, no LibTorch)
+	cargo build --release -p millrace-load
+	"$(target_dir)/release/millload" check
+	"$(target_dir)/release/millload" ceiling $(CEILING_ARGS)
 
 clean: ## remove what was built, and local clusters; the cache stays
 	cargo clean

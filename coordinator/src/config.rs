@@ -8,6 +8,7 @@ use anyhow::{Context, ensure};
 use clap::Parser;
 use millrace_core::ids::ReplicaId;
 use millrace_core::layout::KvDtype;
+use millrace_core::route::policy::Policy;
 
 use crate::raft::{CLUSTER_ID_BYTES_MAX, VOTERS_MAX};
 
@@ -54,6 +55,9 @@ pub struct Args {
     /// Tokens of one block, a power of two from 16 to 128, the same on every node
     #[arg(long, default_value_t = 16, value_parser = parse_block_tokens)]
     pub block_tokens: u16,
+    /// How requests are placed: auto; or a simpler rule, to compare with: cache, round-robin, least-loaded, split, whole
+    #[arg(long, default_value = "auto", value_parser = parse_policy)]
+    pub route: Policy,
     /// Stop when the parent process ends
     #[arg(long)]
     pub exit_with_parent: bool,
@@ -142,6 +146,10 @@ fn parse_dtype(text: &str) -> Result<KvDtype, String> {
         "f32" => Ok(KvDtype::F32),
         _ => Err("expected bf16 or f32".into()),
     }
+}
+
+fn parse_policy(text: &str) -> Result<Policy, String> {
+    Policy::from_word(text).ok_or_else(|| format!("expected one of {}", Policy::WORDS.map(|(word, _)| word).join(", ")))
 }
 
 fn parse_block_tokens(text: &str) -> Result<u16, String> {

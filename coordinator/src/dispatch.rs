@@ -27,6 +27,7 @@ use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId, RequestId, TokenId
 use millrace_core::message::{AttemptFailed, HandoverStats, ModelIdentity, TOKENS_MAX, TokenOut};
 use millrace_core::route::correct::Correction;
 use millrace_core::route::hot::Hot;
+use millrace_core::route::policy::Policy;
 use millrace_core::route::{Decision, NoPlace};
 use tokio::sync::{mpsc, watch};
 
@@ -133,6 +134,11 @@ impl Dispatcher {
         let (registry, routing, asked) = (Registry::default(), Routing::default(), AskedPrefixes::default());
         let traffic = Traffic::default();
         Self(Arc::new(Inner { me, model, fingerprint, cluster, nodes, raft, registry, routing, asked, traffic }))
+    }
+
+    /// Says how requests are placed, before the first.
+    pub fn place_by(&self, policy: Policy) {
+        self.0.routing.place_by(policy);
     }
 
     /// Starts a request. Must be called on a tokio runtime.

@@ -134,6 +134,7 @@ fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica,
     let (raft, frames) = start_raft(&config, cluster.clone())?;
     let proposer = Proposer { me: config.me, raft: raft.clone(), replicas, nodes: nodes.clone(), cluster: cluster.clone() };
     let dispatcher = Dispatcher::new(config.me, model.clone(), cluster.clone(), nodes.clone(), raft.watch_status());
+    dispatcher.place_by(config.args.route);
     let admin = Admin::new(config.clone(), proposer.clone(), dispatcher.clone(), checkpoint.clone(), http.to_string());
     let (admin, instance) = (Arc::new(admin), rand::random());
     let (reports, inbox) = mpsc::channel(REPORTS_MAX);

@@ -7,7 +7,7 @@ use millrace_core::identity::{Chain, TenantKey, block_names};
 use millrace_core::ids::{AttemptId, BlockHash, NodeId, TokenId};
 use millrace_core::message::{Message, Peer, Ticket};
 use millrace_core::route::correct::Correction;
-use millrace_core::route::{self, Ask, CostModel, Decision, NoPlace, NodeView, Slo, View, pairs};
+use millrace_core::route::{Ask, CostModel, Decision, NoPlace, NodeView, Slo, View, pairs, policy};
 
 use super::decisions::{DecisionNo, Question};
 use super::observe::{Plan, Watch};
@@ -167,7 +167,9 @@ impl Inner {
             hot: wish.hot.hot,
             copying: &wish.hot.copying,
         };
-        route::place(&View { nodes, costs: config.costs(CostModel::default()) }, &ask)
+        let view = View { nodes, costs: config.costs(CostModel::default()) };
+        let (policy, turn) = self.routing.policy();
+        policy::place(policy, turn, &view, &ask)
     }
 
     /// The names of the full blocks of `tokens`. O(tokens): not to be done under the state's lock.

@@ -1,12 +1,14 @@
 //! What this gateway has learned for its next decisions: how far predictions were off, which prefixes are hot, what it decided before.
 //! The rules are `millrace_core::route`'s; here are their locks, their clock and their counters.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace_core::ids::{BlockHash, Epoch, NodeId, Time};
 use millrace_core::route::correct::{Correction, Corrections};
 use millrace_core::route::hot::{Hot, HotPrefixes};
+use millrace_core::route::policy::Policy;
 use millrace_core::route::{Decision, NodeView};
 use parking_lot::Mutex;
 
@@ -38,6 +40,8 @@ pub(super) struct Routing {
     hot: Mutex<HotPrefixes>,
     pub decisions: Decisions,
     beliefs: [AtomicU64; 4],
+    policy: OnceLock<Policy>,
+    turns: AtomicU64,
 }
 
 /// The hot prefix of a prompt, and where it is being computed.
@@ -55,6 +59,8 @@ impl Default for Routing {
             hot: Mutex::default(),
             decisions: Decisions::default(),
             beliefs: Default::default(),
+            policy: OnceLock::new(),
+            turns: AtomicU64::new(0),
         }
     }
 }
@@ -104,6 +110,16 @@ impl Routing {
         let takes = Duration::from_micros(decision.cost.ttft_us).saturating_add(COPY_SHOWS_AFTER).min(COPY_WAIT_MAX);
         let until = self.time(now).after(takes.as_micros() as u64);
         self.hot.lock().copying(self.time(now), names[hot.blocks as usize - 1], decision.prefill, until);
+    }
+
+    /// Says how requests are placed from now on; only the first word counts.
+    pub(super) fn place_by(&self, policy: Policy) {
+        let _ = self.policy.set(policy);
+    }
+
+    /// How requests are placed, and how many were so far.
+    pub(super) fn policy(&self) -> (Policy, u64) {
+        (self.policy.get().copied().unwrap_or_default(), self.turns.fetch_add(1, Ordering::Relaxed))
     }
 
     pub(super) fn beliefs(&self) -> BeliefCounts {

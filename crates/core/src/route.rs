@@ -10,6 +10,7 @@
 pub mod correct;
 mod cost;
 pub mod hot;
+pub mod policy;
 mod speed;
 
 pub use cost::{Breakdown, cost};

@@ -12,6 +12,7 @@ pub mod faults;
 pub mod handover;
 pub mod index;
 pub mod machine;
+pub mod millload;
 pub mod raft;
 pub mod rebuild;
 pub mod report;

@@ -90,6 +90,9 @@ pub struct UpArgs {
     /// Threads of each node's engine; 0 shares the processors among the nodes
     #[arg(long, default_value_t = 0)]
     pub threads: u16,
+    /// How requests are placed: auto, or a rule to compare it with: cache, round-robin, least-loaded, split, whole
+    #[arg(long, default_value = "auto")]
+    pub route: String,
     /// Leave a process that dies dead
     #[arg(long)]
     pub no_restart: bool,
@@ -350,8 +353,8 @@ fn specs(args: &UpArgs, place: &Place, bin: &Path) -> Vec<Spec> {
     let mut specs = Vec::new();
     for c in &file.coordinators {
         let own = [("--id", c.id.to_string()), ("--peers", peers.clone()), ("--listen", c.quic.to_string())];
-        let dir = ("--dir", text(place.dir.join(&c.name)));
-        specs.push(spec(&c.name, Kind::Coordinator, own.into_iter().chain([dir]).collect()));
+        let more = [("--dir", text(place.dir.join(&c.name))), ("--route", args.route.clone())];
+        specs.push(spec(&c.name, Kind::Coordinator, own.into_iter().chain(more).collect()));
     }
     for node in &file.nodes {
         let kind = if node.kind == Kind::Prefill.as_str() { Kind::Prefill } else { Kind::Decode };
