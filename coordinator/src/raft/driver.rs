@@ -6,19 +6,21 @@
 //! status is published before any waiter is answered.
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use raft::eraftpb::{Entry, Message, MessageType, Snapshot};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType, Snapshot};
 use raft::{Config, INVALID_ID, ProgressState, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole};
 use tokio::sync::{mpsc, watch};
 
 use super::clients::{Clients, Reply};
 use super::handle::{Input, Shared};
+use super::members::Members;
+use super::membership::Removal;
 use super::storage::Store;
 use super::wal::{Identity, LogPoint};
 use super::{DiskError, ProposeError, RaftConfig, RaftFailure, RaftStartError, RaftStatus, Role, StateMachine};
@@ -41,16 +43,23 @@ const SNAPSHOT_TICKS_MAX: u32 = 200;
 /// One replica; see the module.
 pub(super) struct Driver {
     // Dropped first: the directory is released before `status`, the last field, closes.
-    node: RawNode<Store>,
-    machine: Box<dyn StateMachine>,
-    config: RaftConfig,
+    pub(super) node: RawNode<Store>,
+    pub(super) machine: Box<dyn StateMachine>,
+    pub(super) config: RaftConfig,
     inputs: Receiver<Input>,
     outgoing: mpsc::Sender<(u64, Vec<u8>)>,
     shared: Arc<Shared>,
-    clients: Clients,
-    applied: u64,
+    pub(super) clients: Clients,
+    pub(super) applied: u64,
+    /// The members as applied, and the entry that last changed them.
+    pub(super) members: Arc<Members>,
+    pub(super) members_index: u64,
+    /// The tick at which each peer was last heard.
+    pub(super) heard: BTreeMap<u64, u64>,
+    /// What speaks against this replica's membership.
+    pub(super) removal: Removal,
     /// Ticks so far, and when the next is due.
-    ticks: u64,
+    pub(super) ticks: u64,
     tick_due: Instant,
     /// The term this replica leads, while it does.
     reign: Option<u64>,
@@ -71,8 +80,8 @@ impl Driver {
         outgoing: mpsc::Sender<(u64, Vec<u8>)>,
         shared: Arc<Shared>,
     ) -> Result<(Self, watch::Receiver<RaftStatus>), RaftStartError> {
-        let owner = Identity { cluster_id: config.cluster_id.clone(), node: config.id, voters: config.voters.clone() };
-        let (store, snapshot) = Store::open(&config.dir, owner)?;
+        let owner = Identity { cluster_id: config.cluster_id.clone(), node: config.id, log: 0 };
+        let (store, snapshot) = Store::open(&config.dir, owner, &config.founders)?;
         if let Some(data) = snapshot {
             machine.restore(&data)?;
         }
@@ -88,6 +97,10 @@ impl Driver {
             shared,
             clients: Clients::new(config.id),
             applied,
+            members: Arc::default(),
+            members_index: 0,
+            heard: BTreeMap::new(),
+            removal: Removal::default(),
             ticks: 0,
             tick_due: Instant::now() + config.tick,
             reign: None,
@@ -97,6 +110,7 @@ impl Driver {
             status,
             config,
         };
+        driver.note_members(0);
         driver.publish();
         Ok((driver, watched))
     }
@@ -132,6 +146,7 @@ impl Driver {
             self.compact_if_due()?;
             self.publish();
             self.clients.answer();
+            self.stop_if_removed()?;
         }
         Ok(())
     }
@@ -171,15 +186,20 @@ impl Driver {
                 self.propose(command, reply);
                 return bytes;
             }
+            Input::Change { change, seen, command, reply } => self.propose_change(change, seen, &command, reply),
             Input::Read { reply } => self.clients.wait_for_read(reply),
-            Input::Transfer { to } if self.node.raft.state == StateRole::Leader => self.node.transfer_leader(to),
-            Input::Transfer { .. } | Input::Wake => {}
+            Input::Transfer { to } => self.transfer(to),
+            Input::Removed { by, why } => self.told_removed(by, why),
+            Input::Wake => {}
         }
         0
     }
 
     fn step(&mut self, peer: u64, message: Message) {
         let admitted = admit::admits(&self.node, self.machine.as_ref(), peer, &message);
+        if admitted && self.members.contains(peer) {
+            self.heard.insert(peer, self.ticks);
+        }
         if !admitted || self.node.step(message).is_err() {
             self.shared.frames_refused.fetch_add(1, Ordering::Relaxed);
         }
@@ -196,7 +216,7 @@ impl Driver {
         }
     }
 
-    fn leader(&self) -> Option<u64> {
+    pub(super) fn leader(&self) -> Option<u64> {
         Some(self.node.raft.leader_id).filter(|id| *id != INVALID_ID)
     }
 
@@ -282,9 +302,11 @@ impl Driver {
         let snapshot: &Snapshot = ready.snapshot();
         let meta = snapshot.get_metadata();
         let at = LogPoint { index: meta.index, term: meta.term };
-        self.node.mut_store().install(at, &snapshot.data, ready.hs()).map_err(disk_failure)?;
+        let members = Members::of(meta.get_conf_state());
+        self.node.mut_store().install(at, members, &snapshot.data, ready.hs()).map_err(disk_failure)?;
         self.machine.restore(&snapshot.data).map_err(|e| RaftFailure::Restore(e.to_string()))?;
         self.applied = at.index;
+        self.note_members(at.index);
         Ok(())
     }
 
@@ -292,8 +314,10 @@ impl Driver {
         for entry in entries {
             assert_eq!(entry.index, self.applied + 1, "entries are applied in order, once each");
             self.applied = entry.index;
-            // Entries without a context are the empty ones with which leaders begin their terms.
-            if !entry.context.is_empty() {
+            if entry.get_entry_type() != EntryType::EntryNormal {
+                self.apply_step(&entry);
+            } else if !entry.context.is_empty() {
+                // Entries without a context are the empty ones with which leaders begin their terms.
                 let answer = self.machine.apply(entry.index, &entry.data);
                 self.clients.applied(&entry.context, answer);
             }
@@ -329,14 +353,15 @@ impl Driver {
         }
         let data = self.machine.snapshot();
         tracing::info!(id = self.config.id, applied = self.applied, bytes = data.len(), "raft log compacted");
-        let applied = self.applied;
-        self.node.mut_store().compact(applied, &data, limits.entries_kept).map_err(disk_failure)
+        let (applied, members) = (self.applied, Members::clone(&self.members));
+        self.node.mut_store().compact(applied, members, &data, limits.entries_kept).map_err(disk_failure)
     }
 
     fn publish(&mut self) {
         let mut now = observe(&self.node, self.applied);
         now.frames_refused = self.shared.frames_refused.load(Ordering::Relaxed);
         now.sends_dropped = self.sends_dropped;
+        (now.members, now.members_index, now.peers) = (Arc::clone(&self.members), self.members_index, self.peers());
         self.status.send_if_modified(|status| {
             let changed = *status != now;
             *status = now;
@@ -380,7 +405,10 @@ fn observe(node: &RawNode<Store>, applied: u64) -> RaftStatus {
         last_index: raft.raft_log.last_index(),
         first_index: store.first_index(),
         snapshot_index: store.snapshot_index(),
-        voters: store.voters().into(),
+        members: Arc::default(),
+        members_index: 0,
+        peers: Arc::default(),
+        log: store.log(),
         frames_refused: 0,
         sends_dropped: 0,
         failure: None,

@@ -4,14 +4,16 @@
 //! On disk, one record holds all that one `Ready` persists: entries (an entry replaces whatever the log held from its
 //! index on) and then the hard state. The commit index alone is never worth a write; it rides along with the next.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::eraftpb::{Entry, EntryType, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, StorageError};
 
 use super::codec::{Reader, put_bytes, put_u64};
+use super::members::{Members, Step};
 use super::wal::{Identity, LogPoint, Recovered, Wal, corrupt, disk};
 use super::{DiskError, LogLimits, RaftStartError, SNAPSHOT_BYTES_MAX, snapshot};
 
@@ -29,6 +31,10 @@ pub(super) struct Store {
     entries: VecDeque<Entry>,
     /// The last entry inside the snapshot file; index 0 without one.
     snapshot: LogPoint,
+    /// The members then; nobody without a snapshot, when all changes are in the log.
+    snapshot_members: Members,
+    /// A replica that is no member in our snapshot needs one.
+    snapshot_wanted: Cell<bool>,
     /// Bytes appended since the last compaction.
     grown_bytes: u64,
     /// Held as long as the store lives: one process per directory.
@@ -36,20 +42,20 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// Opens or creates the log in `dir`; also gives the snapshot's data, from which the state machine restarts.
-    pub fn open(dir: &Path, owner: Identity) -> Result<(Self, Option<Vec<u8>>), RaftStartError> {
+    /// Opens the log in `dir`, or creates one that begins with `founders`, if there are any; also gives the snapshot's data, from
+    /// which the state machine restarts.
+    pub fn open(dir: &Path, mut owner: Identity, founders: &[u64]) -> Result<(Self, Option<Vec<u8>>), RaftStartError> {
         fs::create_dir_all(dir).map_err(disk("create", dir))?;
         let lock = lock(dir)?;
         let recovered = Wal::recover(dir, &owner)?;
-        let (at, data) = snapshot::load(dir, &owner)?.map_or((None, None), |(at, data)| (Some(at), Some(data)));
-        let Recovered { wal, base, bodies } = match recovered {
+        owner.log = recovered.as_ref().map_or(0, |recovered| recovered.log);
+        let found = snapshot::load(dir, &owner)?;
+        let Recovered { wal, base, bodies, .. } = match recovered {
             Some(recovered) => recovered,
-            None if at.is_some() => return Err(corrupt(dir, 0, "there is a snapshot but no log")),
-            None => {
-                let wal = Wal::create(dir, 1, &owner, LogPoint::default(), &[])?;
-                Recovered { wal, base: LogPoint::default(), bodies: Vec::new() }
-            }
+            None if found.is_some() => return Err(corrupt(dir, 0, "there is a snapshot but no log")),
+            None => create(dir, &mut owner, founders)?,
         };
+        let (at, snapshot_members, data) = found.map_or_else(Default::default, |(at, members, data)| (at, members, Some(data)));
         let mut store = Self {
             dir: dir.to_path_buf(),
             owner,
@@ -57,7 +63,9 @@ impl Store {
             hard: HardState::default(),
             base,
             entries: VecDeque::new(),
-            snapshot: at.unwrap_or_default(),
+            snapshot: at,
+            snapshot_members,
+            snapshot_wanted: Cell::new(false),
             grown_bytes: 0,
             _lock: lock,
         };
@@ -123,9 +131,9 @@ impl Store {
     }
 
     /// Takes over a snapshot that the leader sent: file first, then a log that begins behind it.
-    pub fn install(&mut self, at: LogPoint, data: &[u8], hard: Option<&HardState>) -> Result<(), DiskError> {
-        snapshot::save(&self.dir, &self.owner, at, data)?;
-        self.snapshot = at;
+    pub fn install(&mut self, at: LogPoint, members: Members, data: &[u8], hard: Option<&HardState>) -> Result<(), DiskError> {
+        snapshot::save(&self.dir, &self.owner, at, &members, data)?;
+        (self.snapshot, self.snapshot_members) = (at, members);
         if let Some(hard) = hard {
             self.hard = hard.clone();
         }
@@ -136,15 +144,16 @@ impl Store {
     /// Whether `applied` is far enough ahead of the last snapshot to take another.
     pub fn wants_snapshot(&self, applied: u64, limits: &LogLimits) -> bool {
         let behind = applied.saturating_sub(self.snapshot.index);
-        behind > 0 && (behind >= limits.entries_max || self.grown_bytes >= limits.bytes_max)
+        behind > 0 && (behind >= limits.entries_max || self.grown_bytes >= limits.bytes_max || self.snapshot_wanted.get())
     }
 
-    /// Saves the state after entry `applied` and drops the log before it, all but the `kept` newest entries.
-    pub fn compact(&mut self, applied: u64, data: &[u8], kept: u64) -> Result<(), DiskError> {
+    /// Saves the state after entry `applied`, with the members then, and drops the log before it, all but the `kept` newest entries.
+    pub fn compact(&mut self, applied: u64, members: Members, data: &[u8], kept: u64) -> Result<(), DiskError> {
         let term = self.term_at(applied).expect("an applied entry is in the log or ends the snapshot");
         let at = LogPoint { index: applied, term };
-        snapshot::save(&self.dir, &self.owner, at, data)?;
-        self.snapshot = at;
+        snapshot::save(&self.dir, &self.owner, at, &members, data)?;
+        (self.snapshot, self.snapshot_members) = (at, members);
+        self.snapshot_wanted.set(false);
         let cut = applied.saturating_sub(kept).max(self.base.index);
         let base = LogPoint { index: cut, term: self.term_at(cut).expect("the cut lies within the log") };
         self.entries.drain(..(cut - self.base.index) as usize);
@@ -206,19 +215,15 @@ impl Store {
         self.snapshot.index
     }
 
-    /// Voters of the cluster, sorted.
-    pub fn voters(&self) -> &[u64] {
-        &self.owner.voters
-    }
-
-    fn conf_state(&self) -> ConfState {
-        ConfState::from((self.owner.voters.clone(), Vec::new()))
+    /// The log's identity.
+    pub fn log(&self) -> u128 {
+        self.owner.log
     }
 }
 
 impl raft::Storage for Store {
     fn initial_state(&self) -> raft::Result<RaftState> {
-        Ok(RaftState::new(self.hard.clone(), self.conf_state()))
+        Ok(RaftState::new(self.hard.clone(), self.snapshot_members.conf_state()))
     }
 
     fn entries(&self, low: u64, high: u64, max_size: impl Into<Option<u64>>, _: GetEntriesContext) -> raft::Result<Vec<Entry>> {
@@ -257,10 +262,14 @@ impl raft::Storage for Store {
         let unavailable = || raft::Error::from(StorageError::SnapshotTemporarilyUnavailable);
         let loaded = snapshot::load(&self.dir, &self.owner);
         let loaded = loaded.inspect_err(|error| tracing::error!(%error, to, "the snapshot cannot be read"));
-        let (at, data) = loaded.ok().flatten().ok_or_else(unavailable)?;
-        if at.index < request_index {
-            return Err(unavailable());
-        }
+        let (at, members, data) = match loaded.ok().flatten() {
+            // raft does not take a snapshot in which it is no member: the next one will do.
+            Some((at, members, data)) if at.index >= request_index && members.contains(to) => (at, members, data),
+            _ => {
+                self.snapshot_wanted.set(true);
+                return Err(unavailable());
+            }
+        };
         if data.len() > SNAPSHOT_BYTES_MAX {
             tracing::error!(to, bytes = data.len(), "the snapshot is too large to be sent");
             return Err(unavailable());
@@ -269,9 +278,23 @@ impl raft::Storage for Store {
         let meta = snapshot.mut_metadata();
         meta.index = at.index;
         meta.term = at.term;
-        meta.set_conf_state(self.conf_state());
+        meta.set_conf_state(members.conf_state());
         Ok(snapshot)
     }
+}
+
+/// A new log with an identity of its own. Founders begin with the same entry, which all of them take for committed.
+fn create(dir: &Path, owner: &mut Identity, founders: &[u64]) -> Result<Recovered, DiskError> {
+    owner.log = rand::random();
+    let mut bodies = Vec::new();
+    if !founders.is_empty() {
+        let mut entry = Entry { index: 1, term: 1, ..Default::default() };
+        entry.set_entry_type(EntryType::EntryConfChangeV2);
+        entry.data = Step::Found(founders.to_vec()).encode(&[]).into();
+        bodies.push(encode_record(&[entry], &HardState { term: 1, commit: 1, ..Default::default() }));
+    }
+    let wal = Wal::create(dir, 1, owner, LogPoint::default(), &bodies)?;
+    Ok(Recovered { wal, log: owner.log, base: LogPoint::default(), bodies })
 }
 
 fn lock(dir: &Path) -> Result<File, RaftStartError> {
@@ -292,6 +315,7 @@ fn encode_record(entries: &[Entry], hard: &HardState) -> Vec<u8> {
     for entry in entries {
         put_u64(&mut out, entry.index);
         put_u64(&mut out, entry.term);
+        out.push(u8::from(entry.get_entry_type() == EntryType::EntryConfChangeV2));
         put_bytes(&mut out, &entry.context);
         put_bytes(&mut out, &entry.data);
     }
@@ -304,6 +328,7 @@ fn decode_record(body: &[u8]) -> Option<(Vec<Entry>, HardState)> {
     let mut entries = Vec::new();
     for _ in 0..reader.u64()? {
         let mut entry = Entry { index: reader.u64()?, term: reader.u64()?, ..Default::default() };
+        entry.set_entry_type([EntryType::EntryNormal, EntryType::EntryConfChangeV2].get(usize::from(reader.u8()?)).copied()?);
         entry.context = reader.bytes()?.to_vec().into();
         entry.data = reader.bytes()?.to_vec().into();
         entries.push(entry);

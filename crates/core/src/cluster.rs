@@ -8,11 +8,13 @@
 mod apply;
 mod codec;
 mod command;
+mod members;
 
 pub use codec::{COMMAND_BYTES_MAX, CodecError, DELTAS_OPS_MAX, decode, decode_answer, encode, encode_answer};
 pub use command::{Answer, Command, DeltaVerdict, Node, NodeState, ReplicaInfo, SnapshotVerdict};
+pub use members::{Estranged, Member, MemberChange, REPLICA_NUMBERS_MAX};
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -57,6 +59,8 @@ pub struct Cluster {
     names: BTreeMap<String, NodeId>,
     tenants: BTreeMap<String, TenantKey>,
     replicas: BTreeMap<ReplicaId, ReplicaInfo>,
+    members: BTreeMap<ReplicaId, Member>,
+    removed: BTreeSet<ReplicaId>,
     assemblies: BTreeMap<NodeId, Assembly>,
     holders: Holders,
 }
@@ -157,6 +161,7 @@ impl Cluster {
         if let Some((.., what)) = sizes.iter().find(|(len, max, _)| len > max) {
             return Err(what);
         }
+        self.validate_members()?;
         let named = |(name, id): (&String, &NodeId)| self.nodes.get(id).is_some_and(|n| n.name == *name && n.node == *id);
         if self.names.len() != self.nodes.len() || !self.names.iter().all(named) {
             return Err("names and nodes do not match");

@@ -151,6 +151,12 @@ pub enum Message {
         /// The answer, or an error for the operator.
         result: Result<String, String>,
     },
+    /// First between two replicas, both ways, before any raft frame: the identity of the sender's log.
+    Log(u128),
+    /// From a replica to another that it does not take for a member, and what to do about it.
+    NoMember(String),
+    /// From a replica to a node: where the replicas are, for it to keep links to all. At most [`REPLICAS_TOLD_MAX`].
+    Replicas(Vec<ReplicaAddress>),
 }
 
 impl Message {
@@ -168,7 +174,10 @@ impl Message {
             | Self::WantSnapshot { .. }
             | Self::Assign(_)
             | Self::Cancel(_)
-            | Self::Answer { .. } => matches!(role, Role::Coordinator),
+            | Self::Answer { .. }
+            | Self::Log(_)
+            | Self::NoMember(_)
+            | Self::Replicas(_) => matches!(role, Role::Coordinator),
             Self::Join(_)
             | Self::Heartbeat { .. }
             | Self::Delta(_)

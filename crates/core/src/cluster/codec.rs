@@ -10,7 +10,7 @@ use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::{Answer, Assembly, Cluster, Command, NODES_MAX, Node, ReplicaInfo};
+use super::{Answer, Assembly, Cluster, Command, Member, NODES_MAX, Node, ReplicaInfo};
 use crate::holders::{BLOCKS_MAX, Holders};
 use crate::identity::TenantKey;
 use crate::ids::{BlockHash, Epoch, NodeId, ReplicaId};
@@ -128,6 +128,8 @@ struct Image {
     nodes: Vec<Node>,
     tenants: Vec<(String, TenantKey)>,
     replicas: Vec<(ReplicaId, ReplicaInfo)>,
+    members: Vec<(ReplicaId, Member)>,
+    removed: Vec<ReplicaId>,
     assemblies: Vec<Assembly>,
     holders: Vec<Held>,
 }
@@ -156,6 +158,8 @@ impl Cluster {
             nodes: self.nodes.values().cloned().collect(),
             tenants: self.tenants.iter().map(|(name, key)| (name.clone(), *key)).collect(),
             replicas: self.replicas.iter().map(|(id, info)| (*id, info.clone())).collect(),
+            members: self.members.iter().map(|(id, member)| (*id, member.clone())).collect(),
+            removed: self.removed.iter().copied().collect(),
             assemblies: self.assemblies.values().cloned().collect(),
             holders: self.holders.nodes().map(held).collect(),
         })
@@ -168,6 +172,7 @@ impl Cluster {
     pub fn restore(bytes: &[u8]) -> Result<Self, CodecError> {
         let image: Image = from_bytes(bytes)?;
         let listed = [image.nodes.len(), image.tenants.len(), image.replicas.len(), image.assemblies.len(), image.holders.len()];
+        let listed_members = (image.members.len(), image.removed.len());
         let mut holders = Holders::default();
         for held in &image.holders {
             within("locations", holders.locations().saturating_add(held.blocks.len()), BLOCKS_MAX)?;
@@ -183,12 +188,14 @@ impl Cluster {
             nodes: image.nodes.into_iter().map(|node| (node.node, node)).collect(),
             tenants: image.tenants.into_iter().collect(),
             replicas: image.replicas.into_iter().collect(),
+            members: image.members.into_iter().collect(),
+            removed: image.removed.into_iter().collect(),
             assemblies: image.assemblies.into_iter().map(|a| (a.node, a)).collect::<BTreeMap<_, _>>(),
             holders,
         };
         let (nodes, tenants, replicas) = (cluster.nodes.len(), cluster.tenants.len(), cluster.replicas.len());
         let kept = [nodes, tenants, replicas, cluster.assemblies.len(), cluster.holders.nodes().count()];
-        if listed != kept {
+        if listed != kept || listed_members != (cluster.members.len(), cluster.removed.len()) {
             return Err(CodecError::Inconsistent("something is listed twice"));
         }
         cluster.validate().map_err(CodecError::Inconsistent)?;
@@ -226,6 +233,7 @@ mod tests {
         let held = || Held { node: id, seq: 4, refused: 3, blocks: vec![BlockHash([1; 16])] };
         let image = |nodes, holders| {
             let (tenants, replicas, assemblies) = (Vec::new(), Vec::new(), Vec::new());
+            let (members, removed) = (Vec::new(), Vec::new());
             Image {
                 applied: 9,
                 now_us: 0,
@@ -234,6 +242,8 @@ mod tests {
                 nodes,
                 tenants,
                 replicas,
+                members,
+                removed,
                 assemblies,
                 holders,
             }

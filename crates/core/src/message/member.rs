@@ -4,7 +4,7 @@ use alloc::string::String;
 use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::identity::Fingerprint;
-use crate::ids::{Epoch, NodeId};
+use crate::ids::{Epoch, NodeId, ReplicaId};
 use crate::layout::KvLayout;
 
 /// What a process is. Its certificate says so.
@@ -136,4 +136,16 @@ pub struct Load {
     pub decode_step_us: u64,
     /// Measured: bytes a second that a hand-over from here reaches; 0 when not known yet.
     pub send_bytes_per_s: u64,
+}
+
+/// Replicas of which a node is told.
+pub const REPLICAS_TOLD_MAX: usize = 64;
+
+/// Where a replica of the coordinator can be reached.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaAddress {
+    /// Its number.
+    pub replica: ReplicaId,
+    /// Where its QUIC endpoint listens, `ip:port`.
+    pub address: String,
 }
