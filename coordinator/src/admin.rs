@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::config::Config;
 use crate::dispatch::{DEFAULT_TENANT, Dispatcher, Explanation};
-use crate::propose::Proposer;
+use crate::propose::{NoAnswer, Proposer};
 
 /// How long a member may take to say how it is.
 pub const MEMBER_WAIT_MAX: Duration = Duration::from_millis(500);
@@ -60,6 +60,11 @@ pub struct Admin {
     checkpoint: Arc<Checkpoint>,
     /// Where our gateway listens.
     http: String,
+}
+
+/// A command that did not get into the log, for the operator. The first word of a refusal is `millctl`'s exit code.
+fn no_answer(error: &NoAnswer) -> String {
+    format!("unavailable: {error}")
 }
 
 impl Admin {
@@ -110,13 +115,14 @@ impl Admin {
 
     async fn set_state(&self, name: &str, state: &str) -> Result<Value, String> {
         let states = [NodeState::Up, NodeState::Cordoned, NodeState::Draining];
-        let state = states.into_iter().find(|s| s.as_str() == state).ok_or("state: up, cordoned or draining")?;
-        let node = self.proposer.cluster.read().node_named(name).map(|n| n.node).ok_or_else(|| format!("no node {name:?}"))?;
+        let state = states.into_iter().find(|s| s.as_str() == state).ok_or("usage: state: up, cordoned or draining")?;
+        let node =
+            self.proposer.cluster.read().node_named(name).map(|n| n.node).ok_or_else(|| format!("not found: node {name:?}"))?;
         match self.proposer.propose(&Command::SetState { node, state }).await {
             Ok(Answer::Done) => Ok(json!({"node": name, "state": state.as_str()})),
-            Ok(Answer::Refused(reason)) => Err(reason),
+            Ok(Answer::Refused(reason)) => Err(format!("conflict: {reason}")),
             Ok(other) => Err(format!("unexpected answer {other:?}")),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(no_answer(&error)),
         }
     }
 

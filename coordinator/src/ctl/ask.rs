@@ -8,13 +8,14 @@ use anyhow::{Context, Result};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use millrace_core::ids::{Epoch, NodeId};
-use millrace_core::message::{Hello, Message, Role};
-use millrace_node::endpoint::{Endpoint, EndpointConfig, Target};
+use millrace_core::message::{Hello, Message};
+use millrace_node::endpoint::{Endpoint, EndpointConfig};
 use millrace_node::link::{Link, LinkError, LinkReceiver};
 use millrace_node::pki::Identity;
 use serde_json::Value;
 
 use super::cluster_file::ClusterFile;
+use super::context::{Door, Reach};
 use super::exit::Exit;
 
 /// Time for an answer.
@@ -36,6 +37,17 @@ pub enum AskError {
     Refused(String),
 }
 
+/// Why one replica cannot be talked to.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// Its host name has no address.
+    #[error("{0}")]
+    Resolve(std::io::Error),
+    /// It does not take the link.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+}
+
 impl AskError {
     /// The exit code that fits.
     #[must_use]
@@ -43,8 +55,7 @@ impl AskError {
         match self {
             Self::Unavailable(_) => Exit::Unavailable,
             Self::Denied(_) => Exit::Denied,
-            Self::Refused(reason) if reason.starts_with("no node") => Exit::NotFound,
-            Self::Refused(_) => Exit::Failed,
+            Self::Refused(reason) => Exit::of_refusal(reason),
         }
     }
 }
@@ -53,7 +64,7 @@ impl AskError {
 pub struct Asker {
     endpoint: Endpoint,
     hello: Hello,
-    replicas: Vec<(String, SocketAddr)>,
+    doors: Vec<Door>,
     link: Option<(Link, LinkReceiver)>,
     asked: u64,
 }
@@ -64,8 +75,16 @@ impl Asker {
     /// # Errors
     /// The operator's certificate cannot be used.
     pub fn new(dir: &Path, file: &ClusterFile) -> Result<Self> {
-        let certs = dir.join(&file.admin_certs);
-        let identity = Identity::load(&certs).with_context(|| format!("certificates in {}", certs.display()))?;
+        Self::to(&Reach::local(dir, file))
+    }
+
+    /// Prepares to ask a cluster. Connects to nobody yet.
+    ///
+    /// # Errors
+    /// The operator's certificate cannot be used.
+    pub fn to(reach: &Reach) -> Result<Self> {
+        let certs = &reach.certs;
+        let identity = Identity::load(certs).with_context(|| format!("certificates in {}", certs.display()))?;
         let hello = Hello {
             cluster: identity.me.cluster.clone(),
             name: identity.me.name.clone(),
@@ -74,12 +93,11 @@ impl Asker {
             epoch: Epoch::default(),
             model: None,
         };
-        let replicas: Vec<_> = file.coordinators.iter().map(|c| (c.name.clone(), c.quic)).collect();
-        let near = replicas.iter().all(|(_, addr)| addr.ip().is_loopback());
+        let near = reach.doors.iter().all(Door::is_near);
         let from = if near { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
         let config = EndpointConfig { connect_timeout: CONNECT_WAIT_MAX, ..EndpointConfig::default() };
         let endpoint = Endpoint::bind(SocketAddr::new(IpAddr::V4(from), 0), identity, config)?;
-        Ok(Self { endpoint, hello, replicas, link: None, asked: 0 })
+        Ok(Self { endpoint, hello, doors: reach.doors.clone(), link: None, asked: 0 })
     }
 
     /// Asks, over the link there is or a new one to whichever replica answers first. A replica that is lost meanwhile is
@@ -123,24 +141,29 @@ impl Asker {
 
     /// Dials all at once and takes the first: a dead replica on the way costs no time.
     async fn connect(&self) -> Result<(Link, LinkReceiver), AskError> {
-        let dial = |(name, addr): &(String, SocketAddr)| {
-            let target = Target { addr: *addr, role: Role::Coordinator, name: Some(name.clone()) };
-            async move { Link::dial(&self.endpoint, &target, &self.hello).await.map_err(|error| (target, error)) }
+        let dial = |door: &Door| {
+            let door = door.clone();
+            async move { self.dial(&door).await.map_err(|error| (door, error)) }
         };
-        let mut dials: FuturesUnordered<_> = self.replicas.iter().map(dial).collect();
-        let (mut reasons, mut denied) = (Vec::new(), !self.replicas.is_empty());
+        let mut dials: FuturesUnordered<_> = self.doors.iter().map(dial).collect();
+        let (mut reasons, mut denied) = (Vec::new(), !self.doors.is_empty());
         while let Some(done) = dials.next().await {
             match done {
                 Ok(pair) => return Ok(pair),
-                Err((target, error)) => {
-                    denied &= matches!(error, LinkError::Refused { .. });
-                    reasons.push(format!("{}: {error}", target.name.unwrap_or_default()));
+                Err((door, error)) => {
+                    denied &= matches!(error, DialError::Link(LinkError::Refused { .. }));
+                    reasons.push(format!("{door}: {error}"));
                 }
             }
         }
         reasons.sort();
         let reasons = reasons.join("; ");
         Err(if denied { AskError::Denied(reasons) } else { AskError::Unavailable(reasons) })
+    }
+
+    async fn dial(&self, door: &Door) -> Result<(Link, LinkReceiver), DialError> {
+        let target = door.target().await.map_err(DialError::Resolve)?;
+        Ok(Link::dial(&self.endpoint, &target, &self.hello).await?)
     }
 
     /// The replica that the next question goes to, when a link is up.
@@ -163,6 +186,7 @@ impl Asker {
 
 #[cfg(test)]
 mod tests {
+    use millrace_core::message::Role;
     use millrace_node::pki::Authority;
     use serde_json::json;
 
@@ -171,7 +195,7 @@ mod tests {
 
     #[test]
     fn each_reason_has_its_exit_code() {
-        assert_eq!(AskError::Refused("no node \"x\"".into()).exit(), Exit::NotFound);
+        assert_eq!(AskError::Refused("not found: node \"x\"".into()).exit(), Exit::NotFound);
         assert_eq!(AskError::Refused("else".into()).exit(), Exit::Failed);
         assert_eq!(AskError::Denied(String::new()).exit(), Exit::Denied);
         let error = anyhow::Error::from(AskError::Unavailable("c-1: gone".into()));

@@ -126,7 +126,14 @@ fn show(dir: &Path) -> Result<()> {
     if rows.is_empty() {
         return Err(Exit::NotFound.error(format!("{}: no certificates", dir.display())));
     }
-    print!("{}", table::render(&["NAME", "ROLE", "CLUSTER", "STATE", "FOLDER"], &rows));
+    let columns: &[table::Column<Vec<String>>] = &[
+        table::column("NAME", |row| table::cell(&row[0])),
+        table::column("ROLE", |row| table::cell(&row[1])),
+        table::column("CLUSTER", |row| table::cell(&row[2])),
+        table::column("STATE", |row| table::cell(&row[3])),
+        table::column("FOLDER", |row| table::cell(&row[4])),
+    ];
+    print!("{}", table::Page::new().table(columns, &rows).render(false, false));
     if bad > 0 { Err(Exit::Degraded.error(format!("{bad} certificates are not valid"))) } else { Ok(()) }
 }
 

@@ -42,10 +42,45 @@ impl Exit {
         own.or_else(|| error.downcast_ref::<AskError>().map(AskError::exit)).unwrap_or(Self::Failed)
     }
 
+    /// The code that a replica's refusal means, by the word it begins with.
+    #[must_use]
+    pub fn of_refusal(reason: &str) -> Self {
+        let codes = [
+            ("not found:", Self::NotFound),
+            ("conflict:", Self::Conflict),
+            ("unavailable:", Self::Unavailable),
+            ("denied:", Self::Denied),
+            ("usage:", Self::Usage),
+            ("timeout:", Self::Timeout),
+        ];
+        codes.into_iter().find(|(word, _)| reason.starts_with(word)).map_or(Self::Failed, |(_, exit)| exit)
+    }
+
     /// An error with this code.
     #[must_use]
     pub fn error(self, message: impl fmt::Display) -> anyhow::Error {
-        CtlError { exit: self, message: message.to_string() }.into()
+        CtlError { exit: self, message: message.to_string(), hint: None }.into()
+    }
+
+    /// An error with this code, and what may help.
+    #[must_use]
+    pub fn hinted(self, message: impl fmt::Display, hint: impl fmt::Display) -> anyhow::Error {
+        CtlError { exit: self, message: message.to_string(), hint: Some(hint.to_string()) }.into()
+    }
+
+    /// What may help against an error: its own hint, else what its code suggests.
+    #[must_use]
+    pub fn hint(error: &anyhow::Error) -> Option<String> {
+        if let Some(own) = error.downcast_ref::<CtlError>() {
+            return own.hint.clone();
+        }
+        let hint = match Self::of(error) {
+            Self::Unavailable => "`millctl doctor` looks at each replica by itself",
+            Self::Denied => "`millctl certs show --dir FOLDER` tells whose certificate it is and until when",
+            Self::NotFound => "`millctl cluster status` lists what there is",
+            _ => return None,
+        };
+        Some(hint.into())
     }
 }
 
@@ -57,6 +92,8 @@ pub struct CtlError {
     pub exit: Exit,
     /// What went wrong, naming the object.
     pub message: String,
+    /// What may help.
+    pub hint: Option<String>,
 }
 
 #[cfg(test)]
@@ -72,6 +109,19 @@ mod tests {
         assert_eq!(Exit::of(&error), Exit::NotFound);
         assert_eq!(format!("{error:#}"), "cordoning: no node \"x\"");
         assert_eq!(Exit::of(&anyhow::anyhow!("else")), Exit::Failed);
+    }
+
+    #[test]
+    fn a_refusal_says_its_code_and_errors_carry_hints() {
+        assert_eq!(Exit::of_refusal("not found: node \"x\""), Exit::NotFound);
+        assert_eq!(Exit::of_refusal("conflict: y"), Exit::Conflict);
+        assert_eq!(Exit::of_refusal("unavailable: there is no leader now"), Exit::Unavailable);
+        assert_eq!(Exit::of_refusal("anything else"), Exit::Failed);
+        let error = Exit::Conflict.hinted("a", "try b");
+        assert_eq!((Exit::of(&error), Exit::hint(&error).as_deref()), (Exit::Conflict, Some("try b")));
+        let asked = anyhow::Error::from(AskError::Unavailable(String::new()));
+        assert!(Exit::hint(&asked).is_some_and(|hint| hint.contains("doctor")));
+        assert_eq!(Exit::hint(&anyhow::anyhow!("x")), None);
     }
 
     #[test]

@@ -1,18 +1,25 @@
 //! `millctl`: makes certificates, runs a whole cluster on one machine, asks a running one, and shows it off.
 //!
-//! `certs` makes certificates; `local` runs processes behind the `front`; `cluster_file` is what a local cluster writes down about
-//! itself and `context` finds it; `ask` talks to any replica, `query` prints what it says as a `table` or JSON; `demo` is the show.
-//! Standard output carries answers only, everything else goes to standard error. The exit codes are [`Exit`].
+//! `output` is the frame of every command: how it asks, prints, waits, changes. `context` says which cluster is meant, `ask` talks to any
+//! replica of it, `table` is what people see. One file for each group of commands: `cluster`, `nodes`, `cache`, `query` (routing), `certs`.
+//! `local` runs processes behind the `front`; `cluster_file` is what a local cluster writes down about itself and `running` finds it; `demo`
+//! is the show. Standard output carries answers only, everything else goes to standard error. The exit codes are [`Exit`].
 
 pub mod ask;
+pub mod cache;
 pub mod certs;
+pub mod cluster;
 pub mod cluster_file;
 pub mod context;
 pub mod demo;
 pub mod exit;
 pub mod front;
 pub mod local;
+pub mod nodes;
+pub mod output;
+pub mod prompt;
 pub mod query;
+pub mod running;
 pub mod table;
 
 use std::process::ExitCode;
@@ -42,16 +49,19 @@ enum Command {
     Local(LocalCommand),
     /// Ask about the whole cluster
     #[command(subcommand)]
-    Cluster(query::Cluster),
+    Cluster(cluster::Cluster),
     /// Ask about nodes, take them out and in
     #[command(subcommand)]
-    Nodes(query::Nodes),
+    Nodes(nodes::Nodes),
     /// Ask what is cached where
     #[command(subcommand)]
-    Cache(query::Cache),
+    Cache(cache::Cache),
     /// Ask where a prompt would go, and why
     #[command(subcommand)]
     Route(query::Route),
+    /// Name clusters and choose among them
+    #[command(subcommand)]
+    Context(context::ContextCommand),
     /// Run a cluster, talk to it, kill its leader in the middle of an answer, and stop it
     Demo(demo::DemoArgs),
 }
@@ -70,6 +80,9 @@ pub fn main(cli: Cli) -> ExitCode {
         Err(error) => error,
     };
     eprintln!("millctl: {error:#}");
+    if let Some(hint) = Exit::hint(&error) {
+        eprintln!("hint: {hint}");
+    }
     Exit::of(&error).into()
 }
 
@@ -80,10 +93,11 @@ fn run(cli: Cli) -> Result<()> {
         match cli.command {
             Command::Certs(command) => certs::run(&command),
             Command::Local(LocalCommand::Up(args)) => local::up(args).await,
-            Command::Cluster(command) => query::cluster(command).await,
-            Command::Nodes(command) => query::nodes(command).await,
-            Command::Cache(command) => query::cache(command).await,
+            Command::Cluster(command) => cluster::run(command).await,
+            Command::Nodes(command) => nodes::run(command).await,
+            Command::Cache(command) => cache::run(command).await,
             Command::Route(command) => query::route(command).await,
+            Command::Context(command) => context::run(command),
             Command::Demo(args) => demo::run(args).await,
         }
     });

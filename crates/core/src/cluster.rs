@@ -19,7 +19,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use crate::holders::{BLOCKS_MAX, Holders};
+use crate::holders::Holders;
 use crate::identity::TenantKey;
 use crate::ids::{BlockHash, Epoch, NodeId, ReplicaId};
 use crate::message::{ModelIdentity, Peer};
@@ -35,6 +35,8 @@ pub const NODES_MAX: usize = 1024;
 pub const TENANTS_MAX: usize = 1 << 16;
 /// Replicas that announced themselves; a further one is refused.
 pub const REPLICAS_MAX: usize = 64;
+/// Blocks in all snapshots of nodes that are being assembled, 16 bytes each; what does not fit must be sent again later.
+pub const ASSEMBLED_BLOCKS_MAX: usize = 1 << 23;
 /// Bytes of a name or an address; a longer one is refused.
 pub const NAME_BYTES_MAX: usize = 256;
 
@@ -153,6 +155,12 @@ impl Cluster {
     }
 
     fn validate(&self) -> Result<(), &'static str> {
+        self.validate_members()?;
+        self.holders.validate()
+    }
+
+    /// All but the tables of the index.
+    fn validate_members(&self) -> Result<(), &'static str> {
         let sizes = [
             (self.nodes.len(), NODES_MAX, "too many nodes"),
             (self.tenants.len(), TENANTS_MAX, "too many tenants"),
@@ -161,7 +169,7 @@ impl Cluster {
         if let Some((.., what)) = sizes.iter().find(|(len, max, _)| len > max) {
             return Err(what);
         }
-        self.validate_members()?;
+        self.validate_replicas()?;
         let named = |(name, id): (&String, &NodeId)| self.nodes.get(id).is_some_and(|n| n.name == *name && n.node == *id);
         if self.names.len() != self.nodes.len() || !self.names.iter().all(named) {
             return Err("names and nodes do not match");
@@ -181,11 +189,10 @@ impl Cluster {
         if !self.holders.nodes().eq(alive) {
             return Err("the index knows other nodes than those alive");
         }
-        if self.assemblies.values().map(|a| a.blocks.len()).sum::<usize>() > BLOCKS_MAX {
+        if self.assemblies.values().map(|a| a.blocks.len()).sum::<usize>() > ASSEMBLED_BLOCKS_MAX {
             return Err("too many blocks are being assembled");
         }
-        self.assemblies.iter().try_for_each(|(id, assembly)| self.validate_assembly(*id, assembly))?;
-        self.holders.validate()
+        self.assemblies.iter().try_for_each(|(id, assembly)| self.validate_assembly(*id, assembly))
     }
 
     fn validate_node(&self, node: &Node) -> Result<(), &'static str> {

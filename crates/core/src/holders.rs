@@ -1,78 +1,41 @@
-//! Which node holds which block: the index that routing reads. It decides whether a delta applies and what a prompt's leading
-//! blocks are worth on each node; whether the sender may speak for a node at all (epochs, leases) is [`crate::cluster`]'s.
+//! Which node holds which block, and in which tier: the index that routing reads. It decides whether a delta applies and what a prompt's
+//! leading blocks are worth on each node; whether the sender may speak for a node at all (epochs, leases) is [`crate::cluster`]'s.
 //!
 //! Locations are hints: a stale one costs time, never correctness. They are replicated all the same, so a new leader is warm.
+//! A block costs 24 bytes and its share of free places, whatever the number of its holders up to four. The tables are shared between
+//! clones and copied shard by shard when one is written: a clone is a point in time and costs O(shards).
 //! Hash tables are used for speed; nothing that leaves this module depends on their iteration order.
 
+mod image;
+mod incarnations;
+mod place;
+mod prefix;
+mod shard;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use image::Held;
+pub use image::HoldersError;
+pub use prefix::Prefix;
+
 use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
+use alloc::vec;
 use alloc::vec::Vec;
-use hashbrown::hash_map::Entry;
-use hashbrown::{HashMap, HashSet};
 
 use crate::cluster::DeltaVerdict;
 use crate::ids::{BlockHash, NodeId};
-use crate::message::{BlockOp, Delta};
+use crate::message::{Delta, Tier};
+use incarnations::Incarnations;
+use place::{Incarnation, Location, Locations};
+use shard::{SHARDS, Shard, shard_of};
 
-/// Locations, that is pairs of a block and a node that holds it, in the whole index: some 100 bytes each.
-/// At the bound a further `Stored` is refused and counted in [`Tally::refused`]; evictions make room again.
-pub const BLOCKS_MAX: usize = 1 << 23;
+/// Locations, that is pairs of a block and a node that holds it, in the whole index: 29 to 57 bytes each when each block has one holder.
+/// At the bound a further `Stored` is refused and counted in [`Tally::refused`]; evictions and the end of a node make room again.
+pub const BLOCKS_MAX: usize = 1 << 25;
 
-/// Holders of one block that need no allocation.
-const INLINE: usize = 6;
-
-/// A sorted set of nodes; small sets live in place.
-#[derive(Clone, Debug)]
-enum Nodes {
-    Few { len: u8, nodes: [NodeId; INLINE] },
-    Many(Vec<NodeId>),
-}
-
-impl Nodes {
-    const fn new() -> Self {
-        Self::Few { len: 0, nodes: [NodeId(0); INLINE] }
-    }
-
-    fn as_slice(&self) -> &[NodeId] {
-        match self {
-            Self::Few { len, nodes } => &nodes[..usize::from(*len)],
-            Self::Many(nodes) => nodes,
-        }
-    }
-
-    /// Adds a node; false when it is there already.
-    fn insert(&mut self, node: NodeId) -> bool {
-        let Err(at) = self.as_slice().binary_search(&node) else { return false };
-        match self {
-            Self::Few { len, nodes } if usize::from(*len) < INLINE => {
-                nodes.copy_within(at..usize::from(*len), at + 1);
-                nodes[at] = node;
-                *len += 1;
-            }
-            Self::Few { nodes, .. } => {
-                let mut many = nodes.to_vec();
-                many.insert(at, node);
-                *self = Self::Many(many);
-            }
-            Self::Many(nodes) => nodes.insert(at, node),
-        }
-        true
-    }
-
-    /// Takes a node out; false when it is not there.
-    fn remove(&mut self, node: NodeId) -> bool {
-        let Ok(at) = self.as_slice().binary_search(&node) else { return false };
-        match self {
-            Self::Few { len, nodes } => {
-                nodes.copy_within(at + 1..usize::from(*len), at);
-                *len -= 1;
-            }
-            Self::Many(nodes) => {
-                nodes.remove(at);
-            }
-        }
-        true
-    }
-}
+/// Shards that [`Holders::sweep`] frees of dead locations at a time.
+const SWEEP_SHARDS: usize = 4;
 
 /// What the index knows of one node, in four numbers: two replicas, or a replica and the node, compare them to find drift.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,7 +44,7 @@ pub struct Tally {
     pub seq: u64,
     /// Blocks held.
     pub blocks: u64,
-    /// XOR of their names ([`toggle`]).
+    /// XOR of their names ([`toggle`]); tiers have no part in it.
     pub digest: u128,
     /// `Stored` operations refused at [`BLOCKS_MAX`] since the node's set was last replaced. While it is not 0 the index is
     /// known to lack blocks, and a digest that differs from the node's is no drift.
@@ -94,9 +57,12 @@ pub const fn toggle(digest: u128, block: &BlockHash) -> u128 {
     digest ^ u128::from_le_bytes(block.0)
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct NodeBlocks {
-    blocks: HashSet<BlockHash>,
+    incarnation: Incarnation,
+    blocks: u64,
+    /// Those of them that are in another tier than the device's.
+    off_device: u64,
     seq: u64,
     digest: u128,
     refused: u64,
@@ -105,8 +71,10 @@ struct NodeBlocks {
 /// The index.
 #[derive(Clone, Debug)]
 pub struct Holders {
-    holders: HashMap<BlockHash, Nodes>,
+    shards: Vec<Arc<Shard>>,
+    incarnations: Incarnations,
     nodes: BTreeMap<NodeId, NodeBlocks>,
+    /// Of living incarnations.
     locations: usize,
     locations_max: usize,
 }
@@ -121,27 +89,60 @@ impl Holders {
     /// An empty index that takes `locations_max` locations. Replicas of one cluster must agree about it.
     #[must_use]
     pub fn with_max(locations_max: usize) -> Self {
-        Self { holders: HashMap::new(), nodes: BTreeMap::new(), locations: 0, locations_max }
+        let shards = vec![Arc::new(Shard::default()); SHARDS];
+        Self { shards, incarnations: Incarnations::default(), nodes: BTreeMap::new(), locations: 0, locations_max }
     }
 
-    /// A new incarnation of `node`: known, at sequence number 0, holding nothing. O(blocks it had).
+    /// A new incarnation of `node`: known, at sequence number 0, holding nothing.
+    ///
+    /// # Panics
+    /// With more nodes than [`crate::cluster::NODES_MAX`] several times over: the cluster's bound is broken.
     pub fn begin(&mut self, node: NodeId) {
         self.drop_node(node);
-        self.nodes.insert(node, NodeBlocks::default());
+        let incarnation = match self.incarnations.begin(node) {
+            Some(incarnation) => incarnation,
+            None => {
+                self.sweep_all();
+                self.incarnations.begin(node).expect("the living are fewer than the numbers, and no dead are left")
+            }
+        };
+        let fresh = NodeBlocks { incarnation, blocks: 0, off_device: 0, seq: 0, digest: 0, refused: 0 };
+        self.nodes.insert(node, fresh);
     }
 
-    /// Forgets `node` and every location of it. O(blocks it had).
+    /// Forgets `node` and every location of it, at once for every reader; memory comes back with the next sweeps.
     pub fn drop_node(&mut self, node: NodeId) {
-        let Some(gone) = self.nodes.remove(&node) else { return };
-        self.locations -= gone.blocks.len();
-        for block in &gone.blocks {
-            self.unlink(node, block);
+        if let Some(gone) = self.nodes.remove(&node) {
+            self.locations -= gone.blocks as usize;
+            self.incarnations.end(gone.incarnation, gone.blocks as usize);
         }
+    }
+
+    /// Frees some of the memory that dead incarnations left. Changes nothing that can be read. O(blocks of a few shards).
+    pub fn sweep(&mut self) {
+        for _ in 0..SWEEP_SHARDS {
+            if !self.sweep_one() {
+                return;
+            }
+        }
+    }
+
+    fn sweep_one(&mut self) -> bool {
+        let Some(next) = self.incarnations.next_shard() else { return false };
+        if self.shards[next].len() > 0 {
+            Arc::make_mut(&mut self.shards[next]).retain(|incarnation| self.incarnations.owner(incarnation).is_some());
+        }
+        true
+    }
+
+    /// O(blocks): a fraction of a second with tens of millions. Needed only when nodes die faster than the log moves on.
+    fn sweep_all(&mut self) {
+        while self.sweep_one() {}
     }
 
     /// Applies a delta of a known node whole, or not at all. The caller has compared the epoch.
     pub fn apply(&mut self, delta: &Delta) -> DeltaVerdict {
-        let Some(node) = self.nodes.get(&delta.node) else { return DeltaVerdict::StaleEpoch };
+        let Some(mut node) = self.nodes.get(&delta.node).copied() else { return DeltaVerdict::StaleEpoch };
         let last_seq = node.seq;
         if delta.seq <= last_seq {
             return DeltaVerdict::AlreadyApplied { seq: last_seq };
@@ -150,104 +151,105 @@ impl Holders {
             return DeltaVerdict::Gap { last_seq };
         }
         for op in &delta.ops {
-            match op {
-                BlockOp::Stored(block) => self.store(delta.node, block),
-                BlockOp::Evicted(block) => self.evict(delta.node, block),
-            }
+            self.change(&mut node, op.block(), op.tier());
         }
-        if let Some(node) = self.nodes.get_mut(&delta.node) {
-            node.seq = delta.seq;
-        }
+        node.seq = delta.seq;
+        self.nodes.insert(delta.node, node);
         DeltaVerdict::Applied { seq: delta.seq }
     }
 
-    /// Replaces all that is known of `node`, as its snapshot says. Repeated names count once. O(blocks before and after).
+    /// Replaces all that is known of `node`, as its snapshot says; all of it counts as on the device until a delta says otherwise.
+    /// Repeated names count once. O(blocks after).
     pub fn replace_node(&mut self, node: NodeId, seq: u64, blocks: &[BlockHash]) {
         self.begin(node);
+        let Some(mut fresh) = self.nodes.get(&node).copied() else { return };
         for block in blocks {
-            self.store(node, block);
+            self.change(&mut fresh, block, Some(Tier::Device));
         }
-        if let Some(node) = self.nodes.get_mut(&node) {
-            node.seq = seq;
-        }
+        fresh.seq = seq;
+        self.nodes.insert(node, fresh);
     }
 
-    /// `node` holds `block` from now on. Nothing happens when it does already, or is unknown.
+    /// `node` holds `block` on its device from now on. Nothing happens when it does already, or is unknown.
     pub fn store(&mut self, node: NodeId, block: &BlockHash) {
-        let Some(of_node) = self.nodes.get_mut(&node) else { return };
-        if self.locations >= self.locations_max {
-            of_node.refused = of_node.refused.saturating_add(u64::from(!of_node.blocks.contains(block)));
-            return;
-        }
-        if of_node.blocks.insert(*block) {
-            of_node.digest = toggle(of_node.digest, block);
-            self.locations += 1;
-            self.holders.entry(*block).or_insert_with(Nodes::new).insert(node);
-        }
+        self.set(node, block, Some(Tier::Device));
     }
 
     /// `node` does not hold `block` any more. Nothing happens when it did not.
     pub fn evict(&mut self, node: NodeId, block: &BlockHash) {
-        let Some(of_node) = self.nodes.get_mut(&node) else { return };
-        if of_node.blocks.remove(block) {
-            of_node.digest = toggle(of_node.digest, block);
-            self.locations -= 1;
-            self.unlink(node, block);
+        self.set(node, block, None);
+    }
+
+    fn set(&mut self, node: NodeId, block: &BlockHash, tier: Option<Tier>) {
+        if let Some(mut known) = self.nodes.get(&node).copied() {
+            self.change(&mut known, block, tier);
+            self.nodes.insert(node, known);
         }
     }
 
-    fn unlink(&mut self, node: NodeId, block: &BlockHash) {
-        let Entry::Occupied(mut entry) = self.holders.entry(*block) else { return };
-        entry.get_mut().remove(node);
-        if entry.get().as_slice().is_empty() {
-            entry.remove();
+    /// Says where a node has a block now; `node` is written back by the caller.
+    fn change(&mut self, node: &mut NodeBlocks, block: &BlockHash, tier: Option<Tier>) {
+        if tier.is_some() && self.locations >= self.locations_max - self.incarnations.dead_locations().min(self.locations_max) {
+            self.sweep_all();
+            if self.locations >= self.locations_max && self.locations_of(block).tier(node.incarnation).is_none() {
+                node.refused = node.refused.saturating_add(1);
+                return;
+            }
         }
+        let shard = Arc::make_mut(&mut self.shards[shard_of(block)]);
+        let old = match tier {
+            Some(tier) => shard.insert(block, Location::new(node.incarnation, tier)),
+            None => shard.remove(block, node.incarnation),
+        };
+        let off = |tier: Option<Tier>| u64::from(tier.is_some_and(|tier| tier != Tier::Device));
+        node.off_device = node.off_device + off(tier) - off(old);
+        if old.is_some() != tier.is_some() {
+            node.digest = toggle(node.digest, block);
+            (node.blocks, self.locations) = match tier {
+                Some(_) => (node.blocks + 1, self.locations + 1),
+                None => (node.blocks - 1, self.locations - 1),
+            };
+        }
+    }
+
+    fn locations_of(&self, block: &BlockHash) -> Locations<'_> {
+        self.shards[shard_of(block)].locations(block)
+    }
+
+    /// The nodes that hold `block` and where, sorted by node.
+    #[must_use]
+    pub fn tiers_of(&self, block: &BlockHash) -> Vec<(NodeId, Tier)> {
+        let mut nodes = self.alive(&self.locations_of(block));
+        nodes.sort_unstable();
+        nodes
     }
 
     /// The nodes that hold `block`, sorted.
     #[must_use]
-    pub fn of(&self, block: &BlockHash) -> &[NodeId] {
-        self.holders.get(block).map_or(&[], Nodes::as_slice)
+    pub fn of(&self, block: &BlockHash) -> Vec<NodeId> {
+        self.tiers_of(block).into_iter().map(|(node, _)| node).collect()
     }
 
-    /// For each node that holds the first of `blocks`: how many leading ones it holds without a gap. Sorted by node.
-    /// Stops at the first block that no such node holds: O(longest run x its holders).
-    #[must_use]
-    pub fn prefix_lengths(&self, blocks: &[BlockHash]) -> Vec<(NodeId, u32)> {
-        let Some(first) = blocks.first() else { return Vec::new() };
-        let mut alive = self.of(first).to_vec();
-        let mut lengths = Vec::with_capacity(alive.len());
-        for (length, block) in (1_u32..).zip(&blocks[1..]) {
-            let here = self.of(block);
-            if here != alive {
-                alive.retain(|node| {
-                    let holds = here.binary_search(node).is_ok();
-                    if !holds {
-                        lengths.push((*node, length));
-                    }
-                    holds
-                });
-            }
-            if alive.is_empty() {
-                break;
-            }
-        }
-        lengths.extend(alive.into_iter().map(|node| (node, blocks.len() as u32)));
-        lengths.sort_unstable();
-        lengths
+    /// The living among the holders, in no order.
+    fn alive(&self, locations: &Locations<'_>) -> Vec<(NodeId, Tier)> {
+        let alive = |l: &Location| self.incarnations.owner(l.holder()).map(|node| (node, l.tier()));
+        locations.as_slice().iter().filter_map(alive).collect()
     }
 
     /// What is known of a node in short; `None` when it is not known.
     #[must_use]
     pub fn tally(&self, node: NodeId) -> Option<Tally> {
         let node = self.nodes.get(&node)?;
-        Some(Tally { seq: node.seq, blocks: node.blocks.len() as u64, digest: node.digest, refused: node.refused })
+        Some(Tally { seq: node.seq, blocks: node.blocks, digest: node.digest, refused: node.refused })
     }
 
-    /// The blocks that a node holds, sorted. O(n log n).
+    /// The blocks that a node holds, sorted. O(blocks of all nodes): for an operator and for tests.
     #[must_use]
     pub fn blocks_of(&self, node: NodeId) -> Vec<BlockHash> {
-        let mut blocks: Vec<_> = self.nodes.get(&node).into_iter().flat_map(|n| n.blocks.iter().copied()).collect();
+        let Some(of_node) = self.nodes.get(&node) else { return Vec::new() };
+        let all = self.shards.iter().flat_map(|shard| shard.iter());
+        let mut blocks: Vec<_> =
+            all.filter(|(_, locations)| locations.tier(of_node.incarnation).is_some()).map(|(block, _)| *block).collect();
         blocks.sort_unstable();
         blocks
     }
@@ -263,17 +265,11 @@ impl Holders {
         self.locations
     }
 
-    /// Different blocks in the index.
+    /// Different blocks in the tables, those of dead nodes included that no sweep has reached yet. O(shards). For an operator only:
+    /// replicas may differ in it.
     #[must_use]
     pub fn blocks(&self) -> usize {
-        self.holders.len()
-    }
-
-    /// Puts back the counters of a node that was restored with [`Self::replace_node`].
-    pub(crate) fn restore_refused(&mut self, node: NodeId, refused: u64) {
-        if let Some(node) = self.nodes.get_mut(&node) {
-            node.refused = refused;
-        }
+        self.shards.iter().map(|shard| shard.len()).sum()
     }
 
     /// Names the first invariant that does not hold. O(locations).
@@ -281,105 +277,31 @@ impl Holders {
     /// # Errors
     /// The invariant, in words.
     pub fn validate(&self) -> Result<(), &'static str> {
-        let mut locations = 0;
-        for (id, node) in &self.nodes {
-            locations += node.blocks.len();
-            if node.blocks.iter().any(|block| self.of(block).binary_search(id).is_err()) {
-                return Err("a block of a node does not list it as holder");
+        let mut counted: BTreeMap<NodeId, (u64, u64, u128)> = self.nodes.keys().map(|node| (*node, (0, 0, 0))).collect();
+        for (number, shard) in self.shards.iter().enumerate().filter(|(_, shard)| shard.len() > 0) {
+            for (block, locations) in shard.iter() {
+                if shard_of(block) != number {
+                    return Err("a block is in another shard than its name says");
+                }
+                if locations.as_slice().is_empty() || !locations.as_slice().is_sorted_by_key(|l| l.holder()) {
+                    return Err("a block's locations are none or not sorted");
+                }
+                for (node, tier) in self.alive(&locations) {
+                    let Some(count) = counted.get_mut(&node) else { return Err("a location's owner is not known") };
+                    *count = (count.0 + 1, count.1 + u64::from(tier != Tier::Device), toggle(count.2, block));
+                }
             }
-            if node.blocks.iter().fold(0, toggle) != node.digest {
-                return Err("a node's digest is not that of its blocks");
+            if !shard.lists_are_owned() {
+                return Err("a list of locations belongs to no block, or to several");
             }
         }
-        let listed: usize = self.holders.values().map(|nodes| nodes.as_slice().len()).sum();
-        if locations != self.locations || listed != locations || locations > self.locations_max {
+        if self.nodes.iter().any(|(id, node)| counted.get(id) != Some(&(node.blocks, node.off_device, node.digest))) {
+            return Err("a node's count or digest is not that of its blocks");
+        }
+        let all: u64 = self.nodes.values().map(|node| node.blocks).sum();
+        if all != self.locations as u64 || self.locations > self.locations_max {
             return Err("the count of locations is wrong");
         }
-        if self.holders.values().any(|nodes| nodes.as_slice().is_empty() || !nodes.as_slice().is_sorted()) {
-            return Err("a list of holders is empty or not sorted");
-        }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ids::Epoch;
-    use alloc::vec;
-
-    fn block(i: u32) -> BlockHash {
-        let mut name = [0; 16];
-        name[..4].copy_from_slice(&i.to_le_bytes());
-        BlockHash(name)
-    }
-
-    fn stored(holders: &mut Holders, node: u16, blocks: core::ops::Range<u32>) {
-        blocks.for_each(|i| holders.store(NodeId(node), &block(i)));
-        holders.validate().unwrap();
-    }
-
-    fn with_nodes(n: u16) -> Holders {
-        let mut holders = Holders::with_max(1000);
-        (1..=n).for_each(|node| holders.begin(NodeId(node)));
-        holders
-    }
-
-    #[test]
-    fn prefix_runs_end_at_each_nodes_first_gap() {
-        let mut holders = with_nodes(9);
-        stored(&mut holders, 1, 0..4);
-        stored(&mut holders, 2, 0..7);
-        stored(&mut holders, 3, 1..9); // lacks the first: worth nothing
-        (4..=9).for_each(|node| stored(&mut holders, node, 0..2)); // eight holders of block 0: a list on the heap
-        holders.evict(NodeId(2), &block(5));
-        let chain: Vec<_> = (0..20).map(block).collect();
-        let expected: Vec<_> = [(1, 4), (2, 5)].into_iter().chain((4..=9).map(|n| (n, 2))).map(|(n, k)| (NodeId(n), k)).collect();
-        assert_eq!(holders.prefix_lengths(&chain), expected);
-        assert_eq!(holders.prefix_lengths(&chain[..1]).len(), 8);
-        assert_eq!(holders.prefix_lengths(&[]), vec![]);
-        assert_eq!(holders.prefix_lengths(&[block(99)]), vec![]);
-    }
-
-    #[test]
-    fn a_delta_applies_once_and_only_on_what_it_builds_on() {
-        let mut holders = with_nodes(1);
-        let delta = |base_seq, seq, ops| Delta { node: NodeId(1), epoch: Epoch(1), base_seq, seq, ops };
-        let first = delta(0, 2, vec![BlockOp::Stored(block(1)), BlockOp::Stored(block(2)), BlockOp::Evicted(block(1))]);
-        assert_eq!(holders.apply(&first), DeltaVerdict::Applied { seq: 2 });
-        assert_eq!(holders.apply(&first), DeltaVerdict::AlreadyApplied { seq: 2 });
-        assert_eq!(holders.apply(&delta(3, 4, vec![BlockOp::Stored(block(3))])), DeltaVerdict::Gap { last_seq: 2 });
-        assert_eq!(holders.apply(&delta(1, 4, vec![BlockOp::Stored(block(3))])), DeltaVerdict::Gap { last_seq: 2 });
-        assert_eq!(holders.blocks_of(NodeId(1)), vec![block(2)]);
-        assert_eq!(holders.tally(NodeId(1)).unwrap().digest, toggle(0, &block(2)));
-        holders.validate().unwrap();
-    }
-
-    #[test]
-    fn at_the_bound_blocks_are_refused_and_counted_until_there_is_room() {
-        let mut holders = Holders::with_max(3);
-        holders.begin(NodeId(1));
-        holders.begin(NodeId(2));
-        stored(&mut holders, 1, 0..2);
-        stored(&mut holders, 2, 0..5);
-        assert_eq!(holders.tally(NodeId(2)).unwrap(), Tally { seq: 0, blocks: 1, digest: toggle(0, &block(0)), refused: 4 });
-        stored(&mut holders, 2, 0..1); // held already: not refused
-        assert_eq!(holders.tally(NodeId(2)).unwrap().refused, 4);
-        holders.drop_node(NodeId(1));
-        stored(&mut holders, 2, 1..3);
-        assert_eq!((holders.locations(), holders.blocks()), (3, 3));
-    }
-
-    #[test]
-    fn a_snapshot_replaces_everything() {
-        let mut holders = with_nodes(2);
-        stored(&mut holders, 1, 0..5);
-        stored(&mut holders, 2, 3..6);
-        holders.replace_node(NodeId(1), 9, &[block(7), block(3), block(7)]);
-        holders.validate().unwrap();
-        assert_eq!(holders.blocks_of(NodeId(1)), vec![block(3), block(7)]);
-        assert_eq!(holders.tally(NodeId(1)).unwrap().seq, 9);
-        assert_eq!(holders.of(&block(3)), &[NodeId(1), NodeId(2)]);
-        assert_eq!(holders.of(&block(0)), &[]);
     }
 }

@@ -135,6 +135,7 @@ impl World {
                 }
                 Output::Block(BlockOp::Stored(name)) => assert!(self.cached.insert(name)),
                 Output::Block(BlockOp::Evicted(name)) => assert!(self.cached.remove(&name)),
+                Output::Block(other) => panic!("a pool has one tier: {other:?}"),
             }
         }
     }

@@ -15,7 +15,7 @@ use millrace_node::pki::Authority;
 use super::{Kind, UpArgs, names};
 use crate::ctl::cluster_file::{ClusterFile, CoordinatorEntry, FILE, NodeEntry, VERSION};
 use crate::ctl::exit::Exit;
-use crate::ctl::{certs, context};
+use crate::ctl::{certs, running};
 
 /// Time that processes of a former start in this folder have to end, once that start has ended.
 const ORPHANS_WAIT_MAX: Duration = Duration::from_secs(15);
@@ -31,7 +31,7 @@ pub struct Place {
     pub file: ClusterFile,
     temporary: bool,
     _lock: File,
-    _note: Option<context::Note>,
+    _note: Option<running::Note>,
 }
 
 impl Drop for Place {
@@ -58,7 +58,7 @@ impl Place {
         };
         fs::create_dir_all(dir.join("logs")).with_context(|| dir.display().to_string())?;
         let dir = dir.canonicalize().with_context(|| dir.display().to_string())?;
-        let lock = context::lock(&dir)?;
+        let lock = running::lock(&dir)?;
         let former = dir.join(FILE).exists().then(|| ClusterFile::load(&dir)).transpose()?;
         if let Some(former) = &former {
             wait_for_orphans(&dir, former).await?;
@@ -66,7 +66,7 @@ impl Place {
         let file = describe(args, &dir, former, http)?;
         make_certs(&dir, &file)?;
         file.save(&dir)?;
-        let note = context::state_dir().and_then(|state| context::note(&state, &dir).ok());
+        let note = running::state_dir().and_then(|state| running::note(&state, &dir).ok());
         Ok(Self { dir, file, temporary, _lock: lock, _note: note })
     }
 

@@ -5,10 +5,9 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use super::{
-    Answer, Assembly, Cluster, Command, DeltaVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX, Node, NodeState, RENEW_STEP_MAX_US,
-    REPLICAS_MAX, ReplicaInfo, SnapshotVerdict, TENANTS_MAX,
+    ASSEMBLED_BLOCKS_MAX, Answer, Assembly, Cluster, Command, DeltaVerdict, LEASE_US, NAME_BYTES_MAX, NODES_MAX, Node, NodeState,
+    RENEW_STEP_MAX_US, REPLICAS_MAX, ReplicaInfo, SnapshotVerdict, TENANTS_MAX,
 };
-use crate::holders::BLOCKS_MAX;
 use crate::identity::TenantKey;
 use crate::ids::{Epoch, NodeId, ReplicaId};
 use crate::message::{Delta, Join, Role, SnapshotPage};
@@ -21,6 +20,7 @@ impl Cluster {
             return Answer::Refused(format!("entry {index} is applied already"));
         }
         self.applied = index;
+        self.holders.sweep();
         match command {
             Command::Join(join) => self.join(join),
             Command::Leave { node, epoch } => self.end(*node, *epoch, NodeState::Left),
@@ -189,7 +189,7 @@ impl Cluster {
     fn assembly_for(&mut self, page: &SnapshotPage) -> Option<Assembly> {
         let old = self.assemblies.remove(&page.node);
         let waiting: usize = self.assemblies.values().chain(&old).map(|a| a.blocks.len()).sum();
-        if page.page >= page.pages || waiting + page.blocks.len() > BLOCKS_MAX {
+        if page.page >= page.pages || waiting + page.blocks.len() > ASSEMBLED_BLOCKS_MAX {
             return None;
         }
         if page.page == 0 {

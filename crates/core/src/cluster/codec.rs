@@ -1,4 +1,5 @@
 //! Bytes of commands, answers and snapshots: one version byte, then an rkyv archive, always validated. Equal states give equal bytes.
+//! A snapshot's archive has its length before it and the blocks of the index after it, in pieces ([`Cluster::snapshot_pieces`]).
 
 use alloc::collections::BTreeMap;
 use alloc::string::String;
@@ -11,13 +12,15 @@ use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
 use super::{Answer, Assembly, Cluster, Command, Member, NODES_MAX, Node, ReplicaInfo};
-use crate::holders::{BLOCKS_MAX, Holders};
+use crate::holders::{Held, Holders, HoldersError};
 use crate::identity::TenantKey;
-use crate::ids::{BlockHash, Epoch, NodeId, ReplicaId};
+use crate::ids::{Epoch, ReplicaId};
 use crate::message::{DELTA_OPS_MAX, ModelIdentity, SNAPSHOT_PAGE_MAX};
 
-/// Version of all three formats. A reader refuses any other.
+/// Version of the formats of commands and answers. A reader refuses any other.
 const VERSION: u8 = 1;
+/// Version of the format of snapshots.
+const SNAPSHOT_VERSION: u8 = 2;
 /// Bytes of one encoded command; a longer one is refused unread.
 pub const COMMAND_BYTES_MAX: usize = 4 << 20;
 /// Block operations in all deltas of one command: what a leader may fold into one entry.
@@ -27,11 +30,14 @@ pub const DELTAS_OPS_MAX: usize = 1 << 16;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CodecError {
     /// The first byte names another format.
-    #[error("format version {got:?}, this program reads {VERSION}")]
+    #[error("format version {got:?}, this program reads {VERSION}, and {SNAPSHOT_VERSION} for snapshots")]
     Version {
         /// The byte; `None` when there are no bytes.
         got: Option<u8>,
     },
+    /// The blocks of a snapshot are no index.
+    #[error("the index of a snapshot: {0}")]
+    Index(#[from] HoldersError),
     /// Not a valid archive.
     #[error("malformed bytes")]
     Malformed,
@@ -98,11 +104,18 @@ fn to_bytes<T>(value: &T) -> Vec<u8>
 where
     T: for<'a> Serialize<HighSerializer<AlignedVec, ArenaHandle<'a>, Error>>,
 {
-    let archive = rkyv::to_bytes::<Error>(value).expect("bounded far below rkyv's 2 GiB, and memory is all it needs");
+    let archive = archive(value);
     let mut bytes = Vec::with_capacity(1 + archive.len());
     bytes.push(VERSION);
     bytes.extend_from_slice(&archive);
     bytes
+}
+
+fn archive<T>(value: &T) -> AlignedVec
+where
+    T: for<'a> Serialize<HighSerializer<AlignedVec, ArenaHandle<'a>, Error>>,
+{
+    rkyv::to_bytes::<Error>(value).expect("bounded far below rkyv's 2 GiB, and memory is all it needs")
 }
 
 fn from_bytes<T>(bytes: &[u8]) -> Result<T, CodecError>
@@ -113,6 +126,14 @@ where
     let Some((&VERSION, archive)) = bytes.split_first() else {
         return Err(CodecError::Version { got: bytes.first().copied() });
     };
+    from_archive(archive)
+}
+
+fn from_archive<T>(archive: &[u8]) -> Result<T, CodecError>
+where
+    T: Archive,
+    T::Archived: for<'a> CheckBytes<HighValidator<'a, Error>> + Deserialize<T, HighDeserializer<Error>>,
+{
     let mut aligned = AlignedVec::<16>::with_capacity(archive.len());
     aligned.extend_from_slice(archive);
     rkyv::from_bytes::<T, Error>(&aligned).map_err(|_| CodecError::Malformed)
@@ -134,23 +155,26 @@ struct Image {
     holders: Vec<Held>,
 }
 
-#[derive(Archive, Serialize, Deserialize)]
-struct Held {
-    node: NodeId,
-    seq: u64,
-    refused: u64,
-    blocks: Vec<BlockHash>,
-}
-
 impl Cluster {
     /// The whole state, for a replica that lags behind the log. O(locations, sorted).
     #[must_use]
     pub fn snapshot(&self) -> Vec<u8> {
-        let held = |node| {
-            let tally = self.holders.tally(node).unwrap_or_default();
-            Held { node, seq: tally.seq, refused: tally.refused, blocks: self.holders.blocks_of(node) }
-        };
-        to_bytes(&Image {
+        self.snapshot_pieces().flatten().collect()
+    }
+
+    /// The same in pieces, each made when it is asked for: the state without the index first, then the index, a thousandth at a time.
+    /// A clone is a point in time and cheap, so a copy can be written while the state goes on.
+    pub fn snapshot_pieces(&self) -> impl Iterator<Item = Vec<u8>> {
+        let head = archive(&self.image());
+        let mut first = Vec::with_capacity(5 + head.len());
+        first.push(SNAPSHOT_VERSION);
+        first.extend_from_slice(&(head.len() as u32).to_le_bytes());
+        first.extend_from_slice(&head);
+        core::iter::once(first).chain(self.holders.pieces())
+    }
+
+    fn image(&self) -> Image {
+        Image {
             applied: self.applied,
             now_us: self.now_us,
             last_epoch: self.last_epoch,
@@ -161,8 +185,8 @@ impl Cluster {
             members: self.members.iter().map(|(id, member)| (*id, member.clone())).collect(),
             removed: self.removed.iter().copied().collect(),
             assemblies: self.assemblies.values().cloned().collect(),
-            holders: self.holders.nodes().map(held).collect(),
-        })
+            holders: self.holders.held(),
+        }
     }
 
     /// The state that [`Self::snapshot`] wrote.
@@ -170,15 +194,12 @@ impl Cluster {
     /// # Errors
     /// When the bytes are not a snapshot, or of a state that no log leads to.
     pub fn restore(bytes: &[u8]) -> Result<Self, CodecError> {
-        let image: Image = from_bytes(bytes)?;
-        let listed = [image.nodes.len(), image.tenants.len(), image.replicas.len(), image.assemblies.len(), image.holders.len()];
+        let (head, blocks) = split_snapshot(bytes)?;
+        let image: Image = from_archive(head)?;
+        let listed = [image.nodes.len(), image.tenants.len(), image.replicas.len(), image.assemblies.len()];
         let listed_members = (image.members.len(), image.removed.len());
         let mut holders = Holders::default();
-        for held in &image.holders {
-            within("locations", holders.locations().saturating_add(held.blocks.len()), BLOCKS_MAX)?;
-            holders.replace_node(held.node, held.seq, &held.blocks);
-            holders.restore_refused(held.node, held.refused);
-        }
+        holders.read(&image.holders, blocks)?;
         let cluster = Self {
             applied: image.applied,
             now_us: image.now_us,
@@ -193,20 +214,30 @@ impl Cluster {
             assemblies: image.assemblies.into_iter().map(|a| (a.node, a)).collect::<BTreeMap<_, _>>(),
             holders,
         };
-        let (nodes, tenants, replicas) = (cluster.nodes.len(), cluster.tenants.len(), cluster.replicas.len());
-        let kept = [nodes, tenants, replicas, cluster.assemblies.len(), cluster.holders.nodes().count()];
+        let kept = [cluster.nodes.len(), cluster.tenants.len(), cluster.replicas.len(), cluster.assemblies.len()];
         if listed != kept || listed_members != (cluster.members.len(), cluster.removed.len()) {
             return Err(CodecError::Inconsistent("something is listed twice"));
         }
-        cluster.validate().map_err(CodecError::Inconsistent)?;
+        // The index was compared with its digests as it was read; to count it again would take as long.
+        cluster.validate_members().map_err(CodecError::Inconsistent)?;
         Ok(cluster)
     }
+}
+
+/// The archive of a snapshot and the blocks after it.
+fn split_snapshot(bytes: &[u8]) -> Result<(&[u8], &[u8]), CodecError> {
+    let Some((&SNAPSHOT_VERSION, rest)) = bytes.split_first() else {
+        return Err(CodecError::Version { got: bytes.first().copied() });
+    };
+    let (len, rest) = rest.split_first_chunk().ok_or(CodecError::Malformed)?;
+    rest.split_at_checked(u32::from_le_bytes(*len) as usize).ok_or(CodecError::Malformed)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cluster::{LEASE_US, NodeState};
+    use crate::ids::NodeId;
     use crate::layout::{KvDtype, KvLayout};
     use crate::message::Role;
     use alloc::vec;
@@ -230,7 +261,8 @@ mod tests {
             cordoned: false,
             lease_until_us: LEASE_US,
         };
-        let held = || Held { node: id, seq: 4, refused: 3, blocks: vec![BlockHash([1; 16])] };
+        let block = [1; 16];
+        let held = || Held { node: id, seq: 4, refused: 3, blocks: 1, digest: u128::from_le_bytes(block) };
         let image = |nodes, holders| {
             let (tenants, replicas, assemblies) = (Vec::new(), Vec::new(), Vec::new());
             let (members, removed) = (Vec::new(), Vec::new());
@@ -248,13 +280,21 @@ mod tests {
                 holders,
             }
         };
-        let bytes = to_bytes(&image(vec![node("x")], vec![held()]));
-        let cluster = Cluster::restore(&bytes).unwrap();
+        let bytes = |image: &Image| {
+            let head = archive(image);
+            let head_len = (head.len() as u32).to_le_bytes();
+            [&[SNAPSHOT_VERSION][..], &head_len, &head, &block, &[1, 0], &[1, 0]].concat()
+        };
+        let whole = bytes(&image(vec![node("x")], vec![held()]));
+        let cluster = Cluster::restore(&whole).unwrap();
         assert_eq!(cluster.holders().tally(id).unwrap().refused, 3);
-        assert_eq!(cluster.snapshot(), bytes);
-        let twice = [image(vec![node("x"), node("y")], vec![held()]), image(vec![node("x")], vec![held(), held()])];
-        for image in twice {
-            assert!(matches!(Cluster::restore(&to_bytes(&image)), Err(CodecError::Inconsistent(_))));
-        }
+        assert_eq!(cluster.snapshot(), whole);
+        let restored = |image: &Image| Cluster::restore(&bytes(image)).unwrap_err();
+        let twice = restored(&image(vec![node("x"), node("y")], vec![held()]));
+        assert_eq!(twice, CodecError::Inconsistent("something is listed twice"));
+        assert_eq!(restored(&image(vec![node("x")], vec![held(), held()])), CodecError::Index(HoldersError::Twice));
+        let lost = Held { blocks: 2, ..held() };
+        assert_eq!(restored(&image(vec![node("x")], vec![lost])), CodecError::Index(HoldersError::Digest(id)));
+        assert_eq!(Cluster::restore(&whole[..whole.len() - 1]).unwrap_err(), CodecError::Index(HoldersError::Truncated));
     }
 }

@@ -168,7 +168,7 @@ impl Cluster {
         Answer::Done
     }
 
-    pub(super) fn validate_members(&self) -> Result<(), &'static str> {
+    pub(super) fn validate_replicas(&self) -> Result<(), &'static str> {
         if self.members.len() > REPLICAS_MAX || self.removed.len() > REPLICA_NUMBERS_MAX {
             return Err("too many members");
         }

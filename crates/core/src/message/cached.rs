@@ -10,13 +10,49 @@ pub const DELTA_OPS_MAX: usize = 4096;
 /// Blocks in one page of a node's snapshot.
 pub const SNAPSHOT_PAGE_MAX: usize = 16_384;
 
-/// One change of what a node's pool caches.
+/// Where a node keeps a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tier {
+    /// In the memory that its engine computes in.
+    Device,
+    /// In the host's memory.
+    Host,
+    /// On its disk.
+    Disk,
+}
+
+/// One change of what a node caches: where it has a block from now on. The variant order is the format of the wire and the log.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockOp {
-    /// The block can be reused from now on.
+    /// The block is on the device and can be reused.
     Stored(BlockHash),
-    /// It cannot any more.
+    /// It is nowhere any more.
     Evicted(BlockHash),
+    /// It is in the host's memory.
+    ToHost(BlockHash),
+    /// It is on the node's disk.
+    ToDisk(BlockHash),
+}
+
+impl BlockOp {
+    /// Which block.
+    #[must_use]
+    pub const fn block(&self) -> &BlockHash {
+        match self {
+            Self::Stored(block) | Self::Evicted(block) | Self::ToHost(block) | Self::ToDisk(block) => block,
+        }
+    }
+
+    /// Where it is now; `None` when it is nowhere.
+    #[must_use]
+    pub const fn tier(&self) -> Option<Tier> {
+        match self {
+            Self::Stored(_) => Some(Tier::Device),
+            Self::Evicted(_) => None,
+            Self::ToHost(_) => Some(Tier::Host),
+            Self::ToDisk(_) => Some(Tier::Disk),
+        }
+    }
 }
 
 /// Changes of one node's cached blocks. Applies only if `epoch` is current and `base_seq` is the last applied.
@@ -34,7 +70,7 @@ pub struct Delta {
     pub ops: Vec<BlockOp>,
 }
 
-/// All cached blocks of one node, in pages; replaces what the index knew of it when the last page applies.
+/// All cached blocks of one node, in any tier, in pages; replaces what the index knew of it when the last page applies.
 #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotPage {
     /// Whose blocks.

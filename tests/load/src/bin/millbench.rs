@@ -55,7 +55,7 @@ fn run(section: Section, arguments: &Arguments) -> Result<()> {
         Section::Stream => runtime.block_on(stream::measure(runs, if quick { 128 } else { 1024 }))?.into_iter().for_each(print),
         Section::Route => route::measure(runs).into_iter().for_each(print),
         Section::Raft => raft::measure(runs.min(3), quick)?.into_iter().for_each(print),
-        Section::Index => index::measure(runs).into_iter().for_each(print),
+        Section::Index => index::measure(runs, if quick { 1 } else { 10 }).into_iter().for_each(print),
     }
     Ok(())
 }
