@@ -3,6 +3,7 @@
 //! It answers without a quorum too, from what this replica has applied, and says what it cannot know: `stale` is true when
 //! no quorum vouches for the state, and a member that cannot be asked has `reachable: false` and no term.
 
+mod members;
 mod view;
 
 use std::sync::Arc;
@@ -29,7 +30,11 @@ const EXPLAIN_MAX_NEW: u32 = 256;
 #[derive(Debug, Deserialize)]
 #[serde(tag = "q", rename_all = "snake_case")]
 enum Query {
-    Status,
+    /// With `fresh`, nodes and members as of after the question; without a quorum there is no answer then.
+    Status {
+        #[serde(default)]
+        fresh: bool,
+    },
     /// One replica about itself; asked by the others for `Status`.
     Member,
     CacheLookup(Text),
@@ -39,6 +44,18 @@ enum Query {
     SetState {
         node: String,
         state: String,
+    },
+    MembersList {
+        #[serde(default)]
+        fresh: bool,
+    },
+    /// Changes the members or the leader.
+    Members {
+        #[serde(flatten)]
+        op: members::MembersOp,
+        /// A replica that does not lead has passed it on.
+        #[serde(default)]
+        passed_on: bool,
     },
 }
 
@@ -84,7 +101,9 @@ impl Admin {
         }
         let query: Query = serde_json::from_str(json).map_err(|e| format!("query: {e}"))?;
         let answer = match query {
-            Query::Status => self.status().await,
+            Query::Status { fresh } => self.status_as(fresh).await?,
+            Query::MembersList { fresh } => self.members_list(fresh).await?,
+            Query::Members { op, passed_on } => self.members_op(&op, passed_on).await?,
             Query::Member => self.member(),
             Query::CacheLookup(text) => self.cache_lookup(&text)?,
             Query::CacheStat => self.cache_stat(),
@@ -96,7 +115,7 @@ impl Admin {
 
     async fn status(&self) -> Value {
         let mut asked: Vec<(ReplicaId, tokio::task::JoinHandle<Option<Value>>)> = Vec::new();
-        for &id in self.config.others.keys() {
+        for id in self.proposer.roster.others().into_keys() {
             let replicas = self.proposer.replicas.clone();
             let ask = async move {
                 let answer = replicas.query(id, json!({"q": "member"}).to_string(), MEMBER_WAIT_MAX).await;

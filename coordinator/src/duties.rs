@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use millrace_core::cluster::{Answer, Command, NODES_MAX, ReplicaInfo};
+use millrace_core::cluster::{Answer, Command, Member, NODES_MAX, ReplicaInfo};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_node::shutdown::Shutdown;
@@ -23,6 +23,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// One replica's duties.
 pub struct Duties {
     proposer: Proposer,
+    /// What this replica is called.
+    name: String,
     /// Where this replica can be reached.
     info: ReplicaInfo,
     /// The last renewal of this term of leadership.
@@ -32,8 +34,8 @@ pub struct Duties {
 impl Duties {
     /// Duties of the replica that proposes through `proposer`.
     #[must_use]
-    pub fn new(proposer: Proposer, info: ReplicaInfo) -> Self {
-        Self { proposer, info, renewed: None }
+    pub fn new(proposer: Proposer, name: String, info: ReplicaInfo) -> Self {
+        Self { proposer, name, info, renewed: None }
     }
 
     /// Does them until shutdown.
@@ -60,6 +62,7 @@ impl Duties {
             self.renewed = None;
         }
         if status.leader.is_some() {
+            self.enroll().await?;
             self.announce().await?;
         }
         Ok(())
@@ -105,6 +108,20 @@ impl Duties {
                 self.proposer.nodes.send_to((node, epoch), must_join_again(epoch));
             }
         }
+    }
+
+    /// Says which log is this replica's, and where it listens.
+    async fn enroll(&self) -> Result<(), NoAnswer> {
+        let (me, status) = (self.proposer.me, self.proposer.raft.status());
+        let member = Member { name: self.name.clone(), address: self.info.quic_address.clone(), log: Some(status.log) };
+        if !status.members.contains(me.0) || self.proposer.cluster.read().member(me) == Some(&member) {
+            return Ok(());
+        }
+        match self.proposer.propose(&Command::Enroll { replica: me, member }).await? {
+            Answer::Done => info!("enrolled"),
+            other => warn!(?other, "this replica cannot be enrolled"),
+        }
+        Ok(())
     }
 
     async fn announce(&self) -> Result<(), NoAnswer> {

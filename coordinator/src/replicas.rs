@@ -67,6 +67,25 @@ impl Replicas {
         }
     }
 
+    /// Whether `link` is still the one to `id`.
+    #[must_use]
+    pub fn holds(&self, id: ReplicaId, link: u64) -> bool {
+        self.inner.lock().links.get(&id).is_some_and(|(current, _)| *current == link)
+    }
+
+    /// Uses the link to `id` no more, if there is one; what was asked over it will not be answered.
+    pub fn forget(&self, id: ReplicaId) {
+        let mut inner = self.inner.lock();
+        inner.links.remove(&id);
+        inner.calls.retain(|_, (to, _)| *to != id);
+    }
+
+    /// The replicas to which links are up.
+    #[must_use]
+    pub fn linked_ids(&self) -> Vec<ReplicaId> {
+        self.inner.lock().links.keys().copied().collect()
+    }
+
     /// Whether a link to `id` is up.
     #[must_use]
     pub fn linked(&self, id: ReplicaId) -> bool {

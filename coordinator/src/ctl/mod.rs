@@ -15,6 +15,7 @@ pub mod demo;
 pub mod exit;
 pub mod front;
 pub mod local;
+pub mod members;
 pub mod nodes;
 pub mod output;
 pub mod prompt;
@@ -50,6 +51,9 @@ enum Command {
     /// Ask about the whole cluster
     #[command(subcommand)]
     Cluster(cluster::Cluster),
+    /// Ask about the replicas, take them in and out, let another lead
+    #[command(subcommand)]
+    Members(members::Members),
     /// Ask about nodes, take them out and in
     #[command(subcommand)]
     Nodes(nodes::Nodes),
@@ -94,6 +98,7 @@ fn run(cli: Cli) -> Result<()> {
             Command::Certs(command) => certs::run(&command),
             Command::Local(LocalCommand::Up(args)) => local::up(args).await,
             Command::Cluster(command) => cluster::run(command).await,
+            Command::Members(command) => members::run(command).await,
             Command::Nodes(command) => nodes::run(command).await,
             Command::Cache(command) => cache::run(command).await,
             Command::Route(command) => query::route(command).await,

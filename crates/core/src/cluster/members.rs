@@ -111,6 +111,13 @@ impl Cluster {
         (enrolled != log).then_some(Estranged::OtherLog)
     }
 
+    /// Forgets all replicas, for a state that is put into new logs: none of the old ones is a member of what begins there.
+    pub fn forget_replicas(&mut self) {
+        self.members.clear();
+        self.removed.clear();
+        self.replicas.clear();
+    }
+
     /// Whether a change would be taken. The leader asks before it proposes one, and proposes one at a time.
     ///
     /// # Errors
