@@ -22,6 +22,9 @@ const PASSED_ON_WAIT_MAX: Duration = Duration::from_secs(8);
 /// Pause before something is tried again that is about to be possible.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// What a replica says that does not lead any more: the one that was asked first looks for the leader again.
+const MOVED: &str = "unavailable: leadership has moved; try again";
+
 /// A change of the members, or of who leads. Replicas go by name or number.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
@@ -87,15 +90,18 @@ impl Admin {
         }
     }
 
-    /// Carries out a change here if this replica leads, else lets the leader do it. `json` is the question as it came.
+    /// Carries out a change here if this replica leads, else lets the leader do it, unless it was passed on here.
     pub(super) async fn members_op(&self, op: &MembersOp, passed_on: bool) -> Result<Value, String> {
         let until = Instant::now() + CHANGE_WAIT_MAX;
         loop {
             let status = self.proposer.raft.status();
             let error = match status.leader.map(ReplicaId) {
                 None => "unavailable: there is no leader now".to_owned(),
-                Some(leader) if leader != self.proposer.me && passed_on => format!("unavailable: replica {leader} leads now"),
-                Some(leader) if leader != self.proposer.me => return self.pass_on(leader, op).await,
+                Some(leader) if leader != self.proposer.me && passed_on => return Err(MOVED.into()),
+                Some(leader) if leader != self.proposer.me => match self.pass_on(leader, op).await {
+                    Err(reason) if reason == MOVED => reason,
+                    answer => return answer,
+                },
                 Some(_) => match self.lead_op(op).await {
                     Ok(answer) => return Ok(answer),
                     Err(Refused::ForGood(reason)) => return Err(reason),
@@ -149,7 +155,9 @@ impl Admin {
         let members = match over {
             Ok(Ok(status)) => status.members.clone(),
             _ => {
-                return Err(Refused::ForGood("unavailable: the old voters are still needed: too few of the new ones answer".into()));
+                return Err(Refused::ForGood(
+                    "unavailable: the old voters are still needed: too few of the new ones answer".into(),
+                ));
             }
         };
         let id = match change {

@@ -19,10 +19,13 @@ use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
 
 use super::{Links, outbox};
+use crate::replicas::Replicas;
 use crate::roster::Place;
 
 /// How often links are compared with the members.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+/// Looks without a leader after which all others are dialed: a replica with a low number that was taken out is dialed by nobody.
+const ALONE_LOOKS: u32 = 10;
 /// Time for a last word to arrive.
 const LAST_WORD_WAIT_MAX: Duration = Duration::from_secs(1);
 
@@ -38,11 +41,20 @@ impl Drop for Dialed {
     }
 }
 
+/// A link that counts until this is dropped, be it because the task that serves it is.
+struct Attached(u64, ReplicaId, Arc<Replicas>);
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.2.detach(self.1, self.0);
+    }
+}
+
 impl Links {
     /// Keeps links to the replicas that are ours to dial, tells removed ones that they are, and nodes where the replicas are; until
     /// shutdown.
     pub async fn keep(self: Arc<Self>, endpoint: Endpoint, shutdown: Shutdown) {
-        let (mut dialed, mut told) = (BTreeMap::new(), None);
+        let (mut dialed, mut told, mut alone) = (BTreeMap::new(), None, 0);
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -50,7 +62,10 @@ impl Links {
                 _ = look.tick() => {}
                 _ = shutdown.wait() => return,
             }
-            self.redial(&mut dialed, &endpoint, &shutdown);
+            alone = if self.proposer.raft.status().leader.is_some() { 0 } else { alone + 1 };
+            let mut others = self.proposer.roster.others();
+            others.retain(|id, _| *id < self.config.me || alone >= ALONE_LOOKS);
+            self.redial(&mut dialed, others, &endpoint, &shutdown);
             self.expel_removed();
             let now = self.proposer.roster.told();
             if let Some(list) = now.as_ref().filter(|_| now != told) {
@@ -60,17 +75,15 @@ impl Links {
         }
     }
 
-    fn redial(self: &Arc<Self>, dialed: &mut BTreeMap<ReplicaId, Dialed>, endpoint: &Endpoint, shutdown: &Shutdown) {
-        let mut ours = self.proposer.roster.others();
-        ours.retain(|id, _| *id < self.config.me);
-        dialed.retain(|id, old| {
-            let stays = ours.get(id) == Some(&old.place);
-            if !stays {
-                self.proposer.replicas.forget(*id);
-            }
-            stays
-        });
-        for (id, place) in ours {
+    fn redial(
+        self: &Arc<Self>,
+        dialed: &mut BTreeMap<ReplicaId, Dialed>,
+        wanted: BTreeMap<ReplicaId, Place>,
+        endpoint: &Endpoint,
+        shutdown: &Shutdown,
+    ) {
+        dialed.retain(|id, old| wanted.get(id) == Some(&old.place));
+        for (id, place) in wanted {
             if let (Some(addr), false) = (place.addr, dialed.contains_key(&id)) {
                 let target = Target { addr, role: Role::Coordinator, name: Some(place.name.clone()) };
                 let task = tokio::spawn(self.clone().dial(endpoint.clone(), target, shutdown.clone()));
@@ -114,17 +127,17 @@ impl Links {
             return link.drain(LAST_WORD_WAIT_MAX, &why).await;
         }
         let replicas = self.proposer.replicas.clone();
-        let attached = replicas.attach(id, outbox(&link));
+        let attached = Attached(replicas.attach(id, outbox(&link)), id, replicas.clone());
         info!(replica = %id, "replica linked");
         while let Some(message) = receiver.recv().await {
             // An expelled replica is not heard, whatever it goes on saying.
-            if !replicas.holds(id, attached) {
-                link.drain(LAST_WORD_WAIT_MAX, "the link is replaced or its replica is no member").await;
+            if !replicas.holds(id, attached.0) {
+                link.drain(LAST_WORD_WAIT_MAX, "the replica is no member").await;
                 break;
             }
             self.on_replica_message(id, &link, message);
         }
-        replicas.detach(id, attached);
+        drop(attached);
         info!(replica = %id, closed = ?link.is_closed(), "replica link ended");
     }
 

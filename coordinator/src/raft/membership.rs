@@ -141,25 +141,27 @@ impl Driver {
         }
     }
 
-    /// A peer says that this replica is no member. One that has not joined yet has nothing to lose and believes anybody.
+    /// A peer says that this replica is no member.
     pub(super) fn told_removed(&mut self, by: u64, why: String) {
-        let voter = self.members.is_voter(by) || self.members.voters.is_empty();
-        if voter && by != self.config.id {
+        if by != self.config.id && (self.members.is_voter(by) || self.knows_nothing()) {
             tracing::warn!(id = self.config.id, by, why, "a peer does not take this replica for a member");
             self.removal.told_by.insert(by);
             self.removal.why = why;
         }
     }
 
+    /// Whether the log holds nothing but its beginning: such a replica has nothing to lose and believes anybody.
+    fn knows_nothing(&self) -> bool {
+        self.node.raft.raft_log.last_index() <= 1
+    }
+
     /// Ends a replica that is no member: by its own log, or as more than half of the other voters say.
     pub(super) fn stop_if_removed(&mut self) -> Result<(), RaftFailure> {
         let others = self.members.voters.iter().filter(|id| **id != self.config.id);
-        let (say, all) = match self.members.voters.is_empty() {
-            true => (self.removal.told_by.len(), 0),
-            false => (others.clone().filter(|id| self.removal.told_by.contains(id)).count(), others.count()),
-        };
+        let say = others.clone().filter(|id| self.removal.told_by.contains(id)).count();
+        let told = if self.knows_nothing() { !self.removal.told_by.is_empty() } else { say * 2 > others.count() };
         let due = self.removal.due.is_some_and(|due| due <= self.ticks);
-        if due || say * 2 > all { Err(RaftFailure::Removed(self.removal.why.clone())) } else { Ok(()) }
+        if due || told { Err(RaftFailure::Removed(self.removal.why.clone())) } else { Ok(()) }
     }
 
     /// Hands leadership to `to`, or to the living voter that has most of the log.

@@ -206,12 +206,13 @@ async fn a_removal_that_would_cost_the_quorum_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_missed_its_removal_is_told_by_most_and_not_by_one() {
     let cluster = Cluster::start();
-    cluster.commit(b"x").await;
+    cluster.agree_on(&[]).await;
     let leader = cluster.leader().await.status().id;
     let (away, other) = (leader % 3 + 1, (leader + 1) % 3 + 1);
     cluster.cut(&[away]);
     cluster.change(Change::Remove(away)).await;
     let handle = cluster.handle(away);
+    assert!(handle.status().last_index > 1, "it has something to lose");
     handle.told_removed(leader, "you were removed".into());
     handle.told_removed(leader, "you were removed".into());
     handle.told_removed(77, "a stranger says so".into());
@@ -242,7 +243,12 @@ async fn stays_joint_over_a_restart(log: LogLimits) {
         let _ = leader.change(Change::Replace { old: 2, new: 3 }, leader.status().members_index, b"replaced".to_vec()).await;
         assert!(Instant::now() < deadline);
     }
-    until("both are joint", || [1, 2].iter().all(|id| *cluster.handle(*id).status().members == joint).then_some(())).await;
+    // The entry with which the joint state will end tells both that it has begun, and is on both disks.
+    let is_joint = |id: u64| {
+        let status = cluster.handle(id).status();
+        *status.members == joint && status.last_index > status.members_index
+    };
+    until("both are joint", || [1, 2].into_iter().all(is_joint).then_some(())).await;
     for id in [1, 2] {
         cluster.crash(id).await;
         cluster.restart(id);
