@@ -6,6 +6,7 @@
 mod cache;
 mod config;
 mod health;
+mod members;
 mod route;
 mod snapshot;
 mod tenants;
@@ -36,7 +37,11 @@ const EXPLAIN_MAX_NEW: u32 = 256;
 #[derive(Debug, Deserialize)]
 #[serde(tag = "q", rename_all = "snake_case")]
 enum Query {
-    Status,
+    /// With `fresh`, nodes and members as of after the question; without a quorum there is no answer then.
+    Status {
+        #[serde(default)]
+        fresh: bool,
+    },
     /// One replica about itself; asked by the others for `Status`.
     Member,
     CacheLookup(Text),
@@ -52,6 +57,18 @@ enum Query {
     Config(config::ConfigQuery),
     Cache(cache::CacheQuery),
     Snapshot(snapshot::SnapshotQuery),
+    MembersList {
+        #[serde(default)]
+        fresh: bool,
+    },
+    /// Changes the members or the leader.
+    Members {
+        #[serde(flatten)]
+        op: members::MembersOp,
+        /// A replica that does not lead has passed it on.
+        #[serde(default)]
+        passed_on: bool,
+    },
 }
 
 /// A prompt in one of three forms.
@@ -109,7 +126,9 @@ impl Admin {
         }
         let query: Query = serde_json::from_str(json).map_err(|e| format!("query: {e}"))?;
         let answer = match query {
-            Query::Status => self.status().await,
+            Query::Status { fresh } => self.status_as(fresh).await?,
+            Query::MembersList { fresh } => self.members_list(fresh).await?,
+            Query::Members { op, passed_on } => self.members_op(&op, passed_on).await?,
             Query::Member => self.member(),
             Query::CacheLookup(text) => self.cache_lookup(&text)?,
             Query::CacheStat => self.cache_stat(),
@@ -126,7 +145,7 @@ impl Admin {
 
     async fn status(&self) -> Value {
         let mut asked: Vec<(ReplicaId, tokio::task::JoinHandle<Option<Value>>)> = Vec::new();
-        for &id in self.config.others.keys() {
+        for id in self.proposer.roster.others().into_keys() {
             let replicas = self.proposer.replicas.clone();
             let ask = async move {
                 let answer = replicas.query(id, json!({"q": "member"}).to_string(), MEMBER_WAIT_MAX).await;

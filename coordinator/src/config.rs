@@ -19,15 +19,19 @@ pub const NAME_BYTES_MAX: usize = 64;
 #[derive(Parser, Clone, Debug)]
 #[command(name = "coordinator", version)]
 pub struct Args {
-    /// This replica's number, one of --peers
+    /// This replica's number, one of --peers unless it joins
     #[arg(long)]
     pub id: u64,
     /// This replica's name, as its certificate says; must end in "-" and the number, so that replicas know each other
     #[arg(long)]
     pub name: String,
-    /// All replicas and where their QUIC endpoints listen: 1=127.0.0.1:7001,2=127.0.0.1:7002
+    /// The first replicas and where their QUIC endpoints listen: 1=127.0.0.1:7001,2=127.0.0.1:7002; for one that joins, some
+    /// that there are. Once the log exists, it knows better
     #[arg(long, value_delimiter = ',', value_parser = parse_peer, required = true)]
     pub peers: Vec<(u64, SocketAddr)>,
+    /// Join a cluster that there is, as a member that an operator has added, and learn everything from its leader
+    #[arg(long)]
+    pub join: bool,
     /// Where this replica's QUIC endpoint listens
     #[arg(long)]
     pub listen: SocketAddr,
@@ -89,7 +93,10 @@ impl Config {
         }
         ensure!(all.len() <= VOTERS_MAX, "--peers: at most {VOTERS_MAX} replicas");
         let me = ReplicaId(args.id);
-        all.remove(&me).with_context(|| format!("--id {} is not one of --peers", args.id))?;
+        ensure!(me.0 != 0, "--id: replica numbers start at 1");
+        let listed = all.remove(&me).is_some();
+        ensure!(listed || args.join, "--id {} is not one of --peers", args.id);
+        ensure!(!args.join || !all.is_empty(), "--peers: --join needs a replica to join");
         check_name("--name", &args.name, NAME_BYTES_MAX)?;
         check_name("--cluster", &args.cluster, CLUSTER_ID_BYTES_MAX)?;
         let family = args.name.strip_suffix(&format!("-{}", args.id)).filter(|family| !family.is_empty());
@@ -104,22 +111,26 @@ impl Config {
         format!("{}-{id}", self.family)
     }
 
-    /// The other replica of this name.
+    /// The number of the replica of this name, whether there is one or not.
     #[must_use]
     pub fn replica_of(&self, name: &str) -> Option<ReplicaId> {
-        self.others.keys().copied().find(|id| self.replica_name(*id) == name)
+        let id = name.strip_prefix(&self.family)?.strip_prefix('-')?.parse().ok().map(ReplicaId)?;
+        (id != ReplicaId(0) && self.replica_name(id) == name).then_some(id)
     }
 
-    /// All replicas' numbers, this one included, ascending.
+    /// The first voters, ascending; none for a replica that joins.
     #[must_use]
-    pub fn voters(&self) -> Vec<u64> {
+    pub fn founders(&self) -> Vec<u64> {
+        if self.args.join {
+            return Vec::new();
+        }
         let mut all: Vec<u64> = self.others.keys().map(|id| id.0).collect();
         all.push(self.me.0);
         all.sort_unstable();
         all
     }
 
-    /// How other processes reach this replica's endpoint: as `--peers` says.
+    /// How other processes reach this replica's endpoint: as `--peers` says, else where it listens.
     #[must_use]
     pub fn quic(&self) -> SocketAddr {
         self.args.peers.iter().find(|(id, _)| *id == self.me.0).map_or(self.args.listen, |&(_, address)| address)
@@ -171,14 +182,25 @@ mod tests {
     #[test]
     fn peers_name_every_replica_once() {
         let config = Config::new(args("2=127.0.0.1:2,1=127.0.0.1:1", "1").unwrap()).unwrap();
-        assert_eq!(config.voters(), [1, 2]);
+        assert_eq!(config.founders(), [1, 2]);
         assert_eq!(config.others.keys().copied().collect::<Vec<_>>(), [ReplicaId(2)]);
         assert_eq!((config.replica_name(ReplicaId(2)), config.replica_of("c-2")), ("c-2".into(), Some(ReplicaId(2))));
-        assert_eq!((config.replica_of("c-1"), config.replica_of("x-2")), (None, None));
+        assert_eq!((config.replica_of("c-7"), config.replica_of("x-2")), (Some(ReplicaId(7)), None));
+        assert_eq!((config.replica_of("c-0"), config.replica_of("c-02"), config.replica_of("c")), (None, None, None));
         assert!(Config::new(args("2=127.0.0.1:2", "1").unwrap()).is_err());
         assert!(Config::new(args("2=127.0.0.1:2", "2").unwrap()).is_err(), "c-1 is not replica 2's name");
         assert!(Config::new(args("1=127.0.0.1:2,1=127.0.0.1:3", "1").unwrap()).is_err());
         assert!(args("1=nowhere", "1").is_err());
+    }
+
+    #[test]
+    fn who_joins_need_not_be_listed() {
+        let joins = |peers, id| Config::new(Args { join: true, name: format!("c-{id}"), ..args(peers, id).unwrap() });
+        let config = joins("2=127.0.0.1:2,1=127.0.0.1:1", "4").unwrap();
+        assert_eq!((config.founders(), config.others.len()), (vec![], 2));
+        assert_eq!(config.quic(), config.args.listen);
+        assert!(joins("4=127.0.0.1:4", "4").is_err(), "nobody to join");
+        assert!(joins("1=127.0.0.1:1", "0").is_err());
     }
 
     #[test]

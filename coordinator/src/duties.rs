@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use millrace_core::cluster::{Answer, Command, NODES_MAX, ReplicaInfo};
+use millrace_core::cluster::{Answer, Command, Member, NODES_MAX, ReplicaInfo};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_node::shutdown::Shutdown;
@@ -26,6 +26,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// One replica's duties.
 pub struct Duties {
     proposer: Proposer,
+    /// What this replica is called.
+    name: String,
     /// Where this replica can be reached.
     info: ReplicaInfo,
     /// The last renewal of this term of leadership.
@@ -39,8 +41,8 @@ pub struct Duties {
 impl Duties {
     /// Duties of the replica that proposes through `proposer`.
     #[must_use]
-    pub fn new(proposer: Proposer, info: ReplicaInfo) -> Self {
-        Self { proposer, info, renewed: None, hearing_since: None, told: 0 }
+    pub fn new(proposer: Proposer, name: String, info: ReplicaInfo) -> Self {
+        Self { proposer, name, info, renewed: None, hearing_since: None, told: 0 }
     }
 
     /// Does them until shutdown.
@@ -68,6 +70,7 @@ impl Duties {
         }
         self.stop_if_differing();
         if status.leader.is_some() {
+            self.enroll().await?;
             self.announce().await?;
             self.tell_checksum().await?;
         }
@@ -151,6 +154,20 @@ impl Duties {
                 self.proposer.nodes.send_to((node, epoch), must_join_again(epoch));
             }
         }
+    }
+
+    /// Says which log is this replica's, and where it listens.
+    async fn enroll(&self) -> Result<(), NoAnswer> {
+        let (me, status) = (self.proposer.me, self.proposer.raft.status());
+        let member = Member { name: self.name.clone(), address: self.info.quic_address.clone(), log: Some(status.log) };
+        if !status.members.contains(me.0) || self.proposer.cluster.read().member(me) == Some(&member) {
+            return Ok(());
+        }
+        match self.proposer.propose(&Command::Enroll { replica: me, member }).await? {
+            Answer::Done => info!("enrolled"),
+            other => warn!(?other, "this replica cannot be enrolled"),
+        }
+        Ok(())
     }
 
     async fn announce(&self) -> Result<(), NoAnswer> {

@@ -1,10 +1,10 @@
 //! One replica of the coordinator: keeps the cluster's state in a replicated log, takes nodes in, and serves clients.
 //!
 //! A replica is a few parts that know each other by name: `raft` keeps the log, `state` applies it, `propose` is the way into
-//! it; `links` talks to `replicas` and `nodes`, `join` takes nodes in, `deltas` batches what their caches say, `orders` tells
-//! caches what to do and `pins` what to keep, `duties` is what a replica does unasked; `dispatch` owns running requests and `traffic`
-//! counts what was served, `http` is the OpenAI gateway over it, `admin` answers operators; `serve` puts them together. What the
-//! rules are is decided in `millrace-core`; no KV byte passes through here, and no LibTorch is linked.
+//! it; `links` talks to `replicas` and `nodes`, `roster` knows who the replicas are, `join` takes nodes in, `deltas` batches what their
+//! caches say, `orders` tells caches what to do and `pins` what to keep, `duties` is what a replica does unasked; `dispatch` owns running
+//! requests and `traffic` counts what was served, `http` is the OpenAI gateway over it, `admin` answers operators; `serve` puts them
+//! together. What the rules are is decided in `millrace-core`; no KV byte passes through here, and no LibTorch is linked.
 
 pub mod admin;
 pub mod config;
@@ -22,6 +22,7 @@ pub mod pins;
 pub mod propose;
 pub mod raft;
 pub mod replicas;
+pub mod roster;
 pub mod saved;
 pub mod serve;
 pub mod state;

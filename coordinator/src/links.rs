@@ -1,20 +1,19 @@
 //! The links of this replica: who may come, who is dialed, and where each message goes.
 //!
-//! Every pair of replicas keeps one link, dialed by the one with the higher number; nodes and operators dial us. A peer is who its
-//! certificate says. Handlers do not wait: what takes time runs in a task of its own, and how many may run is bounded.
+//! Every pair of replicas keeps one link, dialed by the one with the higher number (`replica`); nodes and operators dial us. A peer
+//! is who its certificate says. Handlers do not wait: what takes time runs in a task of its own, and how many may run is bounded.
 
 mod node;
+mod replica;
 
 use std::sync::Arc;
 
 use millrace_core::ids::{Epoch, NodeId, ReplicaId};
 use millrace_core::message::{Hello, Message, ModelIdentity, Role};
-use millrace_node::dial::keep_connected;
-use millrace_node::endpoint::{Connection, Endpoint, Target};
+use millrace_node::endpoint::{Connection, Endpoint};
 use millrace_node::frame::FRAME_MAX;
 use millrace_node::link::{Link, LinkError, LinkReceiver};
-use millrace_node::shutdown::Shutdown;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc};
 use tracing::{debug, info, warn};
 
 use crate::admin::Admin;
@@ -107,51 +106,12 @@ impl Links {
         }
     }
 
-    /// Keeps links to the replicas that are ours to dial, until shutdown.
-    pub fn dial(self: &Arc<Self>, endpoint: &Endpoint, shutdown: &Shutdown) {
-        let (ours, hello) = watch::channel(self.hello(Role::Coordinator));
-        for (&id, &addr) in self.config.others.range(..self.config.me) {
-            let target = Target { addr, role: Role::Coordinator, name: Some(self.config.replica_name(id)) };
-            let (up, mut links) = mpsc::channel(1);
-            tokio::spawn(keep_connected(endpoint.clone(), target, hello.clone(), up, shutdown.clone()));
-            let this = self.clone();
-            tokio::spawn(async move {
-                while let Some((link, receiver)) = links.recv().await {
-                    this.clone().serve(link, receiver).await;
-                }
-            });
-        }
-        // Our words do not change; a closed channel keeps its last value.
-        drop(ours);
-    }
-
     async fn serve(self: Arc<Self>, link: Link, receiver: LinkReceiver) {
         match link.peer().role {
-            Role::Coordinator => match self.config.replica_of(&link.peer().name) {
-                Some(id) => self.serve_replica(id, link, receiver).await,
-                None => link.close("no replica of this cluster has that name"),
-            },
+            Role::Coordinator => self.serve_replica(link, receiver).await,
             Role::Prefill | Role::Decode => self.serve_node(link, receiver).await,
             Role::Admin => self.serve_admin(link, receiver).await,
         }
-    }
-
-    async fn serve_replica(self: Arc<Self>, id: ReplicaId, link: Link, mut receiver: LinkReceiver) {
-        let replicas = self.proposer.replicas.clone();
-        let attached = replicas.attach(id, outbox(&link));
-        info!(replica = %id, "replica linked");
-        while let Some(message) = receiver.recv().await {
-            match message {
-                Message::Raft(frame) => self.proposer.raft.step(id.0, &frame),
-                Message::Forward { id, command } => self.answer_forward(&link, id, command),
-                Message::Forwarded { id: call, result } => replicas.answered(id, call, result),
-                Message::Query { id, json } => self.answer_query(&link, id, json),
-                Message::Answer { id: call, result } => replicas.answered(id, call, result.map(String::into_bytes)),
-                _ => debug!(replica = %id, "a message without meaning between replicas"),
-            }
-        }
-        replicas.detach(id, attached);
-        info!(replica = %id, closed = ?link.is_closed(), "replica link ended");
     }
 
     async fn serve_admin(self: Arc<Self>, link: Link, mut receiver: LinkReceiver) {
@@ -162,14 +122,14 @@ impl Links {
         }
     }
 
-    fn answer_forward(&self, link: &Link, id: u64, command: Vec<u8>) {
+    fn answer_forward(&self, from: ReplicaId, link: &Link, id: u64, command: Vec<u8>) {
         let (proposer, link) = (self.proposer.clone(), link.clone());
         let Ok(permit) = self.answering.clone().try_acquire_owned() else {
             let _ = link.send(&Message::Forwarded { id, result: Err("too many commands are in flight".into()) });
             return;
         };
         tokio::spawn(async move {
-            let result = proposer.forwarded(command).await;
+            let result = proposer.forwarded(from, command).await;
             let _ = link.send(&Message::Forwarded { id, result });
             drop(permit);
         });

@@ -209,6 +209,18 @@ impl Nodes {
         outbox.is_some_and(|outbox| outbox(message))
     }
 
+    /// Sends to every process that has a link here.
+    pub fn send_to_all(&self, message: &Message) {
+        let outboxes: Vec<Outbox> = {
+            let table = self.table.read();
+            table.by_name.values().flatten().filter_map(|p| p.link.as_ref()).map(|(_, outbox)| outbox.clone()).collect()
+        };
+        for outbox in outboxes {
+            // A link that does not take it ends, and is told when it comes again.
+            outbox(message.clone());
+        }
+    }
+
     /// A member other than `instance` that lives under `name`.
     #[must_use]
     pub fn live_other(&self, now: Instant, name: &str, instance: u128) -> Option<Holder> {

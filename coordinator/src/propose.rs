@@ -10,6 +10,7 @@ use millrace_core::message::Join;
 use crate::nodes::Nodes;
 use crate::raft::{ProposeError, RaftHandle};
 use crate::replicas::{CallError, Replicas};
+use crate::roster::Roster;
 use crate::state::SharedCluster;
 
 /// How long a command may take to be applied.
@@ -53,6 +54,8 @@ pub struct Proposer {
     pub nodes: Arc<Nodes>,
     /// The applied state.
     pub cluster: SharedCluster,
+    /// Who the others are.
+    pub roster: Arc<Roster>,
 }
 
 impl Proposer {
@@ -70,12 +73,15 @@ impl Proposer {
         cluster::decode_answer(&answer).map_err(|e| NoAnswer::Answer(e.to_string()))
     }
 
-    /// Answers a command that another replica passed on.
+    /// Answers a command that the replica `from` passed on. A replica speaks of itself only for itself.
     ///
     /// # Errors
     /// For that replica, in words.
-    pub async fn forwarded(&self, bytes: Vec<u8>) -> Result<Vec<u8>, String> {
+    pub async fn forwarded(&self, from: ReplicaId, bytes: Vec<u8>) -> Result<Vec<u8>, String> {
         let command = cluster::decode(&bytes).map_err(|e| e.to_string())?;
+        if matches!(&command, Command::Enroll { replica, .. } | Command::Announce { replica, .. } if *replica != from) {
+            return Err(format!("replica {from} speaks for another"));
+        }
         self.propose_here(&command, bytes).await.map_err(|e| e.to_string())
     }
 
@@ -84,6 +90,14 @@ impl Proposer {
             && let Some(reason) = name_is_held(&self.nodes, &self.cluster, Instant::now(), join)
         {
             return Err(NoAnswer::NotNow(reason));
+        }
+        match command {
+            // What changes the members goes with a change of raft's, in one entry.
+            Command::Members(_) => return Err(NoAnswer::NotNow("the members change by an operator's query only".into())),
+            Command::Enroll { replica, .. } if !self.raft.status().members.contains(replica.0) => {
+                return Err(NoAnswer::NotNow(format!("replica {replica} is not a member")));
+            }
+            _ => {}
         }
         match tokio::time::timeout(COMMIT_WAIT_MAX, self.raft.propose(bytes)).await {
             Ok(answer) => Ok(answer?),

@@ -15,6 +15,9 @@ use crate::nodes::Outbox;
 /// Questions in flight to all replicas; one more is refused with [`CallError::Busy`].
 pub const CALLS_MAX: usize = 1024;
 
+/// Links to one replica that are kept; the oldest is forgotten. Two arise when both ends dial.
+pub const LINKS_MAX: usize = 4;
+
 /// Why a question has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
@@ -37,7 +40,8 @@ type Reply = Result<Vec<u8>, String>;
 
 #[derive(Default)]
 struct Inner {
-    links: BTreeMap<ReplicaId, (u64, Outbox)>,
+    /// The newest last: it is the one that is written to.
+    links: BTreeMap<ReplicaId, Vec<(u64, Outbox)>>,
     calls: HashMap<u64, (ReplicaId, oneshot::Sender<Reply>)>,
     made: u64,
 }
@@ -49,22 +53,50 @@ pub struct Replicas {
 }
 
 impl Replicas {
-    /// The link to `id` is up; replaces a former one. The number names this link for [`Replicas::detach`].
+    /// A link to `id` is up, and is written to from now on. The number names this link for [`Replicas::detach`].
     pub fn attach(&self, id: ReplicaId, outbox: Outbox) -> u64 {
         let mut inner = self.inner.lock();
         inner.made += 1;
         let link = inner.made;
-        inner.links.insert(id, (link, outbox));
+        let links = inner.links.entry(id).or_default();
+        if links.len() >= LINKS_MAX {
+            links.remove(0);
+        }
+        links.push((link, outbox));
         link
     }
 
     /// A link is gone; what was asked over it will not be answered.
     pub fn detach(&self, id: ReplicaId, link: u64) {
         let mut inner = self.inner.lock();
-        if inner.links.get(&id).is_some_and(|(current, _)| *current == link) {
+        let Some(links) = inner.links.get_mut(&id) else { return };
+        let current = links.last().is_some_and(|(newest, _)| *newest == link);
+        links.retain(|(other, _)| *other != link);
+        if links.is_empty() {
             inner.links.remove(&id);
+        }
+        if current {
             inner.calls.retain(|_, (to, _)| *to != id);
         }
+    }
+
+    /// Whether `link` to `id` is still one of those that count.
+    #[must_use]
+    pub fn holds(&self, id: ReplicaId, link: u64) -> bool {
+        self.inner.lock().links.get(&id).is_some_and(|links| links.iter().any(|(other, _)| *other == link))
+    }
+
+    /// Uses the links to `id` no more; what was asked over it will not be answered.
+    pub fn forget(&self, id: ReplicaId) {
+        let mut inner = self.inner.lock();
+        inner.links.remove(&id);
+        inner.calls.retain(|_, (to, _)| *to != id);
+    }
+
+    /// The replicas to which links are up.
+    #[must_use]
+    pub fn linked_ids(&self) -> Vec<ReplicaId> {
+        self.inner.lock().links.keys().copied().collect()
     }
 
     /// Whether a link to `id` is up.
@@ -75,7 +107,7 @@ impl Replicas {
 
     /// Sends without waiting; `false` when there is no link or its queue is full.
     pub fn send(&self, id: ReplicaId, message: Message) -> bool {
-        let outbox = self.inner.lock().links.get(&id).map(|(_, outbox)| outbox.clone());
+        let outbox = self.inner.lock().links.get(&id).and_then(|links| links.last()).map(|(_, outbox)| outbox.clone());
         outbox.is_some_and(|outbox| outbox(message))
     }
 
@@ -177,8 +209,10 @@ mod tests {
         let asking = replicas.clone();
         let answer = tokio::spawn(async move { asking.query(TWO, "{}".into(), Duration::from_secs(60)).await });
         sent.recv().await.unwrap();
+        let older = replicas.attach(TWO, Arc::new(|_| true));
+        replicas.detach(TWO, older);
         replicas.detach(TWO, link + 100);
-        assert!(replicas.linked(TWO), "another link's end is no news");
+        assert!(replicas.holds(TWO, link), "another link's end is no news");
         replicas.detach(TWO, link);
         assert_eq!(answer.await.unwrap(), Err(CallError::Unreachable(TWO)));
         assert_eq!(replicas.forward(TWO, vec![], Duration::from_secs(60)).await, Err(CallError::Unreachable(TWO)));

@@ -31,6 +31,7 @@ use crate::pins;
 use crate::propose::Proposer;
 use crate::raft::{self, RaftConfig, RaftHandle};
 use crate::replicas::Replicas;
+use crate::roster::Roster;
 use crate::state::{Replicated, SharedCluster};
 
 /// How long each part may take to stop.
@@ -55,7 +56,6 @@ struct Opened {
 struct Replica {
     app: Arc<App>,
     endpoint: Endpoint,
-    proposer: Proposer,
 }
 
 /// Runs a replica until shutdown.
@@ -65,6 +65,9 @@ struct Replica {
 pub async fn run(config: Config, shutdown: Shutdown) -> Result<()> {
     let opened = open(&config).await?;
     let (http, quic) = (opened.http, opened.endpoint.local_addr()?);
+    let mut config = config;
+    // Port 0 has become a real one.
+    config.args.listen = quic;
     let (replica, listener) = start(config, opened, shutdown.clone())?;
     let app = replica.app.clone();
     let mut gateway = tokio::spawn(http::serve(app.clone(), listener));
@@ -132,7 +135,9 @@ fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica,
     let Opened { checkpoint, model, endpoint, listener, http } = opened;
     let (cluster, nodes, replicas) = (SharedCluster::default(), Arc::new(Nodes::default()), Arc::new(Replicas::default()));
     let (raft, frames) = start_raft(&config, cluster.clone())?;
-    let proposer = Proposer { me: config.me, raft: raft.clone(), replicas, nodes: nodes.clone(), cluster: cluster.clone() };
+    let roster = Arc::new(Roster::new(config.clone(), raft.clone(), cluster.clone()));
+    let me = config.me;
+    let proposer = Proposer { me, raft: raft.clone(), replicas, nodes: nodes.clone(), cluster: cluster.clone(), roster };
     let dispatcher = Dispatcher::new(config.me, model.clone(), cluster.clone(), nodes.clone(), raft.watch_status());
     dispatcher.place_by(config.args.route);
     let admin = Admin::new(config.clone(), proposer.clone(), dispatcher.clone(), checkpoint.clone(), http.to_string());
@@ -141,16 +146,16 @@ fn start(config: Config, opened: Opened, shutdown: Shutdown) -> Result<(Replica,
     let (who, about) = ((config.clone(), model.clone(), instance), admin.clone());
     let links = Links::new(who, proposer.clone(), dispatcher.clone(), about, reports);
     let (http_address, quic_address, pid) = (http.to_string(), config.quic().to_string(), std::process::id());
-    let duties = Duties::new(proposer.clone(), ReplicaInfo { http_address, quic_address, pid, instance });
+    let duties = Duties::new(proposer.clone(), config.args.name.clone(), ReplicaInfo { http_address, quic_address, pid, instance });
     tokio::spawn(carry_raft(proposer.clone(), frames));
     tokio::spawn(deltas::run(proposer.clone(), inbox));
     tokio::spawn(duties.run(shutdown.clone()));
     tokio::spawn(pins::run(proposer.clone(), shutdown.clone()));
-    links.dial(&endpoint, &shutdown);
+    tokio::spawn(links.clone().keep(endpoint.clone(), shutdown.clone()));
     tokio::spawn(renew::keep_renewed(endpoint.clone(), config.args.certs.clone(), renew::LOOK_INTERVAL, shutdown.clone()));
     tokio::spawn(links.accept(endpoint.clone()));
     let app = App { config, model, checkpoint, dispatcher, cluster, nodes, raft, admin, shutdown };
-    Ok((Replica { app: Arc::new(app), endpoint, proposer }, listener))
+    Ok((Replica { app: Arc::new(app), endpoint }, listener))
 }
 
 /// Frames for other replicas, by raft id.
@@ -158,7 +163,7 @@ type RaftFrames = mpsc::Receiver<(u64, Vec<u8>)>;
 
 fn start_raft(config: &Config, cluster: SharedCluster) -> Result<(RaftHandle, RaftFrames)> {
     let dir = config.args.dir.clone();
-    let raft_config = RaftConfig::new(config.me.0, config.voters(), dir.clone(), config.args.cluster.as_str());
+    let raft_config = RaftConfig::new(config.me.0, config.founders(), dir.clone(), config.args.cluster.as_str());
     let (outgoing, frames) = mpsc::channel(RAFT_FRAMES_MAX);
     let raft = raft::start(raft_config, Replicated::new(cluster), outgoing).with_context(|| format!("--dir {}", dir.display()))?;
     Ok((raft, frames))
@@ -189,9 +194,11 @@ impl Replica {
     async fn hand_leadership_over(&self) {
         let raft = &self.app.raft;
         let mut status = raft.watch_status();
-        let heir = self.app.config.others.keys().copied().find(|id| self.proposer.replicas.linked(*id));
-        let (raft::Role::Leader, Some(heir)) = (raft.status().role, heir) else { return };
-        raft.transfer_leader(heir.0);
+        let now = raft.status();
+        if now.role != raft::Role::Leader || now.members.voters.len() < 2 {
+            return;
+        }
+        raft.hand_over();
         let handed = status.wait_for(|status| status.role != raft::Role::Leader);
         // If nobody takes it, the others elect a leader a moment later.
         let _ = tokio::time::timeout(HANDOVER_WAIT_MAX, handed).await;

@@ -1,17 +1,17 @@
 //! Three real replicas on loopback, with nodes and an operator played by the test: joining, identity, cache changes through any
-//! replica, and the loss of the leader.
+//! replica, the loss of the leader, and members that come, vote, go and take one another's place.
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use std::io::{BufRead, BufReader};
-use std::net::{SocketAddr, UdpSocket};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use coordinator::ctl::cluster_file::{self, ClusterFile, CoordinatorEntry};
 use millrace_checkpoint::Checkpoint;
-use millrace_core::ids::{BlockHash, Epoch, NodeId};
+use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId};
 use millrace_core::layout::KvDtype;
 use millrace_core::message::{BlockOp, CacheDigest, Delta, Hello, Join, Load, Message, ModelIdentity, Role};
 use millrace_node::endpoint::{Endpoint, EndpointConfig, Target};
@@ -22,6 +22,8 @@ use serde_json::{Value, json};
 /// Far more than anything here takes; only a failure waits so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 const CLUSTER: &str = "test";
+/// Replicas that a cluster begins with.
+const FOUNDERS: usize = 3;
 
 fn model_path() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-llama-gqa-tied")
@@ -55,24 +57,46 @@ impl Cluster {
     fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::create(&dir.path().join("ca"), CLUSTER).unwrap();
-        let sockets: Vec<UdpSocket> = (0..3).map(|_| UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
+        let sockets: Vec<UdpSocket> = (0..FOUNDERS).map(|_| UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
         let addresses: Vec<SocketAddr> = sockets.iter().map(|s| s.local_addr().unwrap()).collect();
         drop(sockets);
         let mut cluster = Self { dir, authority, addresses, replicas: Vec::new() };
-        for i in 0..3 {
-            let name = format!("coordinator-{}", i + 1);
-            cluster.authority.issue(Role::Coordinator, &name, &cluster.dir.path().join(&name)).unwrap();
+        for i in 0..FOUNDERS {
+            cluster.issue(i);
             let replica = cluster.launch(i);
             cluster.replicas.push(Some(replica));
         }
         cluster
     }
 
+    fn issue(&self, i: usize) {
+        let name = format!("coordinator-{}", i + 1);
+        self.authority.issue(Role::Coordinator, &name, &self.dir.path().join(&name)).unwrap();
+    }
+
+    /// An address for a replica that will join; gives its index.
+    fn plan_replica(&mut self) -> usize {
+        self.addresses.push(UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+        self.replicas.push(None);
+        self.issue(self.addresses.len() - 1);
+        self.addresses.len() - 1
+    }
+
+    /// Runs a replica that will not be taken for a member, to its end; gives what it says.
+    fn run_in_vain(&self, i: usize) -> String {
+        let out = self.command(i).stderr(Stdio::piped()).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(1), "{said}");
+        said
+    }
+
     fn command(&self, i: usize) -> Command {
         let name = format!("coordinator-{}", i + 1);
-        let peers: Vec<String> = self.addresses.iter().enumerate().map(|(i, a)| format!("{}={a}", i + 1)).collect();
+        let founders = self.addresses.iter().enumerate().take(FOUNDERS);
+        let peers: Vec<String> = founders.map(|(i, a)| format!("{}={a}", i + 1)).collect();
         let mut command = Command::new(env!("CARGO_BIN_EXE_coordinator"));
         command
+            .args((i >= FOUNDERS).then_some("--join"))
             .args(["--id", &(i + 1).to_string(), "--name", &name, "--peers", &peers.join(",")])
             .args(["--listen", &self.addresses[i].to_string(), "--cluster", CLUSTER, "--model-name", "tiny", "--dtype", "f32"])
             .arg("--dir")
@@ -122,10 +146,40 @@ impl Peer {
     }
 
     async fn query(&mut self, query: Value) -> Value {
+        self.try_query(query).await.unwrap()
+    }
+
+    async fn try_query(&mut self, query: Value) -> Result<Value, String> {
         self.link.send(&Message::Query { id: 1, json: query.to_string() }).unwrap();
         match self.recv().await {
-            Message::Answer { id: 1, result } => serde_json::from_str(&result.unwrap()).unwrap(),
+            Message::Answer { id: 1, result } => result.map(|text| serde_json::from_str(&text).unwrap()),
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// Changes the members; what is a matter of a moment is tried again.
+    async fn members(&mut self, op: &str, fields: Value) -> Value {
+        let mut query = json!({"q": "members", "op": op});
+        query.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.try_query(query.clone()).await {
+                Ok(answer) => return answer,
+                Err(reason) => {
+                    let passing = ["entries behind", "does not answer", "under way", "unavailable:"];
+                    assert!(passing.iter().any(|word| reason.contains(word)) && Instant::now() < deadline, "{query}: {reason}");
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// The next message that is wanted; others are passed over.
+    async fn find<T>(&mut self, wanted: impl Fn(Message) -> Option<T>) -> T {
+        loop {
+            if let Some(found) = wanted(self.recv().await) {
+                return found;
+            }
         }
     }
 
@@ -397,4 +451,102 @@ async fn a_saved_state_begins_another_life_of_the_cluster() {
     let (same, later) = peer.join(&join("decode-0", Role::Decode, 7, model())).await.unwrap();
     assert_eq!(same, node, "its number stays");
     assert!(later.0 > epoch.0 + (1 << 39), "an epoch that the old life cannot have granted: {later}");
+}
+
+fn names(list: &[usize]) -> Vec<String> {
+    let mut list = list.to_vec();
+    list.sort_unstable();
+    list.iter().map(|i| format!("coordinator-{}", i + 1)).collect()
+}
+
+fn name(i: usize) -> Value {
+    json!(format!("coordinator-{}", i + 1))
+}
+
+/// Sends a request to a gateway and does not wait for the answer.
+fn ask_gateway(http: &str) -> TcpStream {
+    let body = json!({"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 1}).to_string();
+    let mut stream = TcpStream::connect(http).unwrap();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all((head + &body).as_bytes()).unwrap();
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn members_come_vote_go_and_are_replaced() {
+    let mut cluster = Cluster::start();
+    let mut operator_0 = operator(&cluster, 0).await;
+    let led = |s: &Value| s["quorum"] == true && s["members"].as_array().unwrap().iter().all(|m| m["reachable"] == true);
+    let status = operator_0.until(json!({"q": "status"}), led).await;
+    let leader = leader_of(&status).unwrap();
+    let (goes, wiped) = ((leader + 1) % 3, (leader + 2) % 3);
+    let mut admin = operator(&cluster, goes).await;
+
+    // A node that caches a block.
+    let endpoint = cluster.endpoint(Role::Decode, "decode-0");
+    let mut uplink = Peer::dial(&endpoint, cluster.addresses[leader], 7, Some(model())).await;
+    let (node, epoch) = uplink.join(&join("decode-0", Role::Decode, 7, model())).await.unwrap();
+    let beating = beat(vec![uplink.link.clone()], node, epoch);
+    uplink.link.send(&delta(node, epoch, 0, 1)).unwrap();
+
+    // A learner is added through a follower, cannot vote before it is there, and then is a warm gateway.
+    let learner = cluster.plan_replica();
+    let address = cluster.addresses[learner].to_string();
+    let added = admin.members("add", json!({"name": name(learner), "address": address})).await;
+    assert_eq!((&added["role"], &added["learners"]), (&json!("learner"), &json!(names(&[learner]))));
+    let refused =
+        |answer: Result<Value, String>, word: &str| assert!(answer.as_ref().is_err_and(|why| why.starts_with(word)), "{answer:?}");
+    refused(admin.try_query(json!({"q": "members", "op": "add", "name": name(learner), "address": address})).await, "conflict: ");
+    refused(admin.try_query(json!({"q": "members", "op": "promote", "member": name(learner)})).await, "conflict: ");
+    refused(admin.try_query(json!({"q": "members", "op": "remove", "member": "coordinator-9"})).await, "not found: ");
+    refused(admin.try_query(json!({"q": "members", "op": "add", "name": "other-9", "address": address})).await, "usage: ");
+    cluster.replicas[learner] = Some(cluster.launch(learner));
+    let told = uplink.find(|message| if let Message::Replicas(list) = message { Some(list) } else { None }).await;
+    assert!(told.iter().any(|one| one.replica == ReplicaId(4) && one.address == address), "{told:?}");
+    let mut gateway = Peer::dial(&endpoint, cluster.addresses[learner], 7, Some(model())).await;
+    let beating_there = beat(vec![gateway.link.clone()], node, epoch);
+    let mut newcomer = operator(&cluster, learner).await;
+    newcomer.until(json!({"q": "cache_stat"}), |stat| stat["blocks"] == 1).await;
+    let warm = |s: &Value| s["members"][learner]["role"] == "learner" && s["nodes"][0]["usable"] == true && s["quorum"] == true;
+    newcomer.until(json!({"q": "status"}), warm).await;
+    let request = ask_gateway(cluster.replicas[learner].as_ref().unwrap().ready["http"].as_str().unwrap());
+    let ticket = gateway.find(|message| if let Message::Assign(ticket) = message { Some(ticket) } else { None }).await;
+    assert_eq!(ticket.gateway, ReplicaId(4), "the learner routes");
+    drop(request);
+
+    // It is promoted. One that is dead is removed, and stops when it comes back.
+    let promoted = admin.members("promote", json!({"member": name(learner)})).await;
+    assert_eq!(promoted["voters"], json!(names(&[0, 1, 2, learner])));
+    cluster.replicas[goes] = None;
+    let removed = newcomer.members("remove", json!({"member": name(goes)})).await;
+    assert_eq!((&removed["role"], &removed["voters"]), (&json!("removed"), &json!(names(&[leader, wiped, learner]))));
+    assert!(cluster.run_in_vain(goes).contains("was removed from the cluster"));
+    let listed = newcomer.query(json!({"q": "members_list", "fresh": true})).await;
+    assert_eq!((&listed["fresh"], &listed["stale"], listed["members"].as_array().unwrap().len()), (&json!(true), &json!(false), 3));
+
+    // One whose disk is lost is refused under its old number, and replaced.
+    cluster.replicas[wiped] = None;
+    std::fs::remove_dir_all(cluster.dir.path().join(format!("log-{}", wiped + 1))).unwrap();
+    assert!(cluster.run_in_vain(wiped).contains("millctl members replace"));
+    let fifth = cluster.plan_replica();
+    let address = cluster.addresses[fifth].to_string();
+    newcomer.members("add", json!({"name": name(fifth), "address": address})).await;
+    cluster.replicas[fifth] = Some(cluster.launch(fifth));
+    let replaced = newcomer.members("replace", json!({"old": name(wiped), "new": name(fifth)})).await;
+    assert_eq!(replaced["voters"], json!(names(&[leader, learner, fifth])));
+
+    // Leadership moves on demand; a leader that is removed hands it over, and what was cached is known to all.
+    assert_eq!(newcomer.members("transfer_leader", json!({"to": name(fifth)})).await["leader"], name(fifth));
+    newcomer.members("remove", json!({"member": name(fifth)})).await;
+    let mut gone = cluster.replicas[fifth].take().unwrap();
+    assert_eq!(gone.child.wait().unwrap().code(), Some(1), "it stops by itself");
+    gateway.link.send(&delta(node, epoch, 1, 2)).unwrap();
+    gateway.find(|message| (message == Message::DeltaApplied { epoch, seq: 2 }).then_some(())).await;
+    let whole = |s: &Value| s["quorum"] == true && s["members"].as_array().unwrap().len() == 2 && led(s);
+    newcomer.until(json!({"q": "status"}), whole).await;
+    beating.abort();
+    beating_there.abort();
 }

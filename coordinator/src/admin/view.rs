@@ -13,8 +13,9 @@ use crate::raft::Role;
 /// Entries that a replica may be behind the leader and not be called stale: some milliseconds of a busy log.
 const BEHIND_ENTRIES_MAX: u64 = 256;
 
-const fn role_word(role: Role) -> &'static str {
+const fn role_word(role: Role, learns: bool) -> &'static str {
     match role {
+        Role::Follower if learns => "learner",
         Role::Leader => "leader",
         Role::Candidate | Role::PreCandidate => "candidate",
         Role::Follower => "follower",
@@ -37,7 +38,7 @@ impl Admin {
         let member = json!({
             "id": status.id,
             "name": self.config.args.name,
-            "role": role_word(status.role),
+            "role": role_word(status.role, !status.members.is_voter(status.id)),
             "address": self.config.quic().to_string(),
             "http": self.http,
             "pid": std::process::id(),
@@ -54,13 +55,14 @@ impl Admin {
 
     /// What can be said of a replica that does not answer.
     pub(super) fn absent_member(&self, id: ReplicaId) -> Value {
+        let place = self.proposer.roster.others().remove(&id);
         let cluster = self.proposer.cluster.read();
         let info = cluster.replicas().find(|(other, _)| *other == id).map(|(_, info)| info);
         json!({
             "id": id.0,
-            "name": self.config.replica_name(id),
+            "name": place.as_ref().map_or_else(|| self.config.replica_name(id), |place| place.name.clone()),
             "role": "unknown",
-            "address": self.config.others.get(&id).map(ToString::to_string),
+            "address": place.and_then(|place| place.addr).map(|addr| addr.to_string()),
             "http": info.map(|info| info.http_address.as_str()),
             "pid": info.map(|info| info.pid),
             "term": null,
@@ -69,20 +71,23 @@ impl Admin {
         })
     }
 
-    /// The whole cluster. There is a quorum when most replicas, this one among them, answer and follow one leader that answers.
+    /// The whole cluster. There is a quorum when most voters answer and follow one leader that answers; while voters are being
+    /// exchanged, most of the old and of the new ones.
     pub(super) fn status_of(&self, mut members: Vec<Value>, now: Instant) -> Value {
         let reachable = |m: &&Value| m["reachable"] == true && m["role"] != "stopped";
         let leads = |m: &&Value| m["role"] == "leader";
         let leader = members.iter().filter(reachable).filter(leads).max_by_key(|m| m["term"].as_u64());
-        let most = members.iter().filter(reachable).count() * 2 > members.len();
-        let followed = leader.is_some_and(|leader| {
-            members.iter().filter(reachable).filter(|m| m["leader"] == leader["id"]).count() * 2 > members.len()
-        });
+        let voters = self.proposer.raft.status().members;
+        let follows =
+            |id: u64, leader: &Value| members.iter().filter(reachable).any(|m| m["id"] == id && m["leader"] == leader["id"]);
+        let most = |ids: &[u64], leader: &Value| ids.iter().filter(|id| follows(**id, leader)).count() * 2 > ids.len();
+        let followed = leader
+            .is_some_and(|leader| most(&voters.voters, leader) && (voters.outgoing.is_empty() || most(&voters.outgoing, leader)));
         let behind = leader.is_none_or(|leader| {
             let applied = self.proposer.raft.status().applied;
             applied + BEHIND_ENTRIES_MAX < leader["committed"].as_u64().unwrap_or(0)
         });
-        let quorum = most && followed;
+        let quorum = followed;
         let leader = leader.cloned();
         health::add_lag(&mut members, leader.as_ref());
         let nodes = self.nodes(&members, now);

@@ -130,7 +130,8 @@ pub struct Refusal {
     pub times: u64,
 }
 
-const MEMBERS: &[Column<Member>] = &[
+/// The columns of a list of replicas.
+pub const MEMBERS: &[Column<Member>] = &[
     column("ID", |m| cell(m.id)),
     column("MEMBER", |m| cell(&m.name)),
     column("ROLE", |m| word(&m.role, m.reachable && m.failure.is_none())),

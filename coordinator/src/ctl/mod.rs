@@ -21,6 +21,7 @@ pub mod doctor;
 pub mod exit;
 pub mod front;
 pub mod local;
+pub mod members;
 pub mod nodes;
 pub mod output;
 pub mod prompt;
@@ -59,6 +60,9 @@ enum Command {
     /// Ask about the whole cluster
     #[command(subcommand)]
     Cluster(cluster::Cluster),
+    /// Ask about the replicas, take them in and out, let another lead
+    #[command(subcommand)]
+    Members(members::Members),
     /// Ask about nodes, take them out and in
     #[command(subcommand)]
     Nodes(nodes::Nodes),
@@ -124,6 +128,7 @@ fn run(cli: Cli) -> Result<()> {
             Command::Local(LocalCommand::Status(args)) => local::status(args),
             Command::Local(LocalCommand::Down(args)) => local::down(args).await,
             Command::Cluster(command) => cluster::run(command).await,
+            Command::Members(command) => members::run(command).await,
             Command::Nodes(command) => nodes::run(command).await,
             Command::Cache(command) => cache::run(command).await,
             Command::Route(command) => route::run(command).await,

@@ -34,6 +34,9 @@ impl Links {
         let nodes = &self.proposer.nodes;
         let id = nodes.attach(Instant::now(), &who.name, who.instance, outbox.clone());
         let (number, epoch) = (hello.node, hello.epoch);
+        if let Some(replicas) = self.proposer.roster.told() {
+            outbox(Message::Replicas(replicas));
+        }
         let served = Served { who, link, id, outbox };
         if epoch != Epoch(0) && self.speaks_for_itself(&served, number) {
             nodes.joined(&served.who.name, id, (number, epoch));

@@ -14,9 +14,10 @@ use raft::eraftpb::Message;
 
 use super::disk::{self, Disk};
 use super::driver::{Driver, Stop, disk_failure, panic_text};
+use super::members::Members;
 use super::snapshot::{self, Meta};
 use super::storage::Rotation;
-use super::wal::{Identity, LogPoint, Wal};
+use super::wal::{Identity, Wal};
 use super::{DiskError, RaftFailure, StateMachine};
 
 /// Ticks to wait after a compaction for which the disk had no room.
@@ -29,8 +30,8 @@ pub(super) type Spawn = Arc<dyn Fn(Job) + Send + Sync>;
 
 /// What other threads have done for the replica's, which looks at the start of each round.
 pub(super) enum Done<S> {
-    /// The state after entry `at` is in a finished file.
-    Saved { at: LogPoint, file: PathBuf, result: Result<u64, DiskError> },
+    /// The state that `meta` tells of is in a finished file.
+    Saved { meta: Meta, file: PathBuf, result: Result<u64, DiskError> },
     /// A fresh segment is written.
     Rotated(Result<Wal, DiskError>),
     /// A peer's snapshot lies in a finished file and has been read.
@@ -86,7 +87,7 @@ impl<M: StateMachine> Driver<M> {
         if waits || !self.node.store().wants_snapshot(self.applied, &self.config.log) {
             return;
         }
-        let (owner, meta) = self.node.store().describe(self.applied);
+        let (owner, meta) = self.node.store().describe(self.applied, Members::clone(&self.members));
         let (view, disk) = (self.machine.view(), self.disk.clone());
         let file = self.config.dir.join(format!("snapshot-{:016x}.tmp", meta.at.index));
         self.background.start(move || save::<M>(&view, disk.as_ref(), file, (&owner, &meta)));
@@ -96,7 +97,7 @@ impl<M: StateMachine> Driver<M> {
     pub fn collect_done(&mut self) -> Result<(), Stop> {
         while let Ok(done) = self.background.done.try_recv() {
             match done {
-                Done::Saved { at, file, result } => self.saved(at, &file, result)?,
+                Done::Saved { meta, file, result } => self.saved(&meta, &file, result)?,
                 Done::Rotated(result) => self.rotated(result)?,
                 Done::Received(received) => self.take_snapshot(received)?,
                 Done::Sent { peer, status } => self.node.report_snapshot(peer, status),
@@ -106,12 +107,12 @@ impl<M: StateMachine> Driver<M> {
         Ok(())
     }
 
-    fn saved(&mut self, at: LogPoint, file: &Path, result: Result<u64, DiskError>) -> Result<(), Stop> {
+    fn saved(&mut self, meta: &Meta, file: &Path, result: Result<u64, DiskError>) -> Result<(), Stop> {
         let kept = self.config.log.entries_kept;
-        let adopted = result.and_then(|bytes| Ok((bytes, self.node.mut_store().adopt_snapshot(at, file, kept)?)));
+        let adopted = result.and_then(|bytes| Ok((bytes, self.node.mut_store().adopt_snapshot(meta, file, kept)?)));
         match adopted {
             Ok((bytes, true)) => {
-                tracing::info!(id = self.config.id, applied = at.index, bytes, "raft log compacted");
+                tracing::info!(id = self.config.id, applied = meta.at.index, bytes, "raft log compacted");
                 let rotation: Rotation = self.node.mut_store().begin_rotation();
                 self.background.start(move || Done::Rotated(rotation.write()));
                 Ok(())
@@ -164,5 +165,5 @@ impl<M: StateMachine> Driver<M> {
 fn save<M: StateMachine>(view: &M::State, disk: &dyn Disk, file: PathBuf, (owner, meta): (&Identity, &Meta)) -> Done<M::State> {
     let data = M::encode(view);
     let result = snapshot::write(disk, file.clone(), owner, meta, &data).map(|()| data.len() as u64);
-    Done::Saved { at: meta.at, file, result }
+    Done::Saved { meta: meta.clone(), file, result }
 }

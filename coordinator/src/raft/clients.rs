@@ -99,6 +99,13 @@ impl Clients {
         }
     }
 
+    /// An entry was applied without effect; if its proposer waits here, this is why.
+    pub fn applied_in_vain(&mut self, context: &[u8], error: ProposeError) {
+        if let Some(seq) = self.own_seq(context) {
+            self.refuse_proposal(seq, error);
+        }
+    }
+
     /// Leadership is gone: entries in flight may be committed by the next leader, or not.
     pub fn lose_proposals(&mut self) {
         let lost = self.proposals.drain().map(|(_, reply)| Answer::Proposal(reply, Err(ProposeError::Lost)));

@@ -6,13 +6,14 @@
 //! status is published before any waiter is answered.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
-use raft::eraftpb::{Entry, HardState, Message, MessageType};
+use raft::eraftpb::{Entry, EntryType, HardState, Message, MessageType};
 use raft::{Config, INVALID_ID, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole};
 use tokio::sync::{mpsc, watch};
 
@@ -20,8 +21,11 @@ use super::background::{Background, Received, Spawn};
 use super::clients::{Clients, Reply};
 use super::disk::Disk;
 use super::handle::{Input, Shared};
+use super::members::Members;
+use super::membership::Removal;
 use super::room::Room;
 use super::ship::ShipInput;
+use super::snapshot::Meta;
 use super::storage::Store;
 use super::wal::{Identity, LogPoint};
 use super::{DiskError, ProposeError, RaftConfig, RaftFailure, RaftStartError, RaftStatus, Role, StateMachine};
@@ -91,6 +95,13 @@ pub(super) struct Driver<M: StateMachine> {
     pub shared: Arc<Shared>,
     pub clients: Clients,
     pub applied: u64,
+    /// The members as applied, and the entry that last changed them.
+    pub members: Arc<Members>,
+    pub members_index: u64,
+    /// The tick at which each peer was last heard.
+    pub heard: BTreeMap<u64, u64>,
+    /// What speaks against this replica's membership.
+    pub removal: Removal,
     /// Ticks so far, and when the next is due.
     pub ticks: u64,
     tick_due: Instant,
@@ -110,8 +121,8 @@ impl<M: StateMachine> Driver<M> {
     /// Opens the log, restores the state machine from the snapshot, and gives the status to watch. Time starts at `now`.
     pub fn open(parts: Parts, mut machine: M, now: Instant) -> Result<(Self, watch::Receiver<RaftStatus>), RaftStartError> {
         let Parts { config, disk, spawn, inputs, outgoing, ship, shared } = parts;
-        let owner = Identity { cluster_id: config.cluster_id.clone(), node: config.id, voters: config.voters.clone() };
-        let (store, snapshot) = Store::open(disk.clone(), &config.dir, owner)?;
+        let owner = Identity { cluster_id: config.cluster_id.clone(), node: config.id, log: 0 };
+        let (store, snapshot) = Store::open(disk.clone(), &config.dir, owner, &config.founders)?;
         if let Some(data) = snapshot {
             machine.install(M::decode(&data)?);
         }
@@ -133,6 +144,10 @@ impl<M: StateMachine> Driver<M> {
             shared,
             clients: Clients::new(config.id),
             applied,
+            members: Arc::default(),
+            members_index: 0,
+            heard: BTreeMap::new(),
+            removal: Removal::default(),
             ticks: 0,
             tick_due: now + config.tick,
             reign: None,
@@ -144,6 +159,7 @@ impl<M: StateMachine> Driver<M> {
             status,
             config,
         };
+        driver.note_members(0);
         driver.publish();
         Ok((driver, watched))
     }
@@ -194,6 +210,7 @@ impl<M: StateMachine> Driver<M> {
         self.compact_if_due();
         self.publish();
         self.clients.answer();
+        self.stop_if_removed()?;
         if self.halted() { Err(Stop::Asked) } else { Ok(()) }
     }
 
@@ -236,15 +253,20 @@ impl<M: StateMachine> Driver<M> {
                 self.propose(command, reply);
                 return bytes;
             }
+            Input::Change { change, seen, command, reply } => self.propose_change(change, seen, &command, reply),
             Input::Read { reply } => self.clients.wait_for_read(reply),
-            Input::Transfer { to } if self.node.raft.state == StateRole::Leader => self.node.transfer_leader(to),
-            Input::Transfer { .. } | Input::Wake => {}
+            Input::Transfer { to } => self.transfer(to),
+            Input::Removed { by, why } => self.told_removed(by, why),
+            Input::Wake => {}
         }
         0
     }
 
     pub fn step(&mut self, peer: u64, message: Message) {
         let admitted = admit::admits(&self.node, peer, &message);
+        if admitted && self.members.contains(peer) {
+            self.heard.insert(peer, self.ticks);
+        }
         if admitted && self.has_no_room_for(&message) {
             return;
         }
@@ -267,7 +289,7 @@ impl<M: StateMachine> Driver<M> {
         }
     }
 
-    fn leader(&self) -> Option<u64> {
+    pub(super) fn leader(&self) -> Option<u64> {
         Some(self.node.raft.leader_id).filter(|id| *id != INVALID_ID)
     }
 
@@ -363,11 +385,13 @@ impl<M: StateMachine> Driver<M> {
         let meta = ready.snapshot().get_metadata();
         let at = LogPoint { index: meta.index, term: meta.term };
         let received = self.received.take().expect("raft is told only of snapshots that are here");
-        while let Err(error) = self.node.mut_store().install(at, &received.file, ready.hs()) {
+        let meta = Meta { at, members: Members::of(meta.get_conf_state()) };
+        while let Err(error) = self.node.mut_store().install(&meta, &received.file, ready.hs()) {
             self.make_room(error)?;
         }
         self.machine.install(received.state);
         self.applied = at.index;
+        self.note_members(at.index);
         Ok(())
     }
 
@@ -375,8 +399,10 @@ impl<M: StateMachine> Driver<M> {
         for entry in entries {
             assert_eq!(entry.index, self.applied + 1, "entries are applied in order, once each");
             self.applied = entry.index;
-            // Entries without a context are the empty ones with which leaders begin their terms.
-            if !entry.context.is_empty() {
+            if entry.get_entry_type() != EntryType::EntryNormal {
+                self.apply_step(&entry);
+            } else if !entry.context.is_empty() {
+                // Entries without a context are the empty ones with which leaders begin their terms.
                 let answer = self.machine.apply(entry.index, &entry.data);
                 self.clients.applied(&entry.context, answer);
             }
@@ -415,6 +441,7 @@ impl<M: StateMachine> Driver<M> {
         now.disk_full = self.shared.full.load(Ordering::Relaxed);
         now.frames_refused = self.shared.frames_refused.load(Ordering::Relaxed);
         now.sends_dropped = self.sends_dropped;
+        (now.members, now.members_index, now.peers) = (Arc::clone(&self.members), self.members_index, self.peers());
         self.status.send_if_modified(|status| {
             let changed = *status != now;
             *status = now;
@@ -458,7 +485,10 @@ fn observe(node: &RawNode<Store>, applied: u64) -> RaftStatus {
         last_index: raft.raft_log.last_index(),
         first_index: store.first_index(),
         snapshot_index: store.snapshot_index(),
-        voters: store.voters().into(),
+        members: Arc::default(),
+        members_index: 0,
+        peers: Arc::default(),
+        log: store.log(),
         frames_refused: 0,
         sends_dropped: 0,
         disk_full: false,

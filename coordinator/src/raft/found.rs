@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use raft::eraftpb::{ConfState, HardState};
+use raft::eraftpb::HardState;
 
 use super::disk::{Disk, OsDisk, failed};
 use super::handle::checked;
+use super::members::Members;
 use super::snapshot::{self, Meta};
 use super::storage::encode_record;
 use super::wal::{Identity, LogPoint, Wal};
@@ -28,9 +29,9 @@ pub fn found(config: RaftConfig, index: u64, state: &[u8]) -> Result<(), RaftSta
     if index == 0 || !disk.list(dir).map_err(failed("list", dir))?.is_empty() {
         return Err(RaftStartError::Config("a log is founded in an empty directory, with at least one entry".into()));
     }
-    let owner = Identity { cluster_id: config.cluster_id, node: config.id, voters: config.voters.clone() };
+    let owner = Identity { cluster_id: config.cluster_id, node: config.id, log: rand::random() };
     let at = LogPoint { index, term: FOUNDING_TERM };
-    let meta = Meta { at, members: ConfState::from((config.voters, Vec::new())) };
+    let meta = Meta { at, members: Members { voters: config.founders, ..Members::default() } };
     let temporary = dir.join("founding.tmp");
     snapshot::write(disk.as_ref(), temporary.clone(), &owner, &meta, state)?;
     snapshot::adopt(disk.as_ref(), dir, &temporary)?;

@@ -11,6 +11,7 @@ use super::background::Spawn;
 use super::clients::Reply;
 use super::disk::{Disk, OsDisk};
 use super::driver::{Driver, Parts};
+use super::members::{CHANGE_COMMAND_BYTES_MAX, Change};
 use super::ship::{self, Dock, SHIP_INPUTS_MAX, Ship, ShipInput};
 use super::wal::Identity;
 use super::{
@@ -35,11 +36,24 @@ pub(super) enum Input {
         command: Vec<u8>,
         reply: Reply<Vec<u8>>,
     },
+    Change {
+        change: Change,
+        /// [`RaftStatus::members_index`] that the asker saw.
+        seen: u64,
+        command: Vec<u8>,
+        reply: Reply<Vec<u8>>,
+    },
     Read {
         reply: Reply<u64>,
     },
     Transfer {
-        to: u64,
+        /// Nobody named: the voter that has most of the log.
+        to: Option<u64>,
+    },
+    /// A peer says that this replica is no member.
+    Removed {
+        by: u64,
+        why: String,
     },
     /// Look at [`Shared::halted`].
     Wake,
@@ -117,11 +131,12 @@ pub(super) fn assemble<M: StateMachine>(
     let (inbox, inputs) = std_mpsc::channel();
     let (to_ship, ship_inputs) = std_mpsc::sync_channel(SHIP_INPUTS_MAX);
     let (me, dir) = (config.id, config.dir.clone());
-    let owner = Identity { cluster_id: config.cluster_id.clone(), node: me, voters: config.voters.clone() };
+    let cluster_id = config.cluster_id.clone();
     let (ship, out) = (to_ship.clone(), outgoing.clone());
     let parts = Parts { config, disk: disk.clone(), spawn, inputs, outgoing, ship, shared: shared.clone() };
     let (driver, status) = Driver::open(parts, machine, now)?;
     let tell = driver.background.tell.clone();
+    let owner = Identity { cluster_id, node: me, log: driver.node.store().log() };
     let dock =
         Dock { me, disk, dir, owner, outgoing: out, shared: shared.clone(), status: status.clone(), decode: M::decode, tell };
     let (waiting, frame_bytes) = (Arc::new(Semaphore::new(WAITING_MAX)), Arc::new(Semaphore::new(FRAMES_QUEUED_BYTES_MAX)));
@@ -129,13 +144,14 @@ pub(super) fn assemble<M: StateMachine>(
     Ok(Assembled { handle, driver, ship: Ship::new(dock), ship_inputs })
 }
 
-/// The configuration with its voters sorted, if it is possible.
+/// The configuration with its founders sorted, if it is possible.
 pub(super) fn checked(mut config: RaftConfig) -> Result<RaftConfig, RaftStartError> {
     let refuse = |what: &str| Err(RaftStartError::Config(what.into()));
-    config.voters.sort_unstable();
-    config.voters.dedup();
-    if config.voters.contains(&0) || !config.voters.contains(&config.id) || config.voters.len() > VOTERS_MAX {
-        return refuse("voters must be 1 to 9 non-zero ids, this replica's among them");
+    config.founders.sort_unstable();
+    config.founders.dedup();
+    let founds = config.founders.is_empty() || config.founders.contains(&config.id);
+    if config.id == 0 || config.founders.contains(&0) || !founds || config.founders.len() > VOTERS_MAX {
+        return refuse("founders must be 1 to 9 non-zero ids, this replica's among them, or none");
     }
     if config.cluster_id.is_empty() || config.cluster_id.len() > CLUSTER_ID_BYTES_MAX {
         return refuse("the cluster id must have 1 to 64 bytes");
@@ -181,6 +197,26 @@ impl RaftHandle {
         self.ask(|reply| Input::Propose { command, reply }).await
     }
 
+    /// Changes the members, with a command that the state machine applies in the same entry; resolves with its answer once that is
+    /// applied here. `seen` is the [`RaftStatus::members_index`] that the command is based on. Only the leader does it. A
+    /// replacement ends a moment after the answer: until then the members are joint.
+    ///
+    /// # Errors
+    /// [`ProposeError::Change`] when it cannot be, or not now; else as for [`RaftHandle::propose`].
+    pub async fn change(&self, change: Change, seen: u64, command: Vec<u8>) -> Result<Vec<u8>, ProposeError> {
+        if command.len() > CHANGE_COMMAND_BYTES_MAX {
+            return Err(ProposeError::TooLarge { bytes: command.len() });
+        }
+        self.ask(|reply| Input::Change { change, seen, command, reply }).await
+    }
+
+    /// A peer, already authenticated, says that this replica is no member of the cluster. When more than half of the other voters
+    /// say so, it stops: no single one can stop it.
+    pub fn told_removed(&self, by: u64, why: String) {
+        // A stopped replica needs not be told.
+        let _ = self.inbox.send(Input::Removed { by, why });
+    }
+
     /// A point for linearizable reads: everything acknowledged anywhere before this call is applied on this replica
     /// when it resolves. Works on any replica that has a leader. Gives the applied index.
     ///
@@ -211,7 +247,12 @@ impl RaftHandle {
     /// the status.
     pub fn transfer_leader(&self, to: u64) {
         // A stopped replica has no leadership to hand over.
-        let _ = self.inbox.send(Input::Transfer { to });
+        let _ = self.inbox.send(Input::Transfer { to: Some(to) });
+    }
+
+    /// Asks this replica, if it leads, to hand leadership to the voter that has most of the log, if one is alive.
+    pub fn hand_over(&self) {
+        let _ = self.inbox.send(Input::Transfer { to: None });
     }
 
     /// Stops the replica at once. There is nothing to flush: whatever was acknowledged is already on disk, so a

@@ -4,15 +4,16 @@
 //! that can be told from the frame alone; whether the message is possible *now* is decided in `admit`.
 //! `preamble u64 | archive`, the archive 8-byte aligned behind it.
 
-use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use rkyv::util::AlignedVec;
 use rkyv::with::InlineAsBox;
 use rkyv::{Archive, Serialize, rancor};
 
-use super::{COMMAND_BYTES_MAX, FRAME_BYTES_MAX, VOTERS_MAX};
+use super::members::{Members, Step};
+use super::{COMMAND_BYTES_MAX, FRAME_BYTES_MAX, LEARNERS_MAX, VOTERS_MAX};
 
 /// Magic and version of the frame's layout.
-const PREAMBLE: [u8; 8] = *b"MRRAFT\0\x01";
+const PREAMBLE: [u8; 8] = *b"MRRAFT\0\x02";
 /// An append message with more entry bytes is sent as several; raft-rs batches without a bound of its own.
 const APPEND_BYTES_MAX: usize = 1 << 20;
 /// Entries of one frame, however small.
@@ -26,6 +27,8 @@ pub(super) const CONTEXT_BYTES: usize = 24;
 struct WireEntry<'a> {
     index: u64,
     term: u64,
+    /// The entry changes the members; its data is a `Step`.
+    step: bool,
     #[rkyv(with = InlineAsBox)]
     context: &'a [u8],
     #[rkyv(with = InlineAsBox)]
@@ -37,6 +40,8 @@ struct WireSnapshot {
     index: u64,
     term: u64,
     voters: Vec<u64>,
+    outgoing: Vec<u64>,
+    learners: Vec<u64>,
 }
 
 #[derive(Archive, Serialize)]
@@ -107,8 +112,8 @@ pub(super) fn split(mut message: Message) -> Vec<Message> {
 pub(super) fn encode(message: &Message) -> Vec<u8> {
     let snapshot = (message.get_msg_type() == MessageType::MsgSnapshot).then(|| {
         let meta = message.get_snapshot().get_metadata();
-        let voters = meta.get_conf_state().voters.clone();
-        WireSnapshot { index: meta.index, term: meta.term, voters }
+        let Members { voters, outgoing, learners } = Members::of(meta.get_conf_state());
+        WireSnapshot { index: meta.index, term: meta.term, voters, outgoing, learners }
     });
     let wire = WireMessage {
         kind: message.get_msg_type() as u8,
@@ -130,7 +135,8 @@ pub(super) fn encode(message: &Message) -> Vec<u8> {
 }
 
 fn wire_entry(entry: &Entry) -> WireEntry<'_> {
-    WireEntry { index: entry.index, term: entry.term, context: &entry.context, data: &entry.data }
+    let step = entry.get_entry_type() == EntryType::EntryConfChangeV2;
+    WireEntry { index: entry.index, term: entry.term, step, context: &entry.context, data: &entry.data }
 }
 
 /// The message of a frame, if the frame is well formed and every field is within its bounds.
@@ -179,13 +185,14 @@ fn decode_entries(wire: &ArchivedWireMessage<'_>, message: &mut Message) -> Resu
     let mut entries = Vec::with_capacity(wire.entries.len());
     for found in wire.entries.iter() {
         let mut entry = Entry { index: found.index.to_native(), term: found.term.to_native(), ..Default::default() };
-        entry.set_entry_type(EntryType::EntryNormal);
+        entry.set_entry_type(if found.step { EntryType::EntryConfChangeV2 } else { EntryType::EntryNormal });
         entry.context = found.context.to_vec().into();
         entry.data = found.data.to_vec().into();
         let follows = entry.index == before.0 + 1 && entry.term >= before.1.max(1) && entry.term <= message.term;
         let sized = entry.data.len() <= COMMAND_BYTES_MAX && [0, CONTEXT_BYTES].contains(&entry.context.len());
-        let names_a_read = entry.data.len() == CONTEXT_BYTES && entry.context.is_empty();
-        if !(if read { names_a_read } else { follows && sized }) {
+        let names_a_read = entry.data.len() == CONTEXT_BYTES && entry.context.is_empty() && !found.step;
+        let means_a_step = !found.step || Step::decode(&entry.data).is_some();
+        if !(if read { names_a_read } else { follows && sized && means_a_step }) {
             return Err(FrameError::Entries);
         }
         before = (entry.index, entry.term);
@@ -204,14 +211,19 @@ fn decode_snapshot(wire: &ArchivedWireMessage<'_>, message: &mut Message) -> Res
     };
     let (index, term) = (counter(found.index)?, counter(found.term)?);
     let point_is_right = index > 0 && term > 0 && term <= message.term;
-    if !point_is_right || found.voters.len() > VOTERS_MAX {
+    let lists = [(&found.voters, VOTERS_MAX), (&found.outgoing, VOTERS_MAX), (&found.learners, LEARNERS_MAX)];
+    if !point_is_right || lists.iter().any(|(ids, most)| ids.len() > *most) {
         return Err(FrameError::Snapshot);
     }
-    let voters: Vec<u64> = found.voters.iter().map(|v| v.to_native()).collect();
+    let [voters, outgoing, learners] = lists.map(|(ids, _)| ids.iter().map(|id| id.to_native()).collect());
+    let members = Members { voters, outgoing, learners };
+    if members.voters.is_empty() || members.check().is_err() {
+        return Err(FrameError::Snapshot);
+    }
     let meta = message.mut_snapshot().mut_metadata();
     meta.index = index;
     meta.term = term;
-    meta.set_conf_state(ConfState::from((voters, Vec::new())));
+    meta.set_conf_state(members.conf_state());
     Ok(())
 }
 
@@ -243,6 +255,7 @@ fn kind(byte: u8) -> Option<MessageType> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::raft::Change;
 
     fn append(count: u64, bytes: usize) -> Message {
         let mut message = Message { to: 2, from: 1, term: 7, log_term: 3, index: 40, commit: 40, ..Default::default() };
@@ -261,7 +274,12 @@ mod tests {
         message.set_msg_type(MessageType::MsgSnapshot);
         let meta = message.mut_snapshot().mut_metadata();
         (meta.index, meta.term) = (39, 7);
-        meta.set_conf_state(ConfState::from((vec![1, 2, 3], Vec::new())));
+        let (voters, outgoing) = (vec![1, 2, 4], vec![1, 2, 3]);
+        meta.set_conf_state(Members { voters, outgoing, learners: vec![7] }.conf_state());
+        assert_eq!(decode(&encode(&message)), Ok(message));
+        let mut message = append(3, 10);
+        message.entries[1].set_entry_type(EntryType::EntryConfChangeV2);
+        message.entries[1].data = Step::Change(Change::Promote(4)).encode(b"command").into();
         assert_eq!(decode(&encode(&message)), Ok(message));
     }
 
@@ -289,6 +307,7 @@ mod tests {
         assert_eq!(refused(|m| m.entries[1].index = 50), FrameError::Entries);
         assert_eq!(refused(|m| m.entries[1].term = 8), FrameError::Entries);
         assert_eq!(refused(|m| m.entries[2].context = vec![0; 5].into()), FrameError::Entries);
+        assert_eq!(refused(|m| m.entries[2].set_entry_type(EntryType::EntryConfChangeV2)), FrameError::Entries);
         assert_eq!(refused(|m| m.term = 0), FrameError::Entries);
         assert_eq!(refused(|m| m.log_term = 0), FrameError::Entries);
         assert_eq!(refused(|m| m.term = u64::MAX), FrameError::Field);

@@ -4,15 +4,20 @@
 //! it through a [`RaftHandle`]; what commands mean is the [`StateMachine`]'s business, and how frames travel is the
 //! network's: the driver only emits `(peer, frame)` pairs and takes frames that came from an authenticated peer.
 //!
-//! What this module does not do: it does not forward proposals (a follower answers
-//! [`ProposeError::NotLeader`]), it does not change membership (the voters are fixed when the log is created), and it
-//! does not continue after a failed sync: the page cache can no longer be trusted then (fsyncgate), so the replica
-//! stops and says so in its [`RaftStatus`]. A full disk alone does not stop it: it refuses writes until there is room (`room`).
+//! Members change one at a time, by joint consensus where voters are exchanged ([`Change`]). The first voters are the log's
+//! first entry; a replica that joins later starts with an empty log and learns everything, its own membership too,
+//! from the leader. Each log has a random identity, so that an emptied disk can be told from the one that voted.
 //!
-//! Files: `driver` the thread and the handling of a `Ready` in documented order; `clients` who waits for an answer;
-//! `admit` which peer messages may reach raft-rs, which panics on impossible ones; `message` frames; `storage` the log
-//! in memory and on disk; `wal` and `snapshot` the two files over the file layer `disk`; `codec` their bytes; `background` compaction beside the
-//! thread; `ship` snapshots between replicas, in chunks; `room` the full disk; `bench` commits a second.
+//! What this module does not do: it does not forward proposals (a follower answers
+//! [`ProposeError::NotLeader`]), and it does not continue after a failed sync: the page cache can no longer be trusted then
+//! (fsyncgate), so the replica stops and says so in its [`RaftStatus`]. A full disk alone does not stop it: it refuses writes until
+//! there is room (`room`).
+//!
+//! Files: `driver` the thread and the handling of a `Ready` in documented order; `membership` when members may change and
+//! what follows; `members` who they are; `clients` who waits for an answer; `admit` which peer messages may reach raft-rs, which
+//! panics on impossible ones; `message` frames; `storage` the log in memory and on disk; `wal` and `snapshot` the two files over the
+//! file layer `disk`; `codec` their bytes; `background` compaction beside the thread; `ship` snapshots between replicas, in chunks;
+//! `room` the full disk; `bench` commits a second.
 
 mod admit;
 mod background;
@@ -23,6 +28,8 @@ mod disk;
 mod driver;
 mod found;
 mod handle;
+mod members;
+mod membership;
 mod message;
 mod room;
 mod ship;
@@ -40,6 +47,7 @@ use std::time::Duration;
 pub use bench::{BenchError, CommitBench, bench_commits};
 pub use found::found;
 pub use handle::{RaftHandle, start};
+pub use members::{Change, Members};
 
 /// Largest command of one proposal, in bytes; a larger one is refused with [`ProposeError::TooLarge`].
 pub const COMMAND_BYTES_MAX: usize = 1 << 20;
@@ -50,8 +58,12 @@ pub const SNAPSHOT_BYTES_MAX: u64 = 1 << 30;
 pub const FRAME_BYTES_MAX: usize = 12 << 20;
 /// Longest cluster id, in bytes.
 pub const CLUSTER_ID_BYTES_MAX: usize = 64;
-/// Most voters of one cluster.
+/// Most voters of one cluster; a change to more is refused.
 pub const VOTERS_MAX: usize = 9;
+/// Most learners of one cluster; a further one is refused.
+pub const LEARNERS_MAX: usize = 16;
+/// Committed entries that a learner may lack and still become a voter: some milliseconds of a busy log.
+pub const CAUGHT_UP_ENTRIES_MAX: u64 = 256;
 
 /// When the log is compacted into a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,10 +85,11 @@ impl Default for LogLimits {
 /// What one replica is and where it keeps its log.
 #[derive(Clone, Debug)]
 pub struct RaftConfig {
-    /// This replica; non-zero and one of `voters`.
+    /// This replica; non-zero.
     pub id: u64,
-    /// All replicas of the cluster; the same list on each. Fixed when the log is created.
-    pub voters: Vec<u64>,
+    /// What a new log begins with: the first voters, the same list on each of them and this replica among it; or none, to
+    /// join a cluster that there is. A log that exists knows its members.
+    pub founders: Vec<u64>,
     /// Directory of the log and the snapshot, created if absent; one process at a time may hold it.
     pub dir: PathBuf,
     /// Names the cluster; data of another cluster is refused. At most [`CLUSTER_ID_BYTES_MAX`] bytes.
@@ -98,10 +111,10 @@ impl RaftConfig {
     /// The usual timing: ticks of 20 ms and elections after 16 to 31 of them, so that a dead leader is replaced in
     /// about 0.3 to 0.7 s, and one that hears nobody, which has to notice first, in 0.7 to 1.3 s. A tie costs another 0.3 to 0.6 s, and
     /// is the rarer the more ticks there are.
-    pub fn new(id: u64, voters: Vec<u64>, dir: PathBuf, cluster_id: impl Into<String>) -> Self {
+    pub fn new(id: u64, founders: Vec<u64>, dir: PathBuf, cluster_id: impl Into<String>) -> Self {
         Self {
             id,
-            voters,
+            founders,
             dir,
             cluster_id: cluster_id.into(),
             tick: Duration::from_millis(20),
@@ -174,6 +187,60 @@ pub enum ProposeError {
         /// Its length.
         bytes: usize,
     },
+    /// The members cannot change like that, or not now; nothing was changed.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+}
+
+/// Why the members do not change. Nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// One change at a time.
+    #[error("another change of the members is under way")]
+    Pending,
+    /// The members are not those that the asker saw.
+    #[error("the members have changed meanwhile")]
+    Outdated,
+    /// It is one already.
+    #[error("replica {0} is a member already")]
+    Member(u64),
+    /// It is none.
+    #[error("replica {0} is not a member")]
+    NoMember(u64),
+    /// Only a learner can be promoted or take another's place.
+    #[error("replica {0} is a voter already")]
+    NoLearner(u64),
+    /// Only a voter can be replaced or lead.
+    #[error("replica {0} is not a voter")]
+    NoVoter(u64),
+    /// Nobody would be left to decide.
+    #[error("replica {0} is the last voter")]
+    LastVoter(u64),
+    /// The leader cannot take itself out.
+    #[error("replica {0} leads; it must hand leadership over first")]
+    Leads(u64),
+    /// The learner does not hear us.
+    #[error("replica {0} does not answer")]
+    Silent(u64),
+    /// The learner does not hold the log yet.
+    #[error("replica {id} is {entries} entries behind; at most {CAUGHT_UP_ENTRIES_MAX} are allowed")]
+    Behind {
+        /// The learner.
+        id: u64,
+        /// Committed entries that it lacks.
+        entries: u64,
+    },
+    /// Too few of the voters that would be left are alive.
+    #[error("only {alive} of the {voters} voters that would decide are alive")]
+    QuorumAtRisk {
+        /// How many are.
+        alive: usize,
+        /// How many there would be.
+        voters: usize,
+    },
+    /// Such members cannot be.
+    #[error("{0}")]
+    Impossible(&'static str),
 }
 
 /// Why a replica did not start.
@@ -204,14 +271,9 @@ pub enum RaftStartError {
         /// Replica id of the configuration.
         expected: u64,
     },
-    /// The log was made by another set of voters.
-    #[error("the log belongs to voters {found:?}, not to {expected:?}; membership is fixed when the log is created")]
-    OtherVoters {
-        /// Voters on disk.
-        found: Vec<u64>,
-        /// Voters of the configuration.
-        expected: Vec<u64>,
-    },
+    /// The directory holds a snapshot that does not belong to its log.
+    #[error("the snapshot belongs to another log of this replica")]
+    OtherLog,
     /// Damaged data that is not the torn end of the last write. The replica must be rebuilt from the others.
     #[error("{} is corrupt at byte {offset}: {what}", .file.display())]
     Corrupt {
@@ -255,6 +317,9 @@ pub enum RaftFailure {
     /// An invariant of raft or of this driver broke.
     #[error("invariant: {0}")]
     Invariant(String),
+    /// This replica was taken out of the cluster; the text says why, or how it knows.
+    #[error("not a member of the cluster: {0}")]
+    Removed(String),
 }
 
 /// What a replica is at the moment.
@@ -270,6 +335,17 @@ pub enum Role {
     Leader,
     /// The thread has ended; see [`RaftStatus::failure`].
     Stopped,
+}
+
+/// What a leader knows of another member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerProgress {
+    /// Who.
+    pub id: u64,
+    /// The last entry that it has acknowledged.
+    pub matched: u64,
+    /// Whether it was heard within the last election time-out.
+    pub alive: bool,
 }
 
 /// State of one replica, as of the last round of its thread.
@@ -293,8 +369,14 @@ pub struct RaftStatus {
     pub first_index: u64,
     /// Last entry inside the newest snapshot on disk; 0 without one.
     pub snapshot_index: u64,
-    /// All voters.
-    pub voters: Arc<[u64]>,
+    /// All members, as applied here; nobody before this replica has joined.
+    pub members: Arc<Members>,
+    /// Entry of the last change of the members; 0 when that lies inside the snapshot.
+    pub members_index: u64,
+    /// What the leader knows of the others, by id; empty on other replicas.
+    pub peers: Arc<[PeerProgress]>,
+    /// Random number of this replica's log, drawn when it was created.
+    pub log: u128,
     /// Frames from peers that were malformed or impossible and did not reach raft.
     pub frames_refused: u64,
     /// Messages to peers dropped because the outgoing queue was full.

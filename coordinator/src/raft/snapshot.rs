@@ -1,4 +1,4 @@
-//! The snapshot file: the state machine's bytes and the log entry they reach to, replaced atomically.
+//! The snapshot file: the state machine's bytes, the members, and the log entry they reach to, replaced atomically.
 //!
 //! `magic | version | head | checksum of all before | data | checksum of the data`; the head holds the owner, the point in the log, the
 //! members at that point, and the length of the data. There is one file; the old one lives until the new one is durable, because the rename is
@@ -6,15 +6,14 @@
 
 use std::path::{Path, PathBuf};
 
-use raft::eraftpb::ConfState;
-
 use super::codec::{Reader, put_bytes, put_u64};
 use super::disk::{self, Disk, DiskFile, failed};
+use super::members::Members;
 use super::wal::{Identity, LogPoint, corrupt};
 use super::{DiskError, RaftStartError};
 
 const MAGIC: &[u8; 8] = b"MRRAFTSN";
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 /// Bytes before the head: magic, version, length of the head.
 const LEAD_BYTES: usize = 13;
 /// A head is far smaller: an owner and lists of members.
@@ -22,10 +21,10 @@ const HEAD_BYTES_MAX: usize = 64 << 10;
 const CRC_BYTES: u64 = 4;
 
 /// Where in the log a snapshot stands, and who were members there.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Meta {
     pub at: LogPoint,
-    pub members: ConfState,
+    pub members: Members,
 }
 
 /// A snapshot file that is being written.
@@ -149,13 +148,10 @@ fn path_in(dir: &Path) -> PathBuf {
 fn encode_head(owner: &Identity, meta: &Meta, total: u64) -> Vec<u8> {
     let mut head = Vec::new();
     owner.put(&mut head);
-    for value in [meta.at.index, meta.at.term, total, u64::from(meta.members.auto_leave)] {
+    for value in [meta.at.index, meta.at.term, total] {
         put_u64(&mut head, value);
     }
-    let members = &meta.members;
-    for ids in [&members.voters, &members.learners, &members.voters_outgoing, &members.learners_next] {
-        put_bytes(&mut head, &ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<_>>());
-    }
+    meta.members.put(&mut head);
     let mut out = MAGIC.to_vec();
     out.push(VERSION);
     put_bytes(&mut out, &head);
@@ -180,12 +176,8 @@ fn decode_head(path: &Path, bytes: &[u8]) -> Result<(Identity, Meta, u64, u64), 
     let fields = |mut head: Reader<'_>| {
         let owner = Identity::read(&mut head)?;
         let at = LogPoint { index: head.u64()?, term: head.u64()? };
-        let (total, auto_leave) = (head.u64()?, head.u64()? != 0);
-        let mut ids = || head.bytes().map(|b| b.chunks_exact(8).filter_map(|c| Reader(c).u64()).collect::<Vec<_>>());
-        let mut members = ConfState::from((ids()?, ids()?));
-        members.set_voters_outgoing(ids()?);
-        members.set_learners_next(ids()?);
-        members.set_auto_leave(auto_leave);
+        let total = head.u64()?;
+        let members = Members::read(&mut head)?;
         Some((owner, Meta { at, members }, total, begin))
     };
     fields(Reader(head)).ok_or_else(damaged)
@@ -197,15 +189,14 @@ mod tests {
     use super::*;
 
     fn meta() -> Meta {
-        let mut members = ConfState::from((vec![1, 2], vec![5]));
-        members.set_voters_outgoing(vec![1, 3]);
+        let members = Members { voters: vec![1, 2], outgoing: vec![1, 3], learners: vec![5] };
         Meta { at: LogPoint { index: 70, term: 3 }, members }
     }
 
     #[test]
     fn a_snapshot_is_found_as_it_was_saved_and_no_flipped_bit_passes() {
         let dir = tempfile::tempdir().unwrap();
-        let owner = Identity { cluster_id: "c".into(), node: 1, voters: vec![1, 2] };
+        let owner = Identity { cluster_id: "c".into(), node: 1, log: 7 };
         let data: Vec<u8> = (0..500u32).map(|i| (i % 251) as u8).collect();
         assert!(Saved::open(&OsDisk, dir.path(), &owner).unwrap().is_none());
         let temporary = dir.path().join("x.tmp");

@@ -8,15 +8,17 @@
 //! name ([`Store::adopt_snapshot`] gives it its own), then the entries behind it into a fresh segment ([`Store::begin_rotation`]), which takes over
 //! together with the records that were appended meanwhile ([`Store::finish_rotation`]).
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::eraftpb::{Entry, EntryType, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, StorageError};
 
 use super::codec::{Reader, put_bytes, put_u64};
 use super::disk::{self, Disk, Lock, failed};
+use super::members::{Members, Step};
 use super::snapshot::{self, Meta, Saved};
 use super::wal::{Identity, LogPoint, Recovered, Wal, corrupt};
 use super::{DiskError, LogLimits, RaftStartError, SNAPSHOT_BYTES_MAX};
@@ -38,6 +40,10 @@ pub(super) struct Store {
     entries: VecDeque<Entry>,
     /// The last entry inside the snapshot file; index 0 without one.
     snapshot: LogPoint,
+    /// The members then; nobody without a snapshot, when all changes are in the log.
+    snapshot_members: Members,
+    /// A replica that is no member in our snapshot needs one.
+    snapshot_wanted: Cell<bool>,
     /// Bytes appended since the last compaction.
     grown_bytes: u64,
     /// The segment that is being made, and what has been appended since it was begun.
@@ -68,21 +74,25 @@ impl Rotation {
 }
 
 impl Store {
-    /// Opens or creates the log in `dir`; also gives the snapshot's data, from which the state machine restarts.
-    pub fn open(disk: Arc<dyn Disk>, dir: &Path, owner: Identity) -> Result<(Self, Option<Vec<u8>>), RaftStartError> {
+    /// Opens the log in `dir`, or creates one that begins with `founders`, if there are any; also gives the snapshot's data, from
+    /// which the state machine restarts.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        mut owner: Identity,
+        founders: &[u64],
+    ) -> Result<(Self, Option<Vec<u8>>), RaftStartError> {
         disk.create_dir_all(dir).map_err(failed("create", dir))?;
         let lock = lock(disk.as_ref(), dir)?;
         let recovered = Wal::recover(&disk, dir, &owner)?;
+        owner.log = recovered.as_ref().map_or(0, |recovered| recovered.log);
         let saved = Saved::open(disk.as_ref(), dir, &owner)?;
-        let at = saved.as_ref().map(|saved| saved.meta.at);
-        let Recovered { wal, base, bodies } = match recovered {
+        let Recovered { wal, base, bodies, .. } = match recovered {
             Some(recovered) => recovered,
-            None if at.is_some() => return Err(corrupt(dir, 0, "there is a snapshot but no log")),
-            None => {
-                let wal = Wal::create(&disk, dir, 1, &owner, LogPoint::default(), &[])?;
-                Recovered { wal, base: LogPoint::default(), bodies: Vec::new() }
-            }
+            None if saved.is_some() => return Err(corrupt(dir, 0, "there is a snapshot but no log")),
+            None => create(&disk, dir, &mut owner, founders)?,
         };
+        let Meta { at, members: snapshot_members } = saved.as_ref().map(|saved| saved.meta.clone()).unwrap_or_default();
         let mut store = Self {
             disk,
             dir: dir.to_path_buf(),
@@ -92,7 +102,9 @@ impl Store {
             hard: HardState::default(),
             base,
             entries: VecDeque::new(),
-            snapshot: at.unwrap_or_default(),
+            snapshot: at,
+            snapshot_members,
+            snapshot_wanted: Cell::new(false),
             grown_bytes: 0,
             rotation: None,
             _lock: lock,
@@ -168,10 +180,11 @@ impl Store {
 
     /// Takes over a snapshot that the leader sent and that lies under a temporary name: file first, then a log that begins behind it.
     /// When the disk is full it may be tried again.
-    pub fn install(&mut self, at: LogPoint, file: &Path, hard: Option<&HardState>) -> Result<(), DiskError> {
+    pub fn install(&mut self, meta: &Meta, file: &Path, hard: Option<&HardState>) -> Result<(), DiskError> {
+        let at = meta.at;
         if self.snapshot != at {
             snapshot::adopt(self.disk.as_ref(), &self.dir, file)?;
-            self.snapshot = at;
+            (self.snapshot, self.snapshot_members) = (at, meta.members.clone());
         }
         if let Some(hard) = hard {
             self.hard = hard.clone();
@@ -183,23 +196,26 @@ impl Store {
     /// Whether `applied` is far enough ahead of the last snapshot to take another.
     pub fn wants_snapshot(&self, applied: u64, limits: &LogLimits) -> bool {
         let behind = applied.saturating_sub(self.snapshot.index);
-        self.rotation.is_none() && behind > 0 && (behind >= limits.entries_max || self.grown_bytes >= limits.bytes_max)
+        let grown = behind >= limits.entries_max || self.grown_bytes >= limits.bytes_max || self.snapshot_wanted.get();
+        self.rotation.is_none() && behind > 0 && grown
     }
 
-    /// What a snapshot of the state after entry `applied` says of itself, and whose it is.
-    pub fn describe(&self, applied: u64) -> (Identity, Meta) {
+    /// What a snapshot of the state after entry `applied`, with the members then, says of itself, and whose it is.
+    pub fn describe(&self, applied: u64, members: Members) -> (Identity, Meta) {
         let term = self.term_at(applied).expect("an applied entry is in the log or ends the snapshot");
-        (self.owner.clone(), Meta { at: LogPoint { index: applied, term }, members: self.conf_state() })
+        (self.owner.clone(), Meta { at: LogPoint { index: applied, term }, members })
     }
 
     /// Makes a finished file the snapshot and drops the log before it, all but the `kept` newest entries. False: there is a newer one.
-    pub fn adopt_snapshot(&mut self, at: LogPoint, file: &Path, kept: u64) -> Result<bool, DiskError> {
+    pub fn adopt_snapshot(&mut self, meta: &Meta, file: &Path, kept: u64) -> Result<bool, DiskError> {
+        let at = meta.at;
         if at.index <= self.snapshot.index {
             disk::discard(self.disk.as_ref(), file);
             return Ok(false);
         }
         snapshot::adopt(self.disk.as_ref(), &self.dir, file)?;
-        self.snapshot = at;
+        (self.snapshot, self.snapshot_members) = (at, meta.members.clone());
+        self.snapshot_wanted.set(false);
         let mut bytes = 0;
         let count = (at.index - self.base.index) as usize;
         let fits = |entry: &&Entry| {
@@ -289,19 +305,15 @@ impl Store {
         self.snapshot.index
     }
 
-    /// Voters of the cluster, sorted.
-    pub fn voters(&self) -> &[u64] {
-        &self.owner.voters
-    }
-
-    fn conf_state(&self) -> ConfState {
-        ConfState::from((self.owner.voters.clone(), Vec::new()))
+    /// The log's identity.
+    pub fn log(&self) -> u128 {
+        self.owner.log
     }
 }
 
 impl raft::Storage for Store {
     fn initial_state(&self) -> raft::Result<RaftState> {
-        Ok(RaftState::new(self.hard.clone(), self.conf_state()))
+        Ok(RaftState::new(self.hard.clone(), self.snapshot_members.conf_state()))
     }
 
     fn entries(&self, low: u64, high: u64, max_size: impl Into<Option<u64>>, _: GetEntriesContext) -> raft::Result<Vec<Entry>> {
@@ -340,10 +352,12 @@ impl raft::Storage for Store {
         let unavailable = || raft::Error::from(StorageError::SnapshotTemporarilyUnavailable);
         let saved = Saved::open(self.disk.as_ref(), &self.dir, &self.owner);
         let saved = saved.inspect_err(|error| tracing::error!(%error, to, "the snapshot cannot be read"));
-        let saved = saved.ok().flatten().ok_or_else(unavailable)?;
-        if saved.meta.at.index < request_index {
+        // raft does not take a snapshot in which it is no member: the next one will do.
+        let fits = |saved: &Saved| saved.meta.at.index >= request_index && saved.meta.members.contains(to);
+        let Some(saved) = saved.ok().flatten().filter(fits) else {
+            self.snapshot_wanted.set(true);
             return Err(unavailable());
-        }
+        };
         if saved.total > SNAPSHOT_BYTES_MAX {
             tracing::error!(to, bytes = saved.total, "the snapshot is too large to be sent");
             return Err(unavailable());
@@ -352,9 +366,23 @@ impl raft::Storage for Store {
         let meta = snapshot.mut_metadata();
         meta.index = saved.meta.at.index;
         meta.term = saved.meta.at.term;
-        meta.set_conf_state(saved.meta.members);
+        meta.set_conf_state(saved.meta.members.conf_state());
         Ok(snapshot)
     }
+}
+
+/// A new log with an identity of its own. Founders begin with the same entry, which all of them take for committed.
+fn create(disk: &Arc<dyn Disk>, dir: &Path, owner: &mut Identity, founders: &[u64]) -> Result<Recovered, DiskError> {
+    owner.log = rand::random();
+    let mut bodies = Vec::new();
+    if !founders.is_empty() {
+        let mut entry = Entry { index: 1, term: 1, ..Default::default() };
+        entry.set_entry_type(EntryType::EntryConfChangeV2);
+        entry.data = Step::Found(founders.to_vec()).encode(&[]).into();
+        bodies.push(encode_record(&[entry], &HardState { term: 1, commit: 1, ..Default::default() }));
+    }
+    let wal = Wal::create(disk, dir, 1, owner, LogPoint::default(), &bodies)?;
+    Ok(Recovered { wal, log: owner.log, base: LogPoint::default(), bodies })
 }
 
 fn lock(disk: &dyn Disk, dir: &Path) -> Result<Lock, RaftStartError> {
@@ -388,6 +416,7 @@ pub(super) fn encode_record(entries: &[Entry], hard: &HardState) -> Vec<u8> {
     for entry in entries {
         put_u64(&mut out, entry.index);
         put_u64(&mut out, entry.term);
+        out.push(u8::from(entry.get_entry_type() == EntryType::EntryConfChangeV2));
         put_bytes(&mut out, &entry.context);
         put_bytes(&mut out, &entry.data);
     }
@@ -400,6 +429,7 @@ fn decode_record(body: &[u8]) -> Option<(Vec<Entry>, HardState)> {
     let mut entries = Vec::new();
     for _ in 0..reader.u64()? {
         let mut entry = Entry { index: reader.u64()?, term: reader.u64()?, ..Default::default() };
+        entry.set_entry_type([EntryType::EntryNormal, EntryType::EntryConfChangeV2].get(usize::from(reader.u8()?)).copied()?);
         entry.context = reader.bytes()?.to_vec().into();
         entry.data = reader.bytes()?.to_vec().into();
         entries.push(entry);

@@ -20,7 +20,7 @@ const RECORD_BYTES_MAX: usize = 1 << 30;
 /// Zeros are written ahead in steps of this many bytes.
 const CHUNK_BYTES: usize = 1 << 20;
 const MAGIC: &[u8; 8] = b"MRRAFTWL";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// `body length | checksum of the body | checksum of salt, offset and the two before`, four bytes each.
 const HEAD_BYTES: usize = 12;
 
@@ -29,8 +29,8 @@ const HEAD_BYTES: usize = 12;
 pub(super) struct Identity {
     pub cluster_id: String,
     pub node: u64,
-    /// Sorted.
-    pub voters: Vec<u64>,
+    /// Drawn when the log is created; 0: whatever the disk says.
+    pub log: u128,
 }
 
 impl Identity {
@@ -38,23 +38,19 @@ impl Identity {
     pub fn put(&self, out: &mut Vec<u8>) {
         put_bytes(out, self.cluster_id.as_bytes());
         put_u64(out, self.node);
-        let voters: Vec<u8> = self.voters.iter().flat_map(|v| v.to_le_bytes()).collect();
-        put_bytes(out, &voters);
+        put_u64(out, self.log as u64);
+        put_u64(out, (self.log >> 64) as u64);
     }
 
     /// Reads what [`Identity::put`] wrote.
     pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
         let cluster_id = String::from_utf8(reader.bytes()?.to_vec()).ok()?;
         let node = reader.u64()?;
-        let mut ids = Reader(reader.bytes()?);
-        let mut voters = Vec::new();
-        while let Some(id) = ids.u64() {
-            voters.push(id);
-        }
-        Some(Self { cluster_id, node, voters })
+        let log = u128::from(reader.u64()?) | u128::from(reader.u64()?) << 64;
+        Some(Self { cluster_id, node, log })
     }
 
-    /// Refuses data of another cluster, another replica, or another set of voters.
+    /// Refuses data of another cluster, another replica, or another log of the same.
     pub fn expect(&self, found: Self) -> Result<(), RaftStartError> {
         if found.cluster_id != self.cluster_id {
             return Err(RaftStartError::OtherCluster { found: found.cluster_id, expected: self.cluster_id.clone() });
@@ -62,8 +58,8 @@ impl Identity {
         if found.node != self.node {
             return Err(RaftStartError::OtherNode { found: found.node, expected: self.node });
         }
-        if found.voters != self.voters {
-            return Err(RaftStartError::OtherVoters { found: found.voters, expected: self.voters.clone() });
+        if self.log != 0 && found.log != self.log {
+            return Err(RaftStartError::OtherLog);
         }
         Ok(())
     }
@@ -95,6 +91,8 @@ pub(super) struct Wal {
 /// What a directory's newest segment held.
 pub(super) struct Recovered {
     pub wal: Wal,
+    /// The log's identity.
+    pub log: u128,
     /// The entry before the segment's first.
     pub base: LogPoint,
     /// Record bodies, oldest first.
@@ -158,6 +156,7 @@ impl Wal {
         let Some((seq, path)) = segments.pop() else { return Ok(None) };
         let bytes = disk::read_all(disk.as_ref(), &path).map_err(failed("read", &path))?;
         let header = decode_header(&path, &bytes)?;
+        let log = header.owner.log;
         owner.expect(header.owner)?;
         if header.seq != seq {
             return Err(corrupt(&path, 0, "the file name and the header name different segments"));
@@ -171,7 +170,7 @@ impl Wal {
         }
         let (disk, end) = (disk.clone(), end as u64);
         let wal = Self { disk, file, path, seq, salt: header.salt, end, zeroed: end, buffer: Vec::new(), broken: false };
-        Ok(Some(Recovered { wal, base: header.base, bodies }))
+        Ok(Some(Recovered { wal, log, base: header.base, bodies }))
     }
 
     /// Number of the segment.
@@ -351,7 +350,7 @@ mod tests {
     }
 
     fn owner() -> Identity {
-        Identity { cluster_id: "c".into(), node: 1, voters: vec![1, 2, 3] }
+        Identity { cluster_id: "c".into(), node: 1, log: 77 }
     }
 
     fn append(wal: &mut Wal, body: &[u8]) -> Result<(), DiskError> {

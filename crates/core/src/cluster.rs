@@ -9,18 +9,20 @@ mod apply;
 mod audit;
 mod codec;
 mod command;
+mod members;
 mod policy;
 mod refound;
 
 pub use audit::{Audit, Checksum};
 pub use codec::{COMMAND_BYTES_MAX, CodecError, DELTAS_OPS_MAX, decode, decode_answer, encode, encode_answer};
 pub use command::{Answer, Command, DeltaVerdict, DigestVerdict, Node, NodeState, ReplicaInfo, SnapshotVerdict};
+pub use members::{Estranged, Member, MemberChange, REPLICA_NUMBERS_MAX};
 pub use policy::{
     API_KEYS_MAX, ApiKeyDigest, Change, Config, Kind, Limits, PIN_BLOCKS_MAX, PINNED_BLOCKS_MAX, PINS_MAX, Pin, Policy,
     PolicyAnswer, PolicyCommand, PolicyError, SETTINGS, Setting, Spec, Tenant, ValueError,
 };
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -67,6 +69,8 @@ pub struct Cluster {
     names: BTreeMap<String, NodeId>,
     policy: Policy,
     replicas: BTreeMap<ReplicaId, ReplicaInfo>,
+    members: BTreeMap<ReplicaId, Member>,
+    removed: BTreeSet<ReplicaId>,
     assemblies: BTreeMap<NodeId, Assembly>,
     holders: Holders,
     audit: Audit,
@@ -182,6 +186,7 @@ impl Cluster {
         if let Some((.., what)) = sizes.iter().find(|(len, max, _)| len > max) {
             return Err(what);
         }
+        self.validate_replicas()?;
         let named = |(name, id): (&String, &NodeId)| self.nodes.get(id).is_some_and(|n| n.name == *name && n.node == *id);
         if self.names.len() != self.nodes.len() || !self.names.iter().all(named) {
             return Err("names and nodes do not match");

@@ -161,6 +161,12 @@ pub enum Message {
     CacheDigest(CacheDigest),
     /// From a replica to a node, some times a second. It says nothing; that the transport acknowledges it says that the node hears.
     Ping,
+    /// First between two replicas, both ways, before any raft frame: the identity of the sender's log.
+    Log(u128),
+    /// From a replica to another that it does not take for a member, and what to do about it.
+    NoMember(String),
+    /// From a replica to a node: where the replicas are, for it to keep links to all. At most [`REPLICAS_TOLD_MAX`].
+    Replicas(Vec<ReplicaAddress>),
 }
 
 impl Message {
@@ -180,7 +186,10 @@ impl Message {
             | Self::Cancel(_)
             | Self::CacheOrder(_)
             | Self::Answer { .. }
-            | Self::Ping => matches!(role, Role::Coordinator),
+            | Self::Ping
+            | Self::Log(_)
+            | Self::NoMember(_)
+            | Self::Replicas(_) => matches!(role, Role::Coordinator),
             Self::Join(_)
             | Self::Heartbeat { .. }
             | Self::Delta(_)

@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use millrace_core::cluster::{
-    Answer, ApiKeyDigest, Cluster, Command, Limits, NodeState, PolicyCommand, ReplicaInfo, decode, decode_answer, encode,
-    encode_answer,
+    Answer, ApiKeyDigest, Cluster, Command, Limits, Member, MemberChange, NodeState, PolicyCommand, ReplicaInfo, decode,
+    decode_answer, encode, encode_answer,
 };
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId};
@@ -101,8 +101,21 @@ fn random_command(rng: &mut Rng, cluster: &Cluster) -> Command {
             let seq = (seq + rng.below(3)).saturating_sub(rng.below(2));
             Command::Snapshot(SnapshotPage { node, epoch, seq, page: rng.below(3) as u32, pages, blocks })
         }
-        20..24 => Command::Policy(random_policy(rng)),
+        22..26 => Command::Policy(random_policy(rng)),
         18 => Command::PutTenant { name: format!("t{}", rng.below(4)), key: TenantKey([rng.below(256) as u8; 32]) },
+        19..21 => {
+            let (replica, new) = (ReplicaId(rng.below(5)), ReplicaId(rng.below(5)));
+            let (name, address) = (["r-1", "r-2", ""][rng.below(3) as usize].into(), "q:3".into());
+            Command::Members(match rng.below(4) {
+                0 | 1 => MemberChange::Add { replica, name, address },
+                2 => MemberChange::Replace { old: replica, new },
+                _ => MemberChange::Remove { replica },
+            })
+        }
+        21 => {
+            let log = Some(u128::from(rng.below(2)));
+            Command::Enroll { replica: ReplicaId(rng.below(5)), member: Member { name: "r".into(), address: "q:4".into(), log } }
+        }
         _ => Command::Announce {
             replica: ReplicaId(rng.below(4)),
             info: ReplicaInfo { http_address: "h:1".into(), quic_address: "q:2".into(), pid: 7, instance: 9 },

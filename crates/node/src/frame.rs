@@ -8,7 +8,7 @@
 //! so there is no checksum. What a message means, and who may send it, is not decided here.
 
 use bytes::{Buf, Bytes};
-use millrace_core::message::{CellsHeader, DELTA_OPS_MAX, Message, SNAPSHOT_PAGE_MAX, TOKENS_MAX, Ticket};
+use millrace_core::message::{CellsHeader, DELTA_OPS_MAX, Message, REPLICAS_TOLD_MAX, SNAPSHOT_PAGE_MAX, TOKENS_MAX, Ticket};
 use quinn::RecvStream;
 use rkyv::rancor;
 use rkyv::util::AlignedVec;
@@ -249,6 +249,7 @@ fn check_bounds(message: &Message) -> Result<(), FrameError> {
         Message::Open(open) => ticket(&open.ticket),
         Message::Delta(delta) => bound("ops", delta.ops.len(), DELTA_OPS_MAX),
         Message::Snapshot(page) => bound("blocks", page.blocks.len(), SNAPSHOT_PAGE_MAX),
+        Message::Replicas(replicas) => bound("replicas", replicas.len(), REPLICAS_TOLD_MAX),
         _ => Ok(()),
     }
 }

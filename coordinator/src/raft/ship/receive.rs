@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use raft::eraftpb::{Message, MessageType};
 
 use super::super::background::{Done, Received};
+use super::super::members::Members;
 use super::super::snapshot::{Draft, Meta};
 use super::super::wal::LogPoint;
 use super::super::{SNAPSHOT_BYTES_MAX, disk, message};
@@ -58,7 +59,7 @@ impl<S> Ship<S> {
         }
         let meta = message.get_snapshot().get_metadata();
         let at = LogPoint { index: meta.index, term: meta.term };
-        let meta = Meta { at, members: meta.get_conf_state().clone() };
+        let meta = Meta { at, members: Members::of(meta.get_conf_state()) };
         let path = self.dock.dir.join(format!("inbound-{id:016x}.tmp"));
         match Draft::create(self.dock.disk.as_ref(), path, &self.dock.owner, &meta, total) {
             Ok(draft) => {

@@ -38,11 +38,39 @@ async fn data_of_another_replica_or_cluster_is_refused() {
     assert!(matches!(other, RaftStartError::OtherCluster { .. }), "{other}");
     let other = refused(RaftConfig { id: 2, ..config.clone() });
     assert!(matches!(other, RaftStartError::OtherNode { found: 1, expected: 2 }), "{other}");
-    let other = refused(RaftConfig { voters: vec![1, 2, 4], ..config.clone() });
-    assert!(matches!(other, RaftStartError::OtherVoters { .. }), "{other}");
-    let senseless = refused(RaftConfig { voters: vec![2, 3], ..config.clone() });
+    let senseless = refused(RaftConfig { founders: vec![2, 3], ..config.clone() });
     assert!(matches!(senseless, RaftStartError::Config(_)), "{senseless}");
     start_single_with(config).unwrap().0.shutdown();
+}
+
+#[tokio::test]
+async fn a_log_keeps_its_identity_and_a_new_one_has_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = LogLimits { entries_max: 5, bytes_max: 1 << 20, entries_kept: 3 };
+    let config = RaftConfig { log, ..test_config(1, vec![1], dir.path().join("a")) };
+    let mut identities = Vec::new();
+    for _ in 0..2 {
+        let (handle, _) = start_single_with(config.clone()).unwrap();
+        for _ in 0..12 {
+            commit_single(&handle, b"x").await;
+        }
+        identities.push(handle.status().log);
+        handle.shutdown();
+        handle.stopped().await;
+    }
+    assert_eq!(identities[0], identities[1]);
+    let other = RaftConfig { dir: dir.path().join("b"), ..config.clone() };
+    let (handle, _) = start_single_with(other.clone()).unwrap();
+    assert_ne!(handle.status().log, identities[0]);
+    for _ in 0..12 {
+        commit_single(&handle, b"x").await;
+    }
+    handle.shutdown();
+    handle.stopped().await;
+    // Files of two logs do not mix.
+    std::fs::copy(config.dir.join("snapshot.bin"), other.dir.join("snapshot.bin")).unwrap();
+    let mixed = start_single_with(other).err().unwrap();
+    assert!(matches!(mixed, RaftStartError::OtherLog), "{mixed}");
 }
 
 #[tokio::test]

@@ -1,10 +1,11 @@
 //! Frames that no correct replica would send, from a peer with a valid certificate.
 
-use raft::eraftpb::{ConfState, Entry, Message, MessageType};
+use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
+use crate::raft::members::Step;
 use crate::raft::message::{decode, encode};
 
 use MessageType::*;
@@ -70,7 +71,28 @@ fn strange_entries(rng: &mut StdRng, message: &Message) -> Vec<Entry> {
         context: vec![4; context].into(),
         ..Default::default()
     };
-    (0..rng.random_range(0..4)).map(entry).collect()
+    let mut entries: Vec<Entry> = (0..rng.random_range(0..4)).map(entry).collect();
+    if let Some(last) = entries.last_mut().filter(|_| rng.random()) {
+        last.set_entry_type(EntryType::EntryConfChangeV2);
+        last.data = strange_step(rng).into();
+    }
+    entries
+}
+
+/// Changes of the members, most of them impossible, and bytes that are none. None takes an honest replica out: a liar that leads
+/// may do that within the rules.
+fn strange_step(rng: &mut StdRng) -> Vec<u8> {
+    let (member, stranger, old) = (rng.random_range(0..=4), rng.random_range(4..8), rng.random_range(4..8));
+    let change =
+        [Change::AddLearner(member), Change::Promote(stranger), Change::Remove(stranger), Change::Replace { old, new: member }];
+    let steps = change.map(Step::Change).into_iter().chain([Step::Leave, Step::Found(vec![1, 2]), Step::Found(vec![])]);
+    let steps: Vec<Vec<u8>> = steps.map(|step| step.encode(b"command")).collect();
+    let mut bytes = steps[rng.random_range(0..steps.len())].clone();
+    if rng.random_range(0..4) == 0 && !bytes.is_empty() {
+        let at = rng.random_range(0..bytes.len());
+        bytes[at] ^= 1 << rng.random_range(0..8);
+    }
+    bytes
 }
 
 fn strange_snapshot(rng: &mut StdRng, message: &mut Message, index: u64) {
@@ -79,7 +101,15 @@ fn strange_snapshot(rng: &mut StdRng, message: &mut Message, index: u64) {
     let snapshot = message.mut_snapshot();
     let meta = snapshot.mut_metadata();
     (meta.index, meta.term) = (index, term);
-    meta.set_conf_state(ConfState::from((if honest { vec![1, 2, 3] } else { vec![9] }, Vec::new())));
+    let mut state = ConfState::from((if honest { vec![1, 2, 3] } else { vec![9] }, Vec::new()));
+    match rng.random_range(0..6) {
+        0 => state.voters_outgoing = vec![1, 2, 4],
+        1 => state.learners = vec![4, 5],
+        2 => state.learners = vec![1],
+        3 => state.voters = vec![3, 3, 0],
+        _ => {}
+    }
+    meta.set_conf_state(state);
 }
 
 /// A third bytes of no meaning, a third valid frames with bits flipped, a third well-formed lies.

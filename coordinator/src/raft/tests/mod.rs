@@ -7,6 +7,7 @@ mod full;
 mod history;
 mod hostile;
 mod linear;
+mod members;
 mod ship;
 pub(super) mod simdisk;
 mod world;
@@ -25,7 +26,10 @@ use super::handle::start_on;
 use super::*;
 
 const DEADLINE: Duration = Duration::from_secs(60);
+/// Founders, unless a test says otherwise.
 const REPLICAS: u64 = 3;
+/// Highest number that a replica may have.
+const SLOTS: usize = 9;
 
 type Applied = Arc<Mutex<Vec<(u64, Vec<u8>)>>>;
 
@@ -74,6 +78,10 @@ fn parse(bytes: &[u8]) -> Result<Vec<(u64, Vec<u8>)>, RestoreError> {
     Ok(commands)
 }
 
+fn os_disks() -> Vec<Arc<dyn Disk>> {
+    (0..SLOTS).map(|_| Arc::new(OsDisk) as Arc<dyn Disk>).collect()
+}
+
 /// What the network does with frames.
 #[derive(Default)]
 struct Faults {
@@ -81,6 +89,8 @@ struct Faults {
     cut: AtomicU32,
     /// One frame in so many is lost; 0: none.
     lose_one_in: AtomicU64,
+    /// One frame in so many is held back and overtaken by later ones; 0: none.
+    delay_one_in: AtomicU64,
     /// Frames seen, with their senders, for tests that replay them; kept while `tap` is set.
     tapped: Mutex<Option<Vec<Vec<u8>>>>,
 }
@@ -88,6 +98,7 @@ struct Faults {
 struct Cluster {
     dir: TempDir,
     log: LogLimits,
+    founders: Vec<u64>,
     faults: Arc<Faults>,
     /// By id - 1; `None` while a replica is down.
     slots: Arc<Mutex<Vec<Option<RaftHandle>>>>,
@@ -101,24 +112,33 @@ impl Cluster {
     }
 
     fn start_with(log: LogLimits) -> Self {
-        Self::start_on((0..REPLICAS).map(|_| Arc::new(OsDisk) as Arc<dyn Disk>).collect(), log)
+        Self::start_on(os_disks(), log)
     }
 
     fn start_on(disks: Vec<Arc<dyn Disk>>, log: LogLimits) -> Self {
-        let slots = Arc::new(Mutex::new(vec![None; REPLICAS as usize]));
+        Self::found_on(disks, &[1, 2, 3], log)
+    }
+
+    fn found(founders: &[u64], log: LogLimits) -> Self {
+        Self::found_on(os_disks(), founders, log)
+    }
+
+    fn found_on(disks: Vec<Arc<dyn Disk>>, founders: &[u64], log: LogLimits) -> Self {
+        let slots = Arc::new(Mutex::new(vec![None; SLOTS]));
         let dir = tempfile::tempdir().unwrap();
-        let journals = vec![Journal::default(); REPLICAS as usize];
-        let mut cluster = Self { dir, log, faults: Arc::default(), slots, journals, disks };
-        (1..=REPLICAS).for_each(|id| cluster.restart(id));
+        let journals = vec![Journal::default(); SLOTS];
+        let mut cluster = Self { dir, log, founders: founders.to_vec(), faults: Arc::default(), slots, journals, disks };
+        founders.iter().for_each(|id| cluster.restart(*id));
         cluster
     }
 
     fn config(&self, id: u64) -> RaftConfig {
         let dir = self.dir.path().join(id.to_string());
-        RaftConfig { log: self.log, ..test_config(id, (1..=REPLICAS).collect(), dir) }
+        let founders = if self.founders.contains(&id) { self.founders.clone() } else { Vec::new() };
+        RaftConfig { log: self.log, ..test_config(id, founders, dir) }
     }
 
-    /// Starts a replica from whatever is in its directory, with an empty state machine.
+    /// Starts a replica from whatever is in its directory, with an empty state machine. One that is no founder joins.
     fn restart(&mut self, id: u64) {
         let (outgoing, mut frames) = mpsc::channel::<(u64, Vec<u8>)>(4096);
         let journal = Journal::default();
@@ -128,7 +148,16 @@ impl Cluster {
         self.slots.lock().unwrap()[id as usize - 1] = Some(handle);
         let (slots, faults) = (Arc::clone(&self.slots), Arc::clone(&self.faults));
         std::thread::spawn(move || {
-            while let Some((to, frame)) = frames.blocking_recv() {
+            let mut held = Vec::new();
+            while let Some((mut to, mut frame)) = frames.blocking_recv() {
+                let odds = faults.delay_one_in.load(Ordering::Relaxed);
+                if odds > 0 && rand::random_range(0..odds) == 0 {
+                    held.push((to, frame));
+                    if held.len() < 4 {
+                        continue;
+                    }
+                    (to, frame) = held.swap_remove(rand::random_range(0..held.len()));
+                }
                 let cut = faults.cut.load(Ordering::Relaxed) & (1 << id | 1 << to) != 0;
                 let odds = faults.lose_one_in.load(Ordering::Relaxed);
                 if cut || odds > 0 && rand::random_range(0..odds) == 0 {

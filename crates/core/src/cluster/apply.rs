@@ -36,6 +36,8 @@ impl Cluster {
                 self.audit.hear(*replica, *checksum, self.replicas.len());
                 Answer::Done
             }
+            Command::Members(change) => self.change_members(change),
+            Command::Enroll { replica, member } => self.enroll(*replica, member),
         }
     }
 
@@ -215,6 +217,9 @@ impl Cluster {
         if let Err(reason) = fits {
             return Answer::Refused(reason);
         }
+        if self.was_removed(replica) {
+            return Answer::Refused(format!("replica {replica} is not a member"));
+        }
         if self.replicas.len() >= REPLICAS_MAX && !self.replicas.contains_key(&replica) {
             return Answer::Refused(format!("there are {REPLICAS_MAX} replicas already"));
         }
@@ -223,7 +228,7 @@ impl Cluster {
     }
 }
 
-fn text(what: &str, text: &str) -> Result<(), String> {
+pub(super) fn text(what: &str, text: &str) -> Result<(), String> {
     match text.len() {
         0 => Err(format!("the {what} is empty")),
         len if len > NAME_BYTES_MAX => Err(format!("the {what} has {len} bytes, {NAME_BYTES_MAX} are allowed")),

@@ -11,7 +11,7 @@ use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
 use super::policy::PolicyImage;
-use super::{Answer, Assembly, Audit, Cluster, Command, NODES_MAX, Node, Policy, ReplicaInfo};
+use super::{Answer, Assembly, Audit, Cluster, Command, Member, NODES_MAX, Node, Policy, ReplicaInfo};
 use crate::holders::{Drift, Held, Holders, HoldersError};
 use crate::ids::{Epoch, ReplicaId};
 use crate::message::{DELTA_OPS_MAX, ModelIdentity, SNAPSHOT_PAGE_MAX};
@@ -149,6 +149,8 @@ struct Image {
     nodes: Vec<Node>,
     policy: PolicyImage,
     replicas: Vec<(ReplicaId, ReplicaInfo)>,
+    members: Vec<(ReplicaId, Member)>,
+    removed: Vec<ReplicaId>,
     assemblies: Vec<Assembly>,
     holders: Vec<Held>,
     drift: Drift,
@@ -183,6 +185,8 @@ impl Cluster {
             nodes: self.nodes.values().cloned().collect(),
             policy: self.policy.image(),
             replicas: self.replicas.iter().map(|(id, info)| (*id, info.clone())).collect(),
+            members: self.members.iter().map(|(id, member)| (*id, member.clone())).collect(),
+            removed: self.removed.iter().copied().collect(),
             assemblies: self.assemblies.values().cloned().collect(),
             holders: self.holders.held(),
             drift: self.holders.drift(),
@@ -197,6 +201,7 @@ impl Cluster {
         let (head, blocks) = split_snapshot(bytes)?;
         let image: Image = from_archive(head)?;
         let listed = [image.nodes.len(), image.replicas.len(), image.assemblies.len()];
+        let listed_members = (image.members.len(), image.removed.len());
         let mut holders = Holders::default();
         holders.read((image.drift, &image.holders), blocks)?;
         let cluster = Self {
@@ -208,12 +213,14 @@ impl Cluster {
             nodes: image.nodes.into_iter().map(|node| (node.node, node)).collect(),
             policy: Policy::restore(image.policy).map_err(CodecError::Inconsistent)?,
             replicas: image.replicas.into_iter().collect(),
+            members: image.members.into_iter().collect(),
+            removed: image.removed.into_iter().collect(),
             assemblies: image.assemblies.into_iter().map(|a| (a.node, a)).collect::<BTreeMap<_, _>>(),
             holders,
             audit: Audit::default(),
         };
         let kept = [cluster.nodes.len(), cluster.replicas.len(), cluster.assemblies.len()];
-        if listed != kept {
+        if listed != kept || listed_members != (cluster.members.len(), cluster.removed.len()) {
             return Err(CodecError::Inconsistent("something is listed twice"));
         }
         // The index was compared with its digests as it was read; to count it again would take as long.
@@ -263,6 +270,7 @@ mod tests {
         let held = || Held { node: id, seq: 4, refused: 3, blocks: 1, digest: u128::from_le_bytes(block), drifted: true };
         let image = |nodes, holders| {
             let (policy, replicas, assemblies) = (Policy::default().image(), Vec::new(), Vec::new());
+            let (members, removed) = (Vec::new(), Vec::new());
             Image {
                 applied: 9,
                 now_us: 0,
@@ -271,6 +279,8 @@ mod tests {
                 nodes,
                 policy,
                 replicas,
+                members,
+                removed,
                 assemblies,
                 holders,
                 drift: Drift { found: 2, repaired: 1 },

@@ -5,6 +5,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
 
+use super::members::{Member, MemberChange};
 use super::{Checksum, PolicyAnswer, PolicyCommand};
 use crate::identity::TenantKey;
 use crate::ids::{Epoch, NodeId, ReplicaId};
@@ -75,6 +76,16 @@ pub enum Command {
         replica: ReplicaId,
         /// What it says.
         checksum: Checksum,
+    },
+    /// The members change; goes with the change of the consensus layer in one entry. Answers [`Answer::Done`] or `Refused`.
+    Members(MemberChange),
+    /// A replica says what it is called, where it listens and which log is its own. Answers [`Answer::Done`], or `Refused` when
+    /// it is no member or another log is enrolled under its number.
+    Enroll {
+        /// The replica.
+        replica: ReplicaId,
+        /// What it says; `log` is never `None`.
+        member: Member,
     },
 }
 

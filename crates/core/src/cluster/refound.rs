@@ -16,7 +16,7 @@ impl Cluster {
     pub fn refound(&mut self) {
         let alive: Vec<_> = self.nodes.values().filter(|node| node.state.alive()).map(|node| node.node).collect();
         alive.into_iter().for_each(|node| self.bury(node, NodeState::Dead));
-        self.replicas.clear();
+        self.forget_replicas();
         self.last_epoch.0 = self.last_epoch.0.saturating_add(LIFE_ENTRIES);
         self.applied = self.applied.saturating_add(LIFE_ENTRIES);
     }

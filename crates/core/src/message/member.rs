@@ -4,7 +4,7 @@ use alloc::string::String;
 use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::identity::Fingerprint;
-use crate::ids::{Epoch, NodeId};
+use crate::ids::{Epoch, NodeId, ReplicaId};
 use crate::layout::KvLayout;
 
 /// What a process is. Its certificate says so.
@@ -142,4 +142,16 @@ pub struct Load {
     pub queued_pairs: u64,
     /// Measured with `prefill_ns_per_token`: picoseconds more for each pair of a prompt token and a token before it.
     pub prefill_ps_per_pair: u64,
+}
+
+/// Replicas of which a node is told.
+pub const REPLICAS_TOLD_MAX: usize = 64;
+
+/// Where a replica of the coordinator can be reached.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaAddress {
+    /// Its number.
+    pub replica: ReplicaId,
+    /// Where its QUIC endpoint listens, `ip:port`.
+    pub address: String,
 }

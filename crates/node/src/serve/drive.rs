@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use millrace_core::batch::{Batch, Input, Output};
 use millrace_core::engine::{EngineError, Sampled};
 use millrace_core::ids::{AttemptId, BlockHash, Generation, ReplicaId, SlotRef, Time};
-use millrace_core::message::{AttemptFailed, FailKind, Granted, Load, Message, Peer, Ticket, TokenOut};
+use millrace_core::message::{AttemptFailed, FailKind, Granted, Load, Message, Peer, ReplicaAddress, Ticket, TokenOut};
 use millrace_core::transfer::Grid;
 use millrace_core::transfer::recv::{self, Receiver};
 use millrace_core::transfer::send::{self, Sender};
@@ -40,6 +40,8 @@ pub(super) struct Drive {
     pub(super) compute: Compute,
     pub(super) events: mpsc::Receiver<Event>,
     pub(super) uplinks: Uplinks,
+    /// Where lists of the coordinator's replicas go.
+    pub(super) replicas: mpsc::Sender<Vec<ReplicaAddress>>,
     pub(super) peers: Peers,
     pub(super) sendings: Sendings,
     pub(super) upkeep: Upkeep,
@@ -159,6 +161,8 @@ impl Drive {
             Message::DeltaApplied { epoch, seq } => self.uplinks.on_applied(epoch, seq),
             Message::WantSnapshot { epoch } => self.uplinks.on_want_snapshot(epoch),
             Message::Ping => {}
+            // One that finds no room is told again with the next link.
+            Message::Replicas(list) => drop(self.replicas.try_send(list)),
             other => tracing::debug!(?other, "message without meaning on a coordinator link"),
         }
         Ok(())

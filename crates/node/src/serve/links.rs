@@ -1,10 +1,12 @@
 //! Tasks that turn links into events: one reader for each link, one acceptor for the endpoint.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use millrace_core::ids::ReplicaId;
-use millrace_core::message::{Hello, Role};
+use millrace_core::message::{Hello, REPLICAS_TOLD_MAX, ReplicaAddress, Role};
 use tokio::sync::{mpsc, watch};
 
 use super::event::{Event, LinkEvent, LinkNo};
@@ -13,6 +15,9 @@ use crate::dial::keep_connected;
 use crate::endpoint::{Endpoint, Target};
 use crate::link::{Link, LinkReceiver};
 use crate::shutdown::Shutdown;
+
+/// Lists of replicas that wait; a further one is dropped, and comes again with the next link.
+pub(super) const LISTS_MAX: usize = 4;
 
 /// Numbers links and reads the KV streams beside them.
 #[derive(Clone)]
@@ -60,8 +65,33 @@ pub(super) async fn read_link(
     let _ = events.send(event(LinkEvent::Down(link.closed().await.to_string()))).await;
 }
 
+/// Keeps links to the coordinator's replicas: those of the command line, and those of which a replica tells later.
+pub(super) async fn keep_uplinks(
+    endpoint: Endpoint,
+    replicas: Vec<(ReplicaId, SocketAddr)>,
+    mut told: mpsc::Receiver<Vec<ReplicaAddress>>,
+    hello: watch::Receiver<Hello>,
+    context: (Links, mpsc::Sender<Event>),
+    shutdown: Shutdown,
+) {
+    let mut known = BTreeSet::new();
+    let mut found = replicas;
+    loop {
+        for (replica, addr) in found {
+            // One that went is dialed in vain, now and then; at the bound further ones are not dialed.
+            if known.len() < REPLICAS_TOLD_MAX && known.insert(replica) {
+                let target = Target { addr, role: Role::Coordinator, name: None };
+                let uplink = keep_uplink(endpoint.clone(), replica, target, hello.clone(), context.clone(), shutdown.clone());
+                tokio::spawn(uplink);
+            }
+        }
+        let Some(list) = told.recv().await else { return };
+        found = list.into_iter().filter_map(|one| Some((one.replica, one.address.parse().ok()?))).collect();
+    }
+}
+
 /// Keeps a link to one coordinator replica up, and reads it.
-pub(super) async fn keep_uplink(
+async fn keep_uplink(
     endpoint: Endpoint,
     replica: ReplicaId,
     target: Target,

@@ -30,7 +30,7 @@ use millrace_core::message::{Hello, Join, ModelIdentity, Role};
 use millrace_kernels::slab::KvSlab;
 use tokio::sync::{mpsc, watch};
 
-use crate::endpoint::{Endpoint, EndpointConfig, Target};
+use crate::endpoint::{Endpoint, EndpointConfig};
 use crate::pki::Identity;
 use crate::shutdown::Shutdown;
 
@@ -116,12 +116,9 @@ impl Node {
             receiving::StreamContext { receptions: receptions.clone(), slab: Arc::clone(&slab), clock, events: events_tx.clone() };
         let links = links::Links::new(streams);
         let (hello, hellos) = watch::channel(hello);
-        for (replica, addr) in &self.config.coordinators {
-            let target = Target { addr: *addr, role: Role::Coordinator, name: None };
-            let context = (links.clone(), events_tx.clone());
-            let uplink = links::keep_uplink(endpoint.clone(), *replica, target, hellos.clone(), context, shutdown.clone());
-            tokio::spawn(uplink);
-        }
+        let (replicas, told) = mpsc::channel(links::LISTS_MAX);
+        let (first, context) = (self.config.coordinators.clone(), (links.clone(), events_tx.clone()));
+        tokio::spawn(links::keep_uplinks(endpoint.clone(), first, told, hellos.clone(), context, shutdown.clone()));
         tokio::spawn(links::accept_links(endpoint.clone(), hellos, links.clone(), events_tx.clone()));
         let drive = drive::Drive {
             batch: Batch::new(self.config.batch.clone()),
@@ -130,6 +127,7 @@ impl Node {
             sendings: sending::Sendings::new(slab, clock, events_tx.clone()),
             peers: peers::Peers::new(endpoint.clone(), hello, links, events_tx),
             uplinks: uplink::Uplinks::new(join),
+            replicas,
             rates: rates::Rates::default(),
             config: self.config,
             clock,
