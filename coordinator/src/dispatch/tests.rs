@@ -393,9 +393,11 @@ async fn settings_count_from_the_moment_that_they_are_applied() {
     world.apply(&set("request.tokens_max", 24));
     world.dispatcher.submit(prompt(20)).unwrap();
     world.apply(&set("request.running_max", 4));
+    world.apply(&set("request.tokens_max", 2000));
     loaded(&world, &node, 3_000);
     world.apply(&set("slo.ttft_ms", 2_500));
-    assert!(matches!(world.dispatcher.submit(prompt(1000)), Err(SubmitError::TooLate { ttft_us: 4_000_000, .. })));
+    let late = SubmitError::TooLate { ttft_us: 4_000_000, tpot_us: 21_000, retry_after_s: 2 };
+    assert_eq!(world.dispatcher.submit(prompt(1000)).map(drop).unwrap_err(), late);
     world.apply(&set("slo.ttft_ms", 0));
     world.dispatcher.submit(prompt(1000)).unwrap();
 }
