@@ -255,7 +255,8 @@ mod tests {
         assert_eq!((me.role, me.name.as_str(), me.cluster.as_str()), (Role::Admin, "op", "x"));
         show(&dir, shape).unwrap();
         let op = Certificate::load(&dir.join("op"));
-        assert_eq!((op.days_left, op.state.as_str()), (Some(364), "valid"));
+        // A certificate's life is in whole seconds, so the year may have lost part of one.
+        assert!(matches!(op.days_left, Some(364 | 365)) && op.state == "valid", "{op:?}");
         std::fs::write(dir.join("op/cert.pem"), "nonsense").unwrap();
         assert_eq!(Exit::of(&show(&dir, shape).unwrap_err()), Exit::Degraded);
     }
