@@ -1,5 +1,6 @@
 //! The load harness against its own scripted server, whose clock is the same: what the client notes must enclose what the server did. Nothing
 //! here depends on how fast the machine is.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
