@@ -140,7 +140,17 @@ impl Peer {
         Self { link, receiver }
     }
 
+    /// The next message that answers something: what replicas tell nodes unasked is passed over.
     async fn recv(&mut self) -> Message {
+        loop {
+            match self.hear().await {
+                Message::Ping | Message::Replicas(_) => {}
+                message => return message,
+            }
+        }
+    }
+
+    async fn hear(&mut self) -> Message {
         let message = tokio::time::timeout(PATIENCE, self.receiver.recv()).await.expect("in time");
         message.unwrap_or_else(|| panic!("link ended: {:?}", self.link.is_closed()))
     }
@@ -177,7 +187,7 @@ impl Peer {
     /// The next message that is wanted; others are passed over.
     async fn find<T>(&mut self, wanted: impl Fn(Message) -> Option<T>) -> T {
         loop {
-            if let Some(found) = wanted(self.recv().await) {
+            if let Some(found) = wanted(self.hear().await) {
                 return found;
             }
         }

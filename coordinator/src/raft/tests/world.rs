@@ -287,7 +287,8 @@ impl World {
         }
         live.ship.look(now);
         let round = catch_unwind(AssertUnwindSafe(|| live.driver.round(None, now)));
-        let timeout = 10 + hash(&[self.seed, i as u64, live.driver.ticks / 37]) as usize % 10;
+        let ticks = live.driver.config.election_ticks;
+        let timeout = ticks + hash(&[self.seed, i as u64, live.driver.ticks / 37]) as usize % ticks;
         live.driver.node.raft.set_randomized_election_timeout(timeout);
         let after = live.handle.status();
         if after.applied > before.applied && after.first_index > before.applied + 1 && after.snapshot_index == after.first_index - 1
