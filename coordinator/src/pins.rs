@@ -56,8 +56,11 @@ async fn round(proposer: &Proposer, told: &mut Told) {
     }
 }
 
+/// The version of the pins, their blocks, and the nodes that must be told.
+type Due = (u64, Vec<BlockHash>, Vec<(NodeId, Epoch)>);
+
 /// What must be told, and to whom; `None` when everybody knows.
-fn due(proposer: &Proposer, told: &Told) -> Option<(u64, Vec<BlockHash>, Vec<(NodeId, Epoch)>)> {
+fn due(proposer: &Proposer, told: &Told) -> Option<Due> {
     let cluster = proposer.cluster.read();
     let version = cluster.policy().pins_version();
     // A cluster that never had a pin has nothing to say: every node starts without.

@@ -249,7 +249,7 @@ fn max_new(rules: &Rules, prompt: usize, asked: Option<(i64, &'static str)>, def
     match asked {
         None => Ok(default.map_or(room, |n| room.min(n as usize)).min(own_max as usize) as u32),
         Some((n, param)) if n < 1 => Err(ApiError::invalid(param, format!("{param} must be at least 1, got {n}"))),
-        Some((n, param)) if n as u64 > u64::from(own_max) => {
+        Some((n, param)) if rules.answer_max > 0 && n as u64 > u64::from(own_max) => {
             Err(ApiError::invalid(param, format!("{n} tokens were asked for, the limit of this API key's tenant is {own_max}")))
         }
         Some((n, _)) if n as u64 <= room as u64 => Ok(n as u32),

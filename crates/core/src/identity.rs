@@ -75,7 +75,7 @@ impl Chain {
     /// Laid out in one piece first: hashing it in one call costs half of what an update for each token does.
     fn next(&self, kind: &[u8; 4], tokens: &[TokenId]) -> [u8; 32] {
         let mut bytes = [0; LINK_BYTES_MAX];
-        let length = HEAD_BYTES + tokens.len() * size_of::<TokenId>();
+        let length = HEAD_BYTES + size_of_val(tokens);
         if length > bytes.len() {
             return self.next_of_many(kind, tokens);
         }

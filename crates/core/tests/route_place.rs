@@ -348,7 +348,7 @@ fn what_cannot_be_placed_says_why() {
     assert_eq!(late, Err(NoPlace::Overloaded { ttft_us: 10_000_000, tpot_us: 21_000, retry_after_us: 8_000_000 }));
     assert!(place(&view(&nodes), &Ask { slo, ..ask(2500, 100) }).is_ok(), "too long for the objective on an idle node too");
     nodes.iter_mut().for_each(|n| (n.load.queued_tokens, n.load.running) = (0, 10));
-    let slow = place(&view(&nodes), &Ask { slo: Some(Slo { tpot_us: 20_500, ..slo.unwrap() }), ..ask(500, 100) });
+    let slow = place(&view(&nodes), &Ask { slo: slo.map(|slo| Slo { tpot_us: 20_500, ..slo }), ..ask(500, 100) });
     let ends_us = 256 * 20_000 / 10; // one of ten
     assert_eq!(slow, Err(NoPlace::Overloaded { ttft_us: 500_000, tpot_us: 21_000, retry_after_us: ends_us }));
     nodes.iter_mut().for_each(|n| n.usable = false);

@@ -114,6 +114,9 @@ pub(super) struct Story {
     pub broken: u32,
 }
 
+/// When a frame arrives, its number, from whom, to whom, the frame.
+type Flight = (u64, u64, u64, u64, Vec<u8>);
+
 /// The whole.
 pub(super) struct World {
     seed: u64,
@@ -123,7 +126,7 @@ pub(super) struct World {
     now_ms: u64,
     events: u64,
     machines: Vec<Machine>,
-    flights: BinaryHeap<Reverse<(u64, u64, u64, u64, Vec<u8>)>>,
+    flights: BinaryHeap<Reverse<Flight>>,
     /// Pairs that do not hear each other, one way, until a time.
     cut: BTreeMap<(u64, u64), u64>,
     clients: Vec<Option<Asked>>,
