@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use millrace_e2e::cluster::{Cluster, Member, Plan, Status};
 use millrace_e2e::stream::{Answer, End, Event, Events};
-use millrace_e2e::{WAIT_MAX, eventually, http, process, real_model, tiny_model};
+use millrace_e2e::{WAIT_MAX, eventually, http, process, real_model};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -258,9 +258,9 @@ async fn chats_of_a_model_go_on_with_their_text_and_their_stop_strings() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sampled_answers_without_a_seed_of_their_own_go_on_as_they_began() {
-    let cluster = Cluster::start(Plan::of(tiny_model())).await;
+    let cluster = Cluster::start(Plan::of(real_model())).await;
     let body = json!({
-        "model": cluster.model, "prompt": (0..70).map(|i| 3 + i * 3 % 290).collect::<Vec<_>>(), "max_tokens": 200, "ignore_eos": true,
+        "model": cluster.model, "prompt": (0..70).map(|i| 3 + i * 3 % 290).collect::<Vec<_>>(), "max_tokens": 80, "ignore_eos": true,
         "return_token_ids": true, "stream": true, "stream_options": {"include_usage": true}, "temperature": 1.0,
     });
     let mut events = Events::open(cluster.http, "/v1/completions", &body).await.unwrap();
@@ -272,7 +272,7 @@ async fn sampled_answers_without_a_seed_of_their_own_go_on_as_they_began() {
     assert_eq!(carried, 1);
     assert!(process::signal("KILL", pid(&victim)));
     let answer = events.collect(answer).await;
-    assert_eq!((answer.end, answer.ids.len()), (End::Whole, 200));
-    assert_eq!(answer.usage["completion_tokens"], json!(200));
+    assert_eq!((answer.end, answer.ids.len()), (End::Whole, 80));
+    assert_eq!(answer.usage["completion_tokens"], json!(80));
     back(&cluster, &victim).await;
 }
