@@ -16,6 +16,9 @@ const BLOCK_TOKENS: usize = 16;
 const LONG: usize = 1000;
 /// Requests at a time. That all at once give the same is shown in `load.rs`.
 const AT_ONCE: usize = 4;
+/// With so many cached tokens at stake no queue of this test is long enough to send a prompt elsewhere. A short one may rightly be computed
+/// anew at an idle node, rather than wait for the busy one that has a block of it.
+const WORTH_TOKENS: u64 = 100;
 /// Blocks of a pool that keeps every prompt and answer of the reference: nothing is evicted between the cold pass and the warm.
 const POOL_BLOCKS: u32 = 1024;
 
@@ -94,10 +97,9 @@ async fn one_prefill_and_one_decode_node_give_the_reference_ids() {
     let rows = rows();
     let cluster =
         Cluster::start(Plan { coordinators: 1, prefill: 1, decode: 1, kv_blocks: POOL_BLOCKS, ..Plan::of(real_model()) }).await;
-    // Wherever a prompt is computed, both nodes have had its blocks.
     let cached = cold_and_warm(&cluster, &rows).await;
     for (row, (most, cached)) in rows.iter().zip(cached) {
-        assert!(most == 0 || cached > 0, "{}: nothing was cached of {} tokens", row.name, row.prompt_ids.len());
+        assert!(most < WORTH_TOKENS || cached > 0, "{}: nothing was cached of {} tokens", row.name, row.prompt_ids.len());
     }
     cluster.rests().await;
 }
