@@ -1,3 +1,5 @@
+//! What the index promises: prefixes against a plain walk, deltas once and in order, the bound, clones as points in time, hostile bytes.
+
 use super::*;
 use crate::ids::Epoch;
 use crate::message::BlockOp;
