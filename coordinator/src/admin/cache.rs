@@ -220,7 +220,8 @@ impl Admin {
         let mut all = vec![self.asked_here()];
         if !own {
             let query = json!({"q": "cache", "op": "top_prefixes", "own": true, "limit": PREFIXES_MAX}).to_string();
-            let asked = self.config.others.keys().map(|id| self.proposer.replicas.query(*id, query.clone(), MEMBER_WAIT_MAX));
+            let others = self.proposer.roster.others();
+            let asked = others.keys().map(|id| self.proposer.replicas.query(*id, query.clone(), MEMBER_WAIT_MAX));
             for text in join_all(asked).await.into_iter().flatten() {
                 let answer: Value = serde_json::from_str(&text).unwrap_or_default();
                 all.push(answer["prefixes"].as_array().cloned().unwrap_or_default());

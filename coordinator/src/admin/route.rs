@@ -83,7 +83,7 @@ impl Admin {
                 answer["decisions"].as_array().cloned()
             }
         };
-        let asked: Vec<_> = self.config.others.keys().map(|&id| (id, tokio::spawn(ask(id)))).collect();
+        let asked: Vec<_> = self.proposer.roster.others().into_keys().map(|id| (id, tokio::spawn(ask(id)))).collect();
         let mut answers = Vec::with_capacity(asked.len());
         for (id, answer) in asked {
             answers.push((id, answer.await.ok().flatten()));
@@ -100,7 +100,7 @@ impl Admin {
         answer.insert("gateway".into(), json!(self.config.args.name));
         answer.insert("at_ms".into(), json!(record.at_ms));
         answer.insert("changed_ms".into(), json!(record.changed_ms));
-        answer.insert("request".into(), json!(record.attempt.request.to_string()));
+        answer.insert("request".into(), json!(RequestId(record.answer).to_string()));
         answer.insert("attempt".into(), json!(record.attempt.attempt));
         answer.insert("prompt_tokens".into(), json!(record.tokens));
         answer.insert("max_new".into(), json!(record.max_new));

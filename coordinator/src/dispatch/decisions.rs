@@ -26,6 +26,8 @@ pub struct Record {
     pub changed_ms: u64,
     /// For which attempt.
     pub attempt: AttemptId,
+    /// The id by which the client knows the answer.
+    pub answer: u128,
     /// Tokens to compute: the prompt, and what earlier attempts delivered.
     pub tokens: u32,
     /// Tokens to be made, at most.
@@ -100,6 +102,7 @@ struct Ring {
 /// What a decision was about.
 pub(super) struct Question {
     pub attempt: AttemptId,
+    pub answer: u128,
     pub tokens: u32,
     pub max_new: u32,
     pub hot: Option<Hot>,
@@ -115,9 +118,9 @@ impl Decisions {
         if ring.records.len() >= DECISIONS_MAX {
             ring.records.pop_front();
         }
-        let &Question { attempt, tokens, max_new, hot } = asked;
+        let &Question { attempt, answer, tokens, max_new, hot } = asked;
         let observed = Observed::default();
-        ring.records.push_back(Record { no, at_ms, changed_ms: at_ms, attempt, tokens, max_new, hot, placed, observed });
+        ring.records.push_back(Record { no, at_ms, changed_ms: at_ms, attempt, answer, tokens, max_new, hot, placed, observed });
         no
     }
 
@@ -131,11 +134,13 @@ impl Decisions {
         }
     }
 
-    /// The newest `limit` of those that changed after `since_ms` and are of `request`, if one is named; oldest first.
+    /// The newest `limit` of those that changed after `since_ms` and are of `request`, if one is named, or of the answer with its id; oldest first.
     #[must_use]
     pub fn list(&self, since_ms: u64, limit: usize, request: Option<RequestId>) -> Vec<Record> {
         let ring = self.0.lock();
-        let wanted = |record: &&Record| record.changed_ms > since_ms && request.is_none_or(|id| record.attempt.request == id);
+        let wanted = |record: &&Record| {
+            record.changed_ms > since_ms && request.is_none_or(|id| record.attempt.request == id || record.answer == id.0)
+        };
         let mut newest: Vec<_> = ring.records.iter().rev().filter(wanted).take(limit).cloned().collect();
         newest.reverse();
         newest
@@ -151,7 +156,7 @@ mod tests {
     use super::*;
 
     fn asked(request: u128) -> Question {
-        Question { attempt: AttemptId { request: RequestId(request), attempt: 0 }, tokens: 1, max_new: 1, hot: None }
+        Question { attempt: AttemptId { request: RequestId(request), attempt: 0 }, answer: 99, tokens: 1, max_new: 1, hot: None }
     }
 
     #[test]
@@ -178,6 +183,7 @@ mod tests {
         }
         assert_eq!(decisions.list(0, 3, None).iter().map(|r| r.no).collect::<Vec<_>>(), [8, 9, 10]);
         assert_eq!(decisions.list(0, 2, Some(RequestId(0))).iter().map(|r| r.no).collect::<Vec<_>>(), [7, 9]);
+        assert_eq!(decisions.list(0, 99, Some(RequestId(99))).len(), 10);
         assert_eq!(decisions.list(u64::MAX, 9, None).len(), 0);
     }
 

@@ -79,7 +79,8 @@ impl Inner {
             self.asked.count(now, &prompt.tenant, &names);
         }
         let max_new = prompt.sampling.max_new.saturating_sub(request.delivered()).max(1);
-        let question = Question { attempt, tokens: tokens.len() as u32, max_new, hot: hot.hot };
+        let answer = prompt.answer.unwrap_or(request.id().0);
+        let question = Question { attempt, answer, tokens: tokens.len() as u32, max_new, hot: hot.hot };
         let (decision, peers) = {
             let cluster = self.cluster.read();
             let views = self.views(now, &cluster, &names);
@@ -221,7 +222,7 @@ impl Inner {
             cached_blocks: view.prefix_blocks,
             usable: view.usable,
         };
-        let asked = Question { attempt: AttemptId::default(), tokens: tokens.len() as u32, max_new, hot: hot.hot };
+        let asked = Question { attempt: AttemptId::default(), answer: 0, tokens: tokens.len() as u32, max_new, hot: hot.hot };
         let wish = Wish { seed: 0, exclude: &[], slo: objective(cluster.config(), None), hot: &hot };
         Ok(Explanation {
             prompt_tokens: tokens.len(),

@@ -19,6 +19,7 @@ fn prompt() -> Prompt {
         sampling: sampling(),
         tenant: "default".into(),
         cache_salt: vec![],
+        answer: None,
         budget: Duration::from_secs(300),
         ttft_max: None,
         trace: [0; 25],

@@ -101,6 +101,7 @@ fn prompt(tokens: u32) -> Prompt {
         sampling: Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 1, max_new: 4, eos: vec![], ignore_eos: false },
         tenant: DEFAULT_TENANT.into(),
         cache_salt: vec![],
+        answer: None,
         budget: Duration::from_secs(60),
         ttft_max: None,
         trace: [0; 25],

@@ -30,6 +30,8 @@ pub struct Prompt {
     pub budget: Duration,
     /// The client's own objective for the time to the first token: refused when it is predicted to be missed.
     pub ttft_max: Option<Duration>,
+    /// The answer's id, when a front has chosen one; else it is the request's.
+    pub answer: Option<u128>,
     /// W3C trace context: 16 bytes trace id, 8 bytes span id, flags; zeros for none.
     pub trace: [u8; 25],
 }

@@ -89,6 +89,7 @@ impl Begin {
         // The first token of what is resumed came long ago.
         let ttft_max = ttft_max.filter(|_| !self.resumed);
         let mut choices = Choices { resumed: self.resumed, ..Choices::default() };
+        let answer = self.order.as_ref().map(|order| order.id);
         let mut first = None;
         for (index, (tokens, (transcript, given))) in prompts.into_iter().zip(self.parts).enumerate() {
             if given.ended {
@@ -98,7 +99,7 @@ impl Begin {
             let mut running = None;
             if !transcript.is_over() {
                 let (sampling, tenant, cache_salt) = (sampling.clone(), tenant.to_owned(), cache_salt.clone());
-                let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, ttft_max, trace };
+                let prompt = Prompt { tokens, sampling, tenant, cache_salt, budget: REQUEST_BUDGET, ttft_max, answer, trace };
                 let delivered = Delivered { tokens: given.tokens, cached_tokens: given.cached_tokens };
                 let submitted = app.dispatcher.resume(prompt, delivered)?;
                 first.get_or_insert(submitted.id().0);
