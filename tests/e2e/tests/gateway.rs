@@ -14,8 +14,8 @@ const STREAMS: usize = 6;
 /// Tokens that each has delivered when its gateway is lost.
 const BEFORE: usize = 10;
 const TOKENS: usize = 120;
-/// Engine time of a token.
-const TOKEN_US: u64 = 2000;
+/// Engine time of a token: what is left of an answer when its gateway is looked for takes most of a second.
+const TOKEN_US: u64 = 8000;
 
 /// Requests and their undisturbed answers.
 struct Asked {
@@ -63,11 +63,12 @@ impl Asked {
 
     /// Streams everything, loses the gateway that carries most of it by `harm`, and holds all answers against the undisturbed ones.
     async fn disturbed(&self, cluster: &Cluster, what: &str, harm: impl AsyncFnOnce(&Member)) -> Member {
+        let status = cluster.status().await.unwrap();
         let (ready, running): (Vec<_>, Vec<_>) = (0..self.bodies.len()).map(|n| self.stream(n, what, BEFORE)).unzip();
         for ready in ready {
             ready.await.unwrap_or_else(|_| panic!("{what}: a stream ended early"));
         }
-        let (victim, carried) = busiest(&cluster.status().await.unwrap()).await;
+        let (victim, carried) = busiest(&status).await;
         assert!(carried > 0, "{what}: {} carries nothing", victim.name);
         harm(&victim).await;
         for (n, running) in running.into_iter().enumerate() {
