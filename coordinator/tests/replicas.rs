@@ -485,6 +485,19 @@ fn ask_gateway(http: &str) -> TcpStream {
     stream
 }
 
+/// Empties a replica's disk, sees it refused, and puts a new one in its place; gives that and the voters then.
+async fn lose_the_disk_of(cluster: &mut Cluster, admin: &mut Peer, wiped: usize) -> (usize, Value) {
+    cluster.replicas[wiped] = None;
+    std::fs::remove_dir_all(cluster.dir.path().join(format!("log-{}", wiped + 1))).unwrap();
+    assert!(cluster.run_in_vain(wiped).contains("millctl members replace"));
+    let new = cluster.plan_replica();
+    let address = cluster.addresses[new].to_string();
+    admin.members("add", json!({"name": name(new), "address": address})).await;
+    cluster.replicas[new] = Some(cluster.launch(new));
+    let replaced = admin.members("replace", json!({"old": name(wiped), "new": name(new)})).await;
+    (new, replaced["voters"].clone())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn members_come_vote_go_and_are_replaced() {
     let mut cluster = Cluster::start();
@@ -538,15 +551,8 @@ async fn members_come_vote_go_and_are_replaced() {
     assert_eq!((&listed["fresh"], &listed["stale"], listed["members"].as_array().unwrap().len()), (&json!(true), &json!(false), 3));
 
     // One whose disk is lost is refused under its old number, and replaced.
-    cluster.replicas[wiped] = None;
-    std::fs::remove_dir_all(cluster.dir.path().join(format!("log-{}", wiped + 1))).unwrap();
-    assert!(cluster.run_in_vain(wiped).contains("millctl members replace"));
-    let fifth = cluster.plan_replica();
-    let address = cluster.addresses[fifth].to_string();
-    newcomer.members("add", json!({"name": name(fifth), "address": address})).await;
-    cluster.replicas[fifth] = Some(cluster.launch(fifth));
-    let replaced = newcomer.members("replace", json!({"old": name(wiped), "new": name(fifth)})).await;
-    assert_eq!(replaced["voters"], json!(names(&[leader, learner, fifth])));
+    let (fifth, voters) = lose_the_disk_of(&mut cluster, &mut newcomer, wiped).await;
+    assert_eq!(voters, json!(names(&[leader, learner, fifth])));
 
     // Leadership moves on demand; a leader that is removed hands it over, and what was cached is known to all.
     assert_eq!(newcomer.members("transfer_leader", json!({"to": name(fifth)})).await["leader"], name(fifth));

@@ -115,6 +115,12 @@ pub fn report(summary: &Summary) -> String {
             );
         }
     }
+    incidents(&mut out, summary);
+    out
+}
+
+/// What went wrong, by itself or on purpose, and whether the answers were right.
+fn incidents(out: &mut String, summary: &Summary) {
     for (kind, n) in &summary.errors {
         let _ = writeln!(out, "not whole: {kind:<12} {n}");
     }
@@ -132,5 +138,4 @@ pub fn report(summary: &Summary) -> String {
             golden.same, golden.different, golden.named, golden.incomparable
         );
     }
-    out
 }
