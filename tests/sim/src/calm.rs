@@ -17,7 +17,13 @@ impl World {
     pub(crate) fn become_calm(&mut self) {
         self.calm = true;
         self.outages.clear();
-        self.plan.faults = Faults { gap_us: 0, client_leaves: 0, repeated: 0, damaged: 0, engine: 0, report_lost: 0, drift: 0 };
+        self.plan.faults = Faults::default();
+        self.come_to_rest();
+        self.probe();
+    }
+
+    pub(crate) fn come_to_rest(&mut self) {
+        self.take_orders_back();
         let end = self.now.after(REST_MAX_US);
         let mut look = self.now;
         loop {
@@ -26,7 +32,7 @@ impl World {
                 continue;
             }
             let Some(unrest) = self.unrest() else { return };
-            assert!(self.now < end, "no rest after {} s: {unrest}", REST_MAX_US / 1_000_000);
+            assert!(self.now < end, "I1: no rest after {} s: {unrest}", REST_MAX_US / 1_000_000);
             look = self.now.after(LOOK_US);
         }
     }
@@ -34,7 +40,7 @@ impl World {
     /// Why the world is not at rest; `None` when it is.
     fn unrest(&self) -> Option<String> {
         if let Some((id, request)) = self.gateway.requests.iter().find(|(_, request)| request.end.is_none()) {
-            return Some(format!("request {id} has not ended: {request:?}"));
+            return Some(format!("I3: request {id} has not ended: {request:?}"));
         }
         if !self.streams.is_empty() {
             return Some(format!("{} KV streams are left", self.streams.len()));

@@ -3,19 +3,18 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use millrace_core::cluster::{Answer, Cluster, Command, DeltaVerdict, DigestVerdict, SnapshotVerdict, decode, encode};
-use millrace_core::identity::TenantKey;
+use millrace_core::cluster::{Answer, Cluster, Command, DeltaVerdict, DigestVerdict, NodeState, SnapshotVerdict, decode, encode};
 use millrace_core::ids::{Epoch, NodeId, Time};
 use millrace_core::message::{Delta, Join, Load, Message};
 
+use crate::callers::{TENANTS, tenant_key};
 use crate::event::{Host, LinkNo};
+use crate::invariants::{applied, follows};
 
 /// A node that was silent for so long gets nothing new, microseconds.
 const FRESH_US: u64 = 1_000_000;
 /// A node that was silent for so long is lost, microseconds.
 const SILENT_MAX_US: u64 = 5_000_000;
-/// The one tenant.
-pub const TENANT: &str = "default";
 
 /// A node's link, and what was said on it.
 #[derive(Debug)]
@@ -48,22 +47,25 @@ pub struct Coordinator {
     links: BTreeMap<String, Linked>,
     who: BTreeMap<LinkNo, (NodeId, Epoch)>,
     renewed: Option<Time>,
+    /// Reports that did not build on what the index had.
+    pub gaps: u64,
 }
 
 impl Coordinator {
     /// A cluster without nodes.
     #[must_use]
     pub fn new() -> Self {
-        let key = TenantKey([9; 32]);
-        let put = Proposal { command: Command::PutTenant { name: TENANT.into(), key }, waiting: Vec::new() };
+        let put = |(tenant, name): (usize, &&str)| Command::PutTenant { name: (*name).into(), key: tenant_key(tenant) };
+        let puts = TENANTS.iter().enumerate().map(put).map(|command| Proposal { command, waiting: Vec::new() });
         Self {
             cluster: Cluster::new(),
             index: 0,
-            log: VecDeque::from([put]),
+            log: puts.collect(),
             deltas: Vec::new(),
             links: BTreeMap::new(),
             who: BTreeMap::new(),
             renewed: None,
+            gaps: 0,
         }
     }
 
@@ -149,6 +151,11 @@ impl Coordinator {
         self.log.push_back(Proposal { command, waiting: Vec::new() });
     }
 
+    /// An operator wants a node in this state.
+    pub fn set_state(&mut self, node: NodeId, state: NodeState) {
+        self.propose(Command::SetState { node, state });
+    }
+
     /// Turns all reports of changes into one entry.
     pub fn fold(&mut self) {
         if self.deltas.is_empty() {
@@ -178,8 +185,10 @@ impl Coordinator {
         let Some(Proposal { command, waiting }) = self.log.pop_front() else { return Vec::new() };
         let command = decode(&encode(&command)).expect("what was encoded can be decoded");
         self.index += 1;
+        let before = applied(&self.cluster);
         let answer = self.cluster.apply(self.index, &command);
         self.cluster.check();
+        self.gaps += follows(&before, &self.cluster, &command, &answer);
         self.replies(answer, &waiting)
     }
 

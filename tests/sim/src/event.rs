@@ -57,6 +57,8 @@ pub enum Event {
     Request(RequestId, RequestEvent),
     /// Something goes wrong.
     Fault,
+    /// An operator does something to a cache.
+    Order,
     /// A process starts on a host that has none.
     Start(Host),
 }

@@ -16,7 +16,7 @@ impl World {
         let after_us = self.random.below(2 * gap_us);
         self.schedule(after_us, Event::Fault);
         let host = self.random.below(self.hosts.len() as u64) as Host;
-        match self.random.below(10) {
+        match self.random.below(11) {
             0..=2 => self.crash(host),
             3 => {
                 let life = self.hosts[host].life;
@@ -27,6 +27,7 @@ impl World {
                 let to = self.random.below(self.hosts.len() as u64) as Host;
                 self.close_way(host, Some(to));
             }
+            9 => self.cordon(),
             _ => self.coordinator.restart(),
         }
     }

@@ -3,13 +3,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use millrace_core::cluster::NodeState;
 use millrace_core::identity::{Chain, block_names};
-use millrace_core::ids::{AttemptId, BlockHash, NodeId, ReplicaId, RequestId, Time, TokenId};
+use millrace_core::ids::{AttemptId, BlockHash, Epoch, NodeId, ReplicaId, RequestId, Time, TokenId};
 use millrace_core::message::{AttemptFailed, FailKind, Finish, Message, Peer, Role, Ticket, TokenOut};
-use millrace_core::route::{self, Ask, CostModel, NodeView, View};
+use millrace_core::route::{self, Ask, CostModel, Decision, NodeView, View};
 use millrace_core::sampling::Sampling;
 
-use crate::coordinator::{Coordinator, TENANT};
+use crate::callers::{Caller, TENANTS};
+use crate::coordinator::Coordinator;
 use crate::event::LinkNo;
 use crate::plan::Plan;
 
@@ -133,9 +135,12 @@ impl Gateway {
     /// Finds nodes for the next attempt and sends the ticket.
     pub fn place(&mut self, now: Time, id: RequestId, coordinator: &Coordinator, plan: &Plan) {
         let Some(request) = self.requests.get_mut(&id).filter(|r| r.end.is_none() && r.running.is_none()) else { return };
-        let Some(key) = coordinator.cluster.tenant(TENANT).copied() else { return self.acts.push(Act::PlaceIn(PAUSE_US.0, id)) };
+        let caller = Caller::of(id);
+        let Some(key) = coordinator.cluster.tenant(TENANTS[caller.tenant]).copied() else {
+            return self.acts.push(Act::PlaceIn(PAUSE_US.0, id));
+        };
         let tokens = request.tokens();
-        let chain = Chain::new(key, &plan.model.fingerprint(), &[]);
+        let chain = Chain::new(key, &plan.model.fingerprint(), caller.salt);
         let block_tokens = usize::from(plan.model.layout.block_tokens);
         let names = block_names(&chain, &tokens[..tokens.len() / block_tokens * block_tokens], block_tokens);
         let avoid: Vec<_> = request.avoid.iter().copied().collect();
@@ -145,6 +150,7 @@ impl Gateway {
         else {
             return self.wait(id);
         };
+        check_choice(now, coordinator, &decision, &avoid);
         let peer = |node| coordinator.cluster.peer(node).expect("chosen nodes are alive");
         let (prefill, decode) = (peer(decision.prefill), decision.decode.map(peer));
         let ticket = Ticket {
@@ -155,7 +161,7 @@ impl Gateway {
             prompt_tokens: request.prompt.len() as u32,
             sampling: request.sampling.clone(),
             tenant_key: key,
-            cache_salt: Vec::new(),
+            cache_salt: caller.salt.to_vec(),
             budget_us: request.until.since(now),
             trace: [0; 25],
         };
@@ -206,9 +212,9 @@ impl Gateway {
         let Some(request) = self.requests.get_mut(&attempt.request) else { return };
         let Some(running) = request.running.as_ref().filter(|r| r.id == attempt) else { return };
         let suspect = running.suspect(from, kind);
-        assert!(kind != FailKind::BadTicket, "a node does not understand a ticket of this gateway: {detail}");
+        assert!(kind != FailKind::BadTicket, "I3: a node does not understand a ticket of this gateway: {detail}");
         let honest = kind != FailKind::Integrity || self.damaged.contains(&attempt);
-        assert!(honest, "{attempt}: KV that nobody damaged is refused: {detail}");
+        assert!(honest, "I2: {attempt}: KV that nobody damaged is refused: {detail}");
         match kind {
             FailKind::Deadline => self.end(attempt.request, End::Deadline, coordinator),
             FailKind::NoRoom => {
@@ -218,6 +224,12 @@ impl Gateway {
             }
             _ => self.break_attempt(attempt.request, suspect, &format!("{kind:?}"), coordinator),
         }
+    }
+
+    /// Incarnations that attempts wait for.
+    pub fn waits_for(&self) -> impl Iterator<Item = (AttemptId, NodeId, Epoch)> {
+        let running = self.requests.values().filter_map(|request| request.running.as_ref());
+        running.flat_map(|running| running.needs().map(|peer| (running.id, peer.node, peer.epoch)))
     }
 
     /// Looks for attempts whose nodes are lost.
@@ -297,7 +309,7 @@ impl Request {
     fn deliver(&mut self, id: RequestId, token: &TokenOut) {
         let attempt = token.attempt;
         let expected = self.expected.get(self.delivered).copied();
-        assert_eq!(Some(token.token), expected, "{attempt}: token {} is not that of the undisturbed answer", token.index);
+        assert_eq!(Some(token.token), expected, "I2: {attempt}: token {} is not that of the undisturbed answer", token.index);
         self.delivered += 1;
         self.pause_us = PAUSE_US.0;
         if let Some(running) = &mut self.running {
@@ -307,22 +319,41 @@ impl Request {
         assert_eq!(
             token.finish.is_some(),
             whole,
-            "{attempt}: {:?} after {} tokens of {}",
+            "I4: {attempt}: {:?} after {} tokens of {}",
             token.finish,
             self.delivered,
             self.expected.len()
         );
         if let Some(finish) = token.finish {
             let stops = self.sampling.is_end(token.token);
-            assert_eq!(finish == Finish::Stop, stops, "request {id}: why it ends");
+            assert_eq!(finish == Finish::Stop, stops, "I4: request {id}: why it ends");
             self.end = Some(End::Whole);
         }
+    }
+}
+
+/// A decision names nodes that may be used, and none that failed the request while others can do it.
+fn check_choice(now: Time, coordinator: &Coordinator, decision: &Decision, avoid: &[NodeId]) {
+    for node in std::iter::once(decision.prefill).chain(decision.decode) {
+        let usable = coordinator.cluster.node(node).filter(|n| n.state == NodeState::Up);
+        assert!(usable.is_some_and(|n| coordinator.usable(now, node, n.epoch)), "I3: node {node} is routed to and not usable");
+        assert!(decision.exclusion_ignored || !avoid.contains(&node), "I3: node {node} failed the request and gets it again");
+    }
+}
+
+/// A node that is said to hold `n` leading blocks has the `n`-th in the index and not the one after.
+fn check_prefixes(coordinator: &Coordinator, names: &[BlockHash], prefixes: &[(NodeId, u32)]) {
+    let holds = |at: usize, node| names.get(at).is_some_and(|name| coordinator.cluster.holders().of(name).contains(&node));
+    for (node, blocks) in prefixes {
+        let end = *blocks as usize;
+        assert!(holds(end - 1, *node) && !holds(end, *node), "I6: node {node} does not hold {end} leading blocks of a prompt");
     }
 }
 
 /// What is known of each live node, with a view to these blocks.
 fn views(now: Time, coordinator: &Coordinator, plan: &Plan, names: &[BlockHash]) -> Vec<NodeView> {
     let prefixes = coordinator.cluster.holders().prefix_lengths(names);
+    check_prefixes(coordinator, names, &prefixes);
     let live = coordinator.cluster.nodes().filter(|n| n.state.alive());
     let view = |n: &millrace_core::cluster::Node| {
         let mut load = coordinator.link_of(n.node, n.epoch).map(|linked| linked.load).unwrap_or_default();

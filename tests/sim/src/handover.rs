@@ -55,6 +55,11 @@ impl Sendings {
         self.0.get(&attempt).is_some_and(|s| s.link == Some(link))
     }
 
+    /// Hand-overs that were asked for and are not over.
+    pub fn under_way(&self) -> impl Iterator<Item = (LinkNo, AttemptId)> {
+        self.0.iter().filter(|(_, s)| !s.machine.is_over()).filter_map(|(attempt, s)| Some((s.link?, *attempt)))
+    }
+
     /// Tokens of an attempt's sequence.
     #[must_use]
     pub fn tokens(&self, attempt: AttemptId) -> Option<u32> {

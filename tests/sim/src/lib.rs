@@ -6,16 +6,22 @@
 //! gateway ([`gateway`]), KV memory and the arithmetic of the `checksum` engine ([`memory`]), so that a lost, stale or misplaced
 //! cell changes an answer. Not here yet: quinn-proto and raft-rs; they take the places of [`net`] and of the ordered queue.
 
+pub mod callers;
 pub mod calm;
 pub mod coordinator;
 pub mod event;
 pub mod fault;
 pub mod gateway;
 pub mod handover;
+pub mod invariants;
 pub mod memory;
+#[cfg(millrace_planted)]
+pub mod mutants;
 pub mod net;
 pub mod node;
+pub mod orders;
 pub mod plan;
+pub mod probe;
 pub mod random;
 pub mod uplink;
 pub mod world;

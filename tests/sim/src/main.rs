@@ -21,10 +21,25 @@ struct Arguments {
     /// Print every event.
     #[arg(long)]
     trace: bool,
+    /// Plant each bug whose name has this in it (all have nothing), and see whether the seeds find it.
+    #[cfg(millrace_planted)]
+    #[arg(long)]
+    mutants: Option<String>,
+    /// Seeds for a bug that the first ones do not find.
+    #[cfg(millrace_planted)]
+    #[arg(long, default_value_t = 1_000)]
+    seeds_max: u64,
 }
 
 fn main() -> ExitCode {
-    let Arguments { seed, steps, seeds, trace } = Arguments::parse();
+    let arguments = Arguments::parse();
+    #[cfg(millrace_planted)]
+    if let Some(only) = &arguments.mutants {
+        let Arguments { seed, steps, seeds, seeds_max, .. } = arguments;
+        let found = millrace_sim::mutants::search(&millrace_sim::mutants::Search { seed, steps, seeds, seeds_max }, only);
+        return if found { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    let Arguments { seed, steps, seeds, trace, .. } = arguments;
     for seed in seed..seed.saturating_add(seeds) {
         match catch_unwind(|| run(Options { seed, steps, trace })) {
             Ok(outcome) => println!("{outcome}"),

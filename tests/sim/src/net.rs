@@ -198,7 +198,7 @@ impl World {
             let whole = (*block + 1) * u32::from(self.plan.model.layout.block_tokens) <= stream.job.tokens;
             if whole && !stream.stopped {
                 let first = *self.truth.entry((*name, *layer)).or_insert(digest);
-                assert_eq!(digest, first, "{}: block {block} of layer {layer} is sent with another's KV", stream.job.attempt);
+                assert_eq!(digest, first, "I2: {}: block {block} of layer {layer} is sent with another's KV", stream.job.attempt);
             }
             stream.cells.push(Cell { layer: *layer, block: *block, words, digest });
         }
@@ -218,8 +218,13 @@ impl World {
 
     /// The receiving end of a stream, if it lives.
     fn receiver(&self, stream: &Stream) -> Option<(Host, Life)> {
-        let link = self.links.get(&stream.job.link)?;
-        let end = if link.dialler.0 == stream.host { link.acceptor? } else { link.dialler };
+        self.other_end(stream.job.link, (stream.host, stream.life))
+    }
+
+    /// The process at the other end of an open link, if it lives.
+    pub(crate) fn other_end(&self, link: LinkNo, (host, _): (Host, Life)) -> Option<(Host, Life)> {
+        let link = self.links.get(&link).filter(|link| link.open)?;
+        let end = if link.dialler.0 == host { link.acceptor? } else { link.dialler };
         (self.hosts[end.0].life == end.1 && self.hosts[end.0].node.is_some()).then_some(end)
     }
 
@@ -235,20 +240,21 @@ impl World {
 
     fn piece(&mut self, no: StreamNo) {
         let (count, after_us) = (self.random.between(PIECE_CELLS) as usize, self.random.below(200));
-        let damage = self.random.chance(self.plan.faults.damaged);
+        let (damage, swap) = (self.random.chance(self.plan.faults.damaged), self.random.chance(500));
         let Some(stream) = self.streams.get(&no) else { return };
         let Some((host, life)) = self.receiver(stream) else { return };
         let (attempt, generation) = (stream.job.attempt, stream.job.generation);
         // The last cell cannot be there before the sender's transport has it.
         let limit = if stream.sent { stream.cells.len() } else { stream.cells.len() - 1 };
         let mut cells: Vec<_> = stream.cells[stream.arrived..limit.min(stream.arrived + count).max(stream.arrived)].to_vec();
-        if let (true, Some(cell)) = (damage, cells.first_mut()) {
-            cell.words[0] ^= 1 << 7;
+        let damaged = damage && damage_one(&mut cells, &stream.cells, swap);
+        if damaged {
             self.gateway.damaged.insert(attempt);
         }
         let time = self.now.after(self.hosts[host].offset_us);
         let Some(node) = self.node(host, life) else { return };
         let taken = cells.iter().take_while(|cell| node.cell_arrives(time, attempt, generation, cell)).count();
+        assert!(!damaged || taken == 0 || !node.is_receiving(attempt), "I2: {attempt}: a damaged cell counts as arrived");
         self.wake(host, 0);
         let Some(stream) = self.streams.get_mut(&no) else { return };
         stream.arrived += taken;
@@ -277,6 +283,16 @@ impl World {
         let after_us = self.random.below(3_000_000);
         self.schedule(after_us, Event::Start(host));
     }
+}
+
+/// Damages the first of the cells that arrive: a bit, or all of it is another cell of the stream, digest and all.
+fn damage_one(cells: &mut [Cell], stream: &[Cell], swap: bool) -> bool {
+    let Some(cell) = cells.first_mut() else { return false };
+    match stream.iter().find(|other| swap && other.words != cell.words) {
+        Some(other) => (cell.words, cell.digest) = (other.words.clone(), other.digest),
+        None => cell.words[0] ^= 1 << 7,
+    }
+    true
 }
 
 /// Messages that have no effect the second time, by design: they name what is past.

@@ -57,6 +57,8 @@ pub struct Node {
     stopping_since: Option<Time>,
     inbox: VecDeque<NodeEvent>,
     acts: Vec<Act>,
+    /// Attempts that were cancelled in this turn while they were known, for the watcher.
+    pub ended: Vec<AttemptId>,
 }
 
 impl Node {
@@ -86,6 +88,7 @@ impl Node {
             stopping_since: None,
             inbox: VecDeque::new(),
             acts: Vec::new(),
+            ended: Vec::new(),
         }
     }
 
@@ -124,6 +127,42 @@ impl Node {
         let stop = self.stopping_since.map(|since| since.after(DRAIN_MAX_US));
         let all = [Some(self.uplink.deadline()), self.batch.deadline(), self.sendings.deadline(), receptions, stop];
         all.into_iter().flatten().min().unwrap_or(self.now)
+    }
+
+    /// Hand-overs under way that were asked for, by link; whether this side sends.
+    pub fn halves(&self) -> impl Iterator<Item = (LinkNo, AttemptId, bool)> {
+        let sending = self.sendings.under_way().map(|(link, attempt)| (link, attempt, true));
+        sending.chain(self.receptions.iter().map(|(attempt, r)| (r.link, *attempt, false)))
+    }
+
+    /// Whether a hand-over of this attempt is asked for here.
+    #[must_use]
+    pub fn is_asked(&self, attempt: AttemptId) -> bool {
+        self.asking.contains_key(&attempt) || self.receptions.contains_key(&attempt)
+    }
+
+    /// Whether a cell of this attempt may still be written here.
+    #[must_use]
+    pub fn is_receiving(&self, attempt: AttemptId) -> bool {
+        self.receptions.get(&attempt).is_some_and(|reception| !reception.machine.is_over())
+    }
+
+    /// Whether this attempt is being sent from here.
+    #[must_use]
+    pub fn is_sending(&self, attempt: AttemptId) -> bool {
+        self.sendings.under_way().any(|(_, sending)| sending == attempt)
+    }
+
+    /// Whether events wait.
+    #[must_use]
+    pub fn has_events(&self) -> bool {
+        !self.inbox.is_empty()
+    }
+
+    /// The step that the engine computes.
+    #[must_use]
+    pub fn step(&self) -> Option<&Step> {
+        self.step.as_ref().map(|(step, _)| step)
     }
 
     fn check(&self) {
@@ -192,7 +231,13 @@ impl Node {
     fn on_coordinator(&mut self, message: Message) {
         match message {
             Message::Assign(ticket) => self.on_assign(ticket),
-            Message::Cancel(attempt) => self.cancel(attempt),
+            Message::Cancel(attempt) => {
+                // One that is being sent keeps its slots, and computes, until its streams are through.
+                if self.batch.knows(attempt) && !self.sendings.contains(attempt) {
+                    self.ended.push(attempt);
+                }
+                self.cancel(attempt);
+            }
             Message::Joined { node, epoch } => {
                 let empty = self.batch.cached_names().next().is_none();
                 if self.uplink.on_joined(node, epoch, empty) {

@@ -12,7 +12,7 @@ use crate::random::Random;
 pub const NODES_PER_ROLE: usize = 2;
 
 /// Chances of faults, in thousandths of the occasions unless the name says otherwise.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Faults {
     /// Mean time between two faults of nodes and links, microseconds; 0 for none.
     pub gap_us: u64,
@@ -26,6 +26,8 @@ pub struct Faults {
     pub engine: u64,
     /// A report of a node's cache that the coordinator loses.
     pub report_lost: u64,
+    /// A report that the coordinator forgets after it has said that it is applied.
+    pub forgotten: u64,
     /// A report that comes with an operation less or more than the node sent: what no sequence number shows.
     pub drift: u64,
 }
@@ -61,6 +63,10 @@ pub struct Plan {
     pub split_bias: u64,
     /// How many prompts begin like an earlier one, in thousandths.
     pub shared: u64,
+    /// How many answers are sampled, in thousandths.
+    pub sampled: u64,
+    /// Mean time between two orders of an operator, microseconds; 0 for none.
+    pub orders_us: u64,
     /// What goes wrong.
     pub faults: Faults,
 }
@@ -98,6 +104,8 @@ impl Plan {
             eos: (3..3 + random.pick(&[0, 1, u64::from(vocab) / 4]) as TokenId).collect(),
             split_bias: random.pick(&[0, 1_000, 100_000]),
             shared: random.pick(&[0, 300, 900]),
+            sampled: random.pick(&[0, 500]),
+            orders_us: random.pick(&[0, 0, 50_000, 500_000]),
             faults: Self::faults(random),
         }
     }
@@ -123,6 +131,7 @@ impl Plan {
             damaged: random.pick(&[0, 0, 20]),
             engine: random.pick(&[0, 0, 5]),
             report_lost: random.pick(&[0, 0, 50]),
+            forgotten: random.pick(&[0, 0, 0, 50]),
             drift: random.pick(&[0, 0, 0, 300]),
         }
     }

@@ -13,6 +13,7 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::coordinator::Coordinator;
 use crate::event::{Act, Event, Host, Life, LinkNo, NodeEvent, RequestEvent, StreamNo};
 use crate::gateway::{self, End, Gateway};
+use crate::invariants::Watch;
 use crate::memory::{RESERVED_TOKENS, undisturbed};
 use crate::net::{Link, Stream};
 use crate::node::Node;
@@ -124,6 +125,7 @@ pub struct World {
     /// Digest of every whole block that was ever sent: the same name must always mean the same KV.
     pub(crate) truth: BTreeMap<(BlockHash, u16), u64>,
     committing: bool,
+    pub(crate) watch: Watch,
     pub(crate) calm: bool,
     pub(crate) writes_while_lent: u64,
     drift_planted: u64,
@@ -135,7 +137,7 @@ struct Repeat(Options);
 
 impl Drop for Repeat {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if std::thread::panicking() && !cfg!(millrace_planted) {
             let Options { seed, steps, .. } = self.0;
             eprintln!("\nrepeat with: cargo run --release -p millrace-sim -- --seed {seed} --steps {steps} --trace");
         }
@@ -186,6 +188,7 @@ impl World {
             gateway: Gateway::default(),
             truth: BTreeMap::new(),
             committing: false,
+            watch: Watch::default(),
             calm: false,
             writes_while_lent: 0,
             drift_planted: 0,
@@ -195,6 +198,7 @@ impl World {
         world.schedule(0, Event::Renew);
         world.schedule(100_000, Event::Client);
         world.schedule(1_000_000, Event::Fault);
+        world.schedule(1_000_000, Event::Order);
         if options.trace {
             eprintln!("{:#?}", world.plan);
         }
@@ -215,7 +219,12 @@ impl World {
         self.handle(event);
         for act in std::mem::take(&mut self.gateway.acts) {
             match act {
-                gateway::Act::Send(link, message) => self.send(link, false, message),
+                gateway::Act::Send(link, message) => {
+                    if let (Message::Assign(ticket), Some(prefill)) = (&message, self.coordinator.speaker(link)) {
+                        self.watch.assigned(prefill, ticket);
+                    }
+                    self.send(link, false, message);
+                }
                 gateway::Act::PlaceIn(after_us, id) => self.schedule(after_us, Event::Request(id, RequestEvent::Place)),
             }
         }
@@ -247,11 +256,13 @@ impl World {
             Event::Renew => {
                 self.coordinator.renew(self.now);
                 self.gateway.sweep(self.now, &self.coordinator);
+                self.look();
                 self.schedule(RENEW_US, Event::Renew);
             }
             Event::Client => self.client(),
             Event::Request(id, event) => self.request(id, event),
             Event::Fault => self.fault(),
+            Event::Order => self.order(),
             Event::Start(host) => self.start(host),
         }
     }
@@ -291,6 +302,8 @@ impl World {
         let time = now.after(state.offset_us);
         let Some(node) = &mut state.node else { return };
         let acts = node.turn(time);
+        assert!(node.deadline() > time || node.has_events(), "I7: {} is due again at once: it would spin", state.name);
+        std::mem::take(&mut node.ended).into_iter().for_each(|attempt| self.watch.cancelled((host, life), attempt));
         let after_us = node.deadline().since(time).max(1_000);
         for act in acts {
             self.act(host, life, act);
@@ -301,6 +314,10 @@ impl World {
     fn act(&mut self, host: Host, life: Life, act: Act) {
         match act {
             Act::Send(link, message) => {
+                let node = self.hosts[host].node.as_ref();
+                let who = node.and_then(|node| node.uplink.joined());
+                let preempts = node.is_some_and(|node| node.batch.stats().preemptions > 0);
+                self.watch.says((host, life), who, preempts, &message);
                 let from_dialler = self.links.get(&link).is_some_and(|l| l.dialler.0 == host);
                 self.send(link, from_dialler, message);
             }
@@ -309,9 +326,17 @@ impl World {
                 self.schedule(after_us, Event::DialPeer(host, life, Box::new(peer)));
             }
             Act::Close(link) => self.cut(link),
-            Act::Span(job) => self.start_stream(host, life, job),
+            Act::Span(job) => {
+                let layout = &self.plan.model.layout;
+                self.watch.sends((host, life), &job, (layout.block_tokens, layout.cell_bytes()));
+                self.start_stream(host, life, job);
+            }
             Act::StopSpans(attempt) => self.stop_streams(host, attempt),
-            Act::Step => self.next_layer(host, life, 0),
+            Act::Step => {
+                let step = self.hosts[host].node.as_ref().and_then(Node::step);
+                step.into_iter().for_each(|step| self.watch.computes((host, life), step));
+                self.next_layer(host, life, 0);
+            }
             Act::Exit => self.crash(host),
         }
     }
@@ -373,6 +398,10 @@ impl World {
             (Message::Delta(_) | Message::Snapshot(_), _) if self.random.chance(self.plan.faults.report_lost) => {}
             (mut message, _) => {
                 if let Message::Delta(delta) = &mut message {
+                    if self.random.chance(self.plan.faults.forgotten) {
+                        self.watch.forgotten += 1;
+                        return self.send(link, false, Message::DeltaApplied { epoch: delta.epoch, seq: delta.seq });
+                    }
                     self.plant_drift(delta);
                 }
                 let (reply, fold) = self.coordinator.on_message(self.now, link, message);
@@ -406,25 +435,31 @@ impl World {
         }
         let after_us = self.random.between(self.plan.request_gap_us);
         self.schedule(after_us, Event::Client);
-        let id = RequestId(self.gateway.requests.len() as u128 + 1);
-        let prompt = self.prompt();
-        let sampling = Sampling {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            seed: 0,
-            max_new: self.random.between(self.plan.answer_tokens) as u32,
-            eos: self.plan.eos.clone(),
-            ignore_eos: self.random.chance(100),
-        };
-        let expected = undisturbed(&prompt, &sampling, self.plan.model.layout.layers, self.plan.vocab);
         let budget_us = self.random.between(self.plan.budget_us);
-        self.gateway.open(id, prompt, sampling, expected, self.now.after(budget_us));
-        self.schedule(budget_us, Event::Request(id, RequestEvent::Deadline));
+        let id = self.ask(budget_us);
         if self.random.chance(self.plan.faults.client_leaves) {
             let after_us = self.random.below(budget_us.min(1_000_000));
             self.schedule(after_us, Event::Request(id, RequestEvent::ClientLeaves));
         }
+    }
+
+    /// A client sends a request.
+    pub(crate) fn ask(&mut self, budget_us: u64) -> RequestId {
+        let id = RequestId(self.gateway.requests.len() as u128 + 1);
+        let prompt = self.prompt();
+        let sampling = Sampling {
+            temperature: if self.random.chance(self.plan.sampled) { 0.7 } else { 0.0 },
+            top_p: 1.0,
+            top_k: 0,
+            seed: self.random.word(),
+            max_new: self.random.between(self.plan.answer_tokens) as u32,
+            eos: self.plan.eos.clone(),
+            ignore_eos: self.random.chance(100),
+        };
+        let expected = undisturbed(id, &prompt, &sampling, (self.plan.model.layout.layers, self.plan.vocab));
+        self.gateway.open(id, prompt, sampling, expected, self.now.after(budget_us));
+        self.schedule(budget_us, Event::Request(id, RequestEvent::Deadline));
+        id
     }
 
     /// A new prompt; often one that begins like an earlier one.
@@ -455,7 +490,13 @@ impl World {
         self.trace.hash.update(&self.coordinator.cluster.snapshot());
         let count = |end| self.gateway.requests.values().filter(|r| r.end == Some(end)).count() as u64;
         let drift = self.coordinator.cluster.holders().drift();
-        assert!(drift.found == 0 || self.drift_planted > 0, "{} caches differ from the index by themselves", drift.found);
+        let (forgotten, gaps) = (self.watch.forgotten, self.coordinator.gaps);
+        assert!(gaps == 0 || forgotten > 0, "I6: {gaps} reports do not build on what the index has, and none was lost");
+        assert!(
+            drift.found == 0 || self.drift_planted + forgotten > 0,
+            "I6: {} caches differ from the index by themselves",
+            drift.found
+        );
         Outcome {
             drift_planted: self.drift_planted,
             drift,

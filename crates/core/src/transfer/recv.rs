@@ -10,6 +10,7 @@ use alloc::vec::Vec;
 use super::{CREDIT_MAX, Grid, Span};
 use crate::ids::{Generation, Time, TokenId};
 use crate::message::FailKind;
+use crate::planted::{Bug, planted};
 
 /// What happens to a receiver.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -209,7 +210,7 @@ impl Receiver {
             self.stale += 1;
             return;
         }
-        if !verified {
+        if !verified && !planted(Bug::SkipDigest) {
             self.fail(true, FailKind::Integrity, format!("digest mismatch in layer {layer} block {block}"));
             return;
         }
@@ -243,7 +244,8 @@ impl Receiver {
     fn extend_credit(&mut self) {
         let all = self.expected_cells() * self.grid.cell_bytes;
         let wanted = (self.arrived_cells * self.grid.cell_bytes + CREDIT_MAX).min(all);
-        if wanted > self.credit_bytes && (wanted - self.credit_bytes >= CREDIT_MAX / 4 || wanted == all) {
+        let withheld = planted(Bug::CreditWithheld);
+        if !withheld && wanted > self.credit_bytes && (wanted - self.credit_bytes >= CREDIT_MAX / 4 || wanted == all) {
             self.credit_bytes = wanted;
             self.outputs.push_back(Output::Credit(wanted));
         }
@@ -257,8 +259,8 @@ impl Receiver {
         if cells != self.expected_cells() {
             let expected = self.expected_cells();
             self.fail(true, FailKind::Integrity, format!("manifest names {cells} cells, {expected} were reserved"));
-        } else if self.arrived_cells == cells {
-            if digest_sum == self.digest_sum {
+        } else if self.arrived_cells == cells || planted(Bug::DecodeEarly) {
+            if digest_sum == self.digest_sum || planted(Bug::DecodeEarly) {
                 self.over = true;
                 self.outputs.push_back(Output::Complete { first_token, finished });
             } else {
@@ -270,7 +272,7 @@ impl Receiver {
     fn fail(&mut self, tell_peer: bool, kind: FailKind, detail: String) {
         self.over = true;
         self.outputs.clear();
-        if tell_peer {
+        if tell_peer && !planted(Bug::AbortUnsaid) {
             self.outputs.push_back(Output::Abort(kind, detail.clone()));
         }
         self.outputs.push_back(Output::Failed(kind, detail));

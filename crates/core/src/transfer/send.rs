@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use super::{GROUP_BYTES_MIN, Grid, SPAN_BYTES_MAX, Span};
 use crate::ids::{Generation, Time, TokenId};
 use crate::message::{FailKind, STREAM_CELLS_MAX};
+use crate::planted::{Bug, planted};
 
 /// What happens to a sender.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,6 +171,7 @@ impl Sender {
         }
         match input {
             Input::Granted { have_blocks, generation, credit_bytes } => self.granted(have_blocks, generation, credit_bytes),
+            Input::Declined(..) if planted(Bug::DeclineUnheard) => {}
             Input::Declined(kind, detail) => self.fail(false, kind, detail),
             Input::Ready { layer, blocks } => self.mark_ready(layer, blocks),
             Input::Computed { first_token, finished } => {
@@ -233,8 +235,8 @@ impl Sender {
         }
         (self.have_blocks, self.generation, self.credit_bytes) = (have_blocks, generation, credit_bytes);
         for (issued, ready) in self.issued.iter_mut().zip(&mut self.ready) {
-            *issued = have_blocks;
-            *ready = (*ready).max(have_blocks);
+            *issued = have_blocks + u32::from(planted(Bug::SkipOneBlock));
+            *ready = (*ready).max(if planted(Bug::SendUncomputed) { self.grid.blocks } else { have_blocks });
         }
         self.state = State::Streaming;
     }
@@ -267,7 +269,8 @@ impl Sender {
             self.outputs.push_back(Output::Cells { span, generation: self.generation });
         }
         let all_issued = self.issued.iter().all(|&issued| issued == self.grid.blocks);
-        if let (Some((first_token, finished)), true, 0) = (self.computed, all_issued, self.in_flight) {
+        let all_sent = self.in_flight == 0 || planted(Bug::FinEarly);
+        if let (Some((first_token, finished)), true, true) = (self.computed, all_issued, all_sent) {
             self.state = State::Finishing;
             let (generation, cells, digest_sum) = (self.generation, self.sent_cells, self.digest_sum);
             self.outputs.push_back(Output::Fin { generation, cells, digest_sum, first_token, finished });
@@ -292,7 +295,7 @@ impl Sender {
     fn within_credit(&self, layer: u16, layers: u16, block: u32, blocks: u32) -> Option<Span> {
         let cells_left = (self.credit_bytes - self.issued_bytes) / self.grid.cell_bytes;
         let span_cells = (SPAN_BYTES_MAX / self.grid.cell_bytes).clamp(1, STREAM_CELLS_MAX as u64);
-        let cells_max = cells_left.min(span_cells);
+        let cells_max = if planted(Bug::CreditOverrun) { span_cells } else { cells_left.min(span_cells) };
         let blocks = u64::from(blocks).min(cells_max) as u32;
         if blocks == 0 {
             return None;

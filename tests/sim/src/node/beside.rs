@@ -1,6 +1,6 @@
 //! What happens in a node beside its drive loop: the engine's thread computes, the tasks of arriving streams place cells.
 
-use millrace_core::engine::Sampled;
+use millrace_core::engine::{Row, Sampled};
 use millrace_core::ids::{AttemptId, Generation, Time};
 use millrace_core::transfer::{Span, recv};
 
@@ -33,8 +33,11 @@ impl Node {
         }
         let (step, hashes) = self.step.take().expect("it was just there");
         let drawn = step.rows.iter().zip(&hashes).filter(|(row, _)| row.sample.is_some());
-        let sampled = |row: AttemptId, hashes| Sampled { attempt: row, token: memory::token(hashes, self.vocab), logprob: 0.0 };
-        Some(drawn.map(|(row, hashes)| sampled(row.attempt, hashes)).collect())
+        let sampled = |(row, hashes): (&Row, &Vec<u64>)| {
+            let token = memory::token(hashes, self.vocab, row.sample.as_ref()?, row.draw_position());
+            Some(Sampled { attempt: row.attempt, token, logprob: 0.0 })
+        };
+        Some(drawn.filter_map(sampled).collect())
     }
 
     /// Tokens of the step that the engine computes.
