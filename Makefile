@@ -43,8 +43,14 @@ check: setup ## formatting and lints; any finding fails
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 
-sim: ## run the whole cluster in the deterministic simulator (SEED=, SEEDS=, STEPS=)
-	cargo run --release -p millrace-sim -- --seed $(SEED) --steps $(STEPS) $(if $(SEEDS),--seeds $(SEEDS)) $(SIM_ARGS)
+sim: ## run the whole cluster in the deterministic simulator (SEED=, SEEDS=, STEPS=; MUTANTS=1: planted bugs; CORRUPTIONS=n: damaged KV)
+ifdef MUTANTS
+	RUSTFLAGS="--cfg millrace_planted" CARGO_TARGET_DIR="$(target_dir)/planted" cargo run --release -p millrace-sim -- \
+		--mutants '$(filter-out 1,$(MUTANTS))' --seed $(SEED) --steps $(STEPS) --seeds $(or $(SEEDS),40) $(SIM_ARGS)
+else
+	cargo run --release -p millrace-sim -- --seed $(SEED) --steps $(STEPS) $(if $(SEEDS),--seeds $(SEEDS)) \
+		$(if $(CORRUPTIONS),--corruptions $(CORRUPTIONS)) $(SIM_ARGS)
+endif
 
 bench: setup ## measure a local cluster under load (BENCH_ARGS=...)
 	cargo build --release

@@ -434,7 +434,7 @@ impl Batch {
         let sequence = self.sequence(serial);
         sequence.computed = sequence.tokens.len();
         self.publish(serial);
-        if finished && !planted(Bug::FinishedIgnored) {
+        if finished {
             return self.free(serial);
         }
         let sequence = self.sequence(serial);

@@ -75,8 +75,8 @@ bugs! {
     CancelInFlight,
     /// A reserved block can be found before anything has arrived in it.
     PublishUnverified,
-    /// A block can be found before its last token is computed.
-    PublishPartial,
+    /// A block can be found before it is computed.
+    PublishEarly,
     /// A sequence that computes or arrives has no deadline.
     DeadlineForgotten,
     /// A sequence that is being sent can be preempted.
@@ -91,8 +91,8 @@ bugs! {
     ResumeIndex,
     /// A token is delivered twice.
     IndexTwice,
-    /// An answer that ended with its first token is decoded on.
-    FinishedIgnored,
+    /// The token that ends an answer does not end it.
+    EndUnseen,
     /// All of a prompt counts as found cached.
     UsageWrong,
     // Identity and drawing.

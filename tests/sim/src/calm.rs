@@ -32,7 +32,7 @@ impl World {
                 continue;
             }
             let Some(unrest) = self.unrest() else { return };
-            assert!(self.now < end, "I1: no rest after {} s: {unrest}", REST_MAX_US / 1_000_000);
+            assert!(self.now < end, "{unrest}, {} s after the last fault", REST_MAX_US / 1_000_000);
             look = self.now.after(LOOK_US);
         }
     }
@@ -43,29 +43,29 @@ impl World {
             return Some(format!("I3: request {id} has not ended: {request:?}"));
         }
         if !self.streams.is_empty() {
-            return Some(format!("{} KV streams are left", self.streams.len()));
+            return Some(format!("I1: {} KV streams are left", self.streams.len()));
         }
         if self.coordinator.has_proposals() {
-            return Some("the log is not empty".into());
+            return Some("I6: the log is not empty".into());
         }
         let alive = self.coordinator.cluster.nodes().filter(|n| n.state.alive()).count();
         if alive != self.hosts.len() {
-            return Some(format!("{alive} members, {} nodes", self.hosts.len()));
+            return Some(format!("I6: {alive} members, {} nodes", self.hosts.len()));
         }
         self.hosts.iter().find_map(|host| self.node_unrest(host))
     }
 
     fn node_unrest(&self, host: &crate::world::HostState) -> Option<String> {
-        let Some(node) = &host.node else { return Some(format!("{} has no process", host.name)) };
-        let Some((number, epoch)) = node.uplink.joined() else { return Some(format!("{} has not joined", host.name)) };
+        let Some(node) = &host.node else { return Some(format!("I3: {} has no process", host.name)) };
+        let Some((number, epoch)) = node.uplink.joined() else { return Some(format!("I3: {} has not joined", host.name)) };
         if self.coordinator.cluster.current(number, epoch).is_none() {
-            return Some(format!("epoch {epoch} of {} is not current", host.name));
+            return Some(format!("I6: epoch {epoch} of {} is not current", host.name));
         }
         let mut cached: Vec<_> = node.batch.cached_names().collect();
         cached.sort_unstable();
         let indexed = self.coordinator.cluster.holders().blocks_of(number);
         let drift = cached != indexed;
         node.unrest()
-            .or_else(|| drift.then(|| format!("{} caches {} blocks, {} are indexed", host.name, cached.len(), indexed.len())))
+            .or_else(|| drift.then(|| format!("I6: {} caches {} blocks, {} are indexed", host.name, cached.len(), indexed.len())))
     }
 }

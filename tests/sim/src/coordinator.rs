@@ -196,7 +196,7 @@ impl Coordinator {
     pub fn restart(&mut self) {
         let bytes = self.cluster.snapshot();
         self.cluster = Cluster::restore(&bytes).expect("a snapshot can be restored");
-        assert_eq!(self.cluster.snapshot(), bytes, "a restored state differs");
+        assert_eq!(self.cluster.snapshot(), bytes, "I6: a restored state differs");
     }
 
     fn replies(&mut self, answer: Answer, waiting: &[(LinkNo, Epoch)]) -> Vec<(LinkNo, Message)> {

@@ -8,7 +8,7 @@ use millrace_core::identity::{Chain, block_names};
 use millrace_core::ids::{AttemptId, BlockHash, Epoch, NodeId, ReplicaId, RequestId, Time, TokenId};
 use millrace_core::message::{AttemptFailed, FailKind, Finish, Message, Peer, Role, Ticket, TokenOut};
 use millrace_core::route::{self, Ask, CostModel, Decision, NodeView, View};
-use millrace_core::sampling::Sampling;
+use millrace_core::sampling::{Sampling, mix};
 
 use crate::callers::{Caller, TENANTS};
 use crate::coordinator::Coordinator;
@@ -143,7 +143,10 @@ impl Gateway {
         let chain = Chain::new(key, &plan.model.fingerprint(), caller.salt);
         let block_tokens = usize::from(plan.model.layout.block_tokens);
         let names = block_names(&chain, &tokens[..tokens.len() / block_tokens * block_tokens], block_tokens);
-        let avoid: Vec<_> = request.avoid.iter().copied().collect();
+        let mut avoid: Vec<_> = request.avoid.iter().copied().collect();
+        if request.attempts == 0 && mix(id.0 as u64) % 1000 < plan.whole {
+            avoid.extend(coordinator.cluster.nodes().filter(|n| n.role == Role::Decode).map(|n| n.node));
+        }
         let ask = request.ask(id, &tokens, plan, &avoid);
         let views = views(now, coordinator, plan, &names);
         let Ok(decision) = route::place(&View { nodes: &views, costs: CostModel { handover_us: 0, ..CostModel::default() } }, &ask)

@@ -6,9 +6,11 @@
 //! gateway ([`gateway`]), KV memory and the arithmetic of the `checksum` engine ([`memory`]), so that a lost, stale or misplaced
 //! cell changes an answer. Not here yet: quinn-proto and raft-rs; they take the places of [`net`] and of the ordered queue.
 
+pub mod aborts;
 pub mod callers;
 pub mod calm;
 pub mod coordinator;
+pub mod corruption;
 pub mod event;
 pub mod fault;
 pub mod gateway;
@@ -23,6 +25,7 @@ pub mod orders;
 pub mod plan;
 pub mod probe;
 pub mod random;
+pub mod reception;
 pub mod uplink;
 pub mod world;
 

@@ -21,6 +21,9 @@ struct Arguments {
     /// Print every event.
     #[arg(long)]
     trace: bool,
+    /// Damage so many hand-overs and see that none is decoded, hand ten times as many blocks over undamaged, and abort a tenth as many.
+    #[arg(long)]
+    corruptions: Option<u64>,
     /// Plant each bug whose name has this in it (all have nothing), and see whether the seeds find it.
     #[cfg(millrace_planted)]
     #[arg(long)]
@@ -39,6 +42,9 @@ fn main() -> ExitCode {
         let found = millrace_sim::mutants::search(&millrace_sim::mutants::Search { seed, steps, seeds, seeds_max }, only);
         return if found { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
+    if let Some(corruptions) = arguments.corruptions {
+        return corrupt(arguments.seed, corruptions);
+    }
     let Arguments { seed, steps, seeds, trace, .. } = arguments;
     for seed in seed..seed.saturating_add(seeds) {
         match catch_unwind(|| run(Options { seed, steps, trace })) {
@@ -47,4 +53,11 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+fn corrupt(seed: u64, corruptions: u64) -> ExitCode {
+    let report = millrace_sim::corruption::run(seed, corruptions, corruptions * 10);
+    println!("{report}\n");
+    println!("{}", millrace_sim::aborts::run(seed, corruptions / 10));
+    if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -42,6 +42,14 @@ pub struct Stream {
     stopped: bool,
 }
 
+impl Stream {
+    /// Whether it carries cells of this attempt.
+    #[must_use]
+    pub fn is_of(&self, attempt: AttemptId) -> bool {
+        self.job.attempt == attempt
+    }
+}
+
 impl World {
     fn delay(&mut self) -> u64 {
         self.random.between(self.plan.delay_us)

@@ -184,7 +184,7 @@ impl Node {
             ("cancelled attempts", self.cancelled.len()),
             ("lent cells", self.memory.lent()),
         ];
-        kept.iter().find(|(_, count)| *count > 0).map(|(what, count)| format!("{}: {count} {what} are left", self.name))
+        kept.iter().find(|(_, count)| *count > 0).map(|(what, count)| format!("I1: {}: {count} {what} are left", self.name))
     }
 
     fn on_event(&mut self, event: NodeEvent) {

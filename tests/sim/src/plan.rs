@@ -61,10 +61,14 @@ pub struct Plan {
     pub eos: Vec<TokenId>,
     /// Prompt tokens by which decode nodes look busier to the router than they are, so that prompts are handed over.
     pub split_bias: u64,
+    /// How many requests prefill nodes do whole, in thousandths: where decoding sequences grow beside prompts that are being sent.
+    pub whole: u64,
     /// How many prompts begin like an earlier one, in thousandths.
     pub shared: u64,
     /// How many answers are sampled, in thousandths.
     pub sampled: u64,
+    /// A client that leaves does so within this, microseconds.
+    pub leaves_us: u64,
     /// Mean time between two orders of an operator, microseconds; 0 for none.
     pub orders_us: u64,
     /// What goes wrong.
@@ -103,8 +107,10 @@ impl Plan {
             vocab,
             eos: (3..3 + random.pick(&[0, 1, u64::from(vocab) / 4]) as TokenId).collect(),
             split_bias: random.pick(&[0, 1_000, 100_000]),
+            whole: random.pick(&[0, 0, 300]),
             shared: random.pick(&[0, 300, 900]),
             sampled: random.pick(&[0, 500]),
+            leaves_us: 1_000_000,
             orders_us: random.pick(&[0, 0, 50_000, 500_000]),
             faults: Self::faults(random),
         }

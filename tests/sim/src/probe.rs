@@ -17,7 +17,7 @@ impl World {
     /// # Panics
     /// When one is not answered whole, at the first attempt, in time.
     pub(crate) fn probe(&mut self) {
-        self.plan.split_bias = 1_000_000; // a hand-over each time
+        (self.plan.split_bias, self.plan.whole) = (1_000_000, 0); // a hand-over each time
         for _ in 0..PROBES {
             let broken = self.gateway.broken.clone();
             let id = self.ask(PROBE_MAX_US);

@@ -10,6 +10,7 @@ use millrace_core::message::{BlockOp, Delta, Join, Message, Role};
 use millrace_core::sampling::Sampling;
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::aborts::Aborts;
 use crate::coordinator::Coordinator;
 use crate::event::{Act, Event, Host, Life, LinkNo, NodeEvent, RequestEvent, StreamNo};
 use crate::gateway::{self, End, Gateway};
@@ -57,8 +58,6 @@ pub struct Outcome {
     pub split: u64,
     /// Broken attempts, by reason.
     pub broken: BTreeMap<String, u64>,
-    /// Writes that a real memory's locks would have made wait.
-    pub writes_while_lent: u64,
     /// Reports that were changed on their way.
     pub drift_planted: u64,
     /// Caches that the index was found to disagree with, and those mended by a snapshot.
@@ -70,9 +69,6 @@ impl fmt::Display for Outcome {
         let [whole, deadline, attempts, left] = self.ends;
         write!(f, "seed {} trace {:016x}: {} events, {:.1} s; ", self.seed, self.trace, self.events, self.elapsed_us as f64 / 1e6)?;
         write!(f, "{whole} whole, {deadline} too late, {attempts} given up, {left} left; {} handed over; broken", self.split)?;
-        if self.writes_while_lent > 0 {
-            write!(f, " ({} writes had to wait for a stream)", self.writes_while_lent)?;
-        }
         if self.drift_planted > 0 {
             write!(
                 f,
@@ -126,6 +122,7 @@ pub struct World {
     pub(crate) truth: BTreeMap<(BlockHash, u16), u64>,
     committing: bool,
     pub(crate) watch: Watch,
+    pub(crate) aborts: Aborts,
     pub(crate) calm: bool,
     pub(crate) writes_while_lent: u64,
     drift_planted: u64,
@@ -152,15 +149,12 @@ impl Drop for Repeat {
 pub fn run(options: Options) -> Outcome {
     let _repeat = Repeat(options);
     let mut world = World::new(options);
-    while world.events < options.steps {
-        world.step();
-    }
-    world.become_calm();
+    world.run_to_rest(options.steps);
     world.outcome(options.seed)
 }
 
 impl World {
-    fn new(options: Options) -> Self {
+    pub(crate) fn new(options: Options) -> Self {
         let mut random = Random::new(options.seed);
         let plan = Plan::draw(&mut random);
         let host = |role: Role, number: usize| HostState {
@@ -189,6 +183,7 @@ impl World {
             truth: BTreeMap::new(),
             committing: false,
             watch: Watch::default(),
+            aborts: Aborts::default(),
             calm: false,
             writes_while_lent: 0,
             drift_planted: 0,
@@ -203,6 +198,14 @@ impl World {
             eprintln!("{:#?}", world.plan);
         }
         world
+    }
+
+    /// So many events with faults and clients, then rest.
+    pub(crate) fn run_to_rest(&mut self, steps: u64) {
+        while self.events < steps {
+            self.step();
+        }
+        self.become_calm();
     }
 
     pub(crate) fn schedule(&mut self, after_us: u64, event: Event) {
@@ -222,6 +225,9 @@ impl World {
                 gateway::Act::Send(link, message) => {
                     if let (Message::Assign(ticket), Some(prefill)) = (&message, self.coordinator.speaker(link)) {
                         self.watch.assigned(prefill, ticket);
+                    }
+                    if let Message::Cancel(attempt) = &message {
+                        self.count_abort(*attempt);
                     }
                     self.send(link, false, message);
                 }
@@ -438,7 +444,7 @@ impl World {
         let budget_us = self.random.between(self.plan.budget_us);
         let id = self.ask(budget_us);
         if self.random.chance(self.plan.faults.client_leaves) {
-            let after_us = self.random.below(budget_us.min(1_000_000));
+            let after_us = self.random.below(budget_us.min(self.plan.leaves_us));
             self.schedule(after_us, Event::Request(id, RequestEvent::ClientLeaves));
         }
     }
@@ -497,6 +503,9 @@ impl World {
             "I6: {} caches differ from the index by themselves",
             drift.found
         );
+        let writes = self.writes_while_lent
+            + self.hosts.iter().filter_map(|h| h.node.as_ref()).map(|n| n.memory.writes_while_lent).sum::<u64>();
+        assert_eq!(writes, 0, "I5: writes into cells that streams read");
         Outcome {
             drift_planted: self.drift_planted,
             drift,
@@ -507,8 +516,6 @@ impl World {
             ends: [End::Whole, End::Deadline, End::Attempts, End::ClientLeft].map(count),
             split: self.gateway.split,
             broken: self.gateway.broken,
-            writes_while_lent: self.writes_while_lent
-                + self.hosts.iter().filter_map(|h| h.node.as_ref()).map(|n| n.memory.writes_while_lent).sum::<u64>(),
         }
     }
 }

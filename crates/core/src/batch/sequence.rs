@@ -120,7 +120,7 @@ impl Sequence {
 
     /// Whether the newest token ends the answer, and why.
     pub fn finish(&self, context_max: u32) -> Option<Finish> {
-        let end = self.tokens.last().is_some_and(|&token| self.sampling.is_end(token));
+        let end = self.tokens.last().is_some_and(|&token| self.sampling.is_end(token)) && !planted(Bug::EndUnseen);
         let full = self.answered() >= self.sampling.max_new || self.tokens.len() >= context_max as usize;
         if end { Some(Finish::Stop) } else { full.then_some(Finish::Length) }
     }
@@ -165,7 +165,7 @@ impl Sequence {
     /// Offers newly completed full blocks to the cache. When the block before one is gone, which another sequence had cached
     /// and this one holds too, its whole run is offered again.
     pub fn publish(&mut self, pool: &mut Pool, block_tokens: usize) {
-        let ahead = usize::from(planted(Bug::PublishPartial));
+        let ahead = if planted(Bug::PublishEarly) { block_tokens } else { 0 };
         let full = (self.computed + ahead).min(self.tokens.len()) / block_tokens;
         for block in self.published..full {
             if self.offer(pool, block) == Published::Orphan {
