@@ -38,6 +38,12 @@ bugs! {
     CreditWithheld,
     /// The receiver gives up without a word to the sender.
     AbortUnsaid,
+    /// Streams may write after the slots were given away.
+    GateLeftOpen,
+    /// Slots are granted to a ticket that means another incarnation.
+    OpenForAnother,
+    /// A ticket that asks for slots outlives its attempt.
+    AskKept,
     // The hand-over, sending.
     /// Cells leave whether or not the receiver's credit allows.
     CreditOverrun,
@@ -47,6 +53,12 @@ bugs! {
     FinEarly,
     /// Cells leave before they are computed.
     SendUncomputed,
+    /// An unfinished block leaves while the prompt is still being computed.
+    SendUnfinished,
+    /// A sender does not hear that the link is gone.
+    LossUnheard,
+    /// Blocks are given back while streams still read them.
+    FreeUndrained,
     /// The first block that the receiver lacks is not sent.
     SkipOneBlock,
     // The pool.
@@ -67,7 +79,7 @@ bugs! {
     FreeTwice,
     /// A sequence ends and keeps its slots.
     FreeForgotten,
-    /// Slots are given away while streams still read them.
+    /// Slots of a sequence that failed are given away while streams may read them.
     FreeEarly,
     /// A cancelled attempt computes on when a step is in flight.
     CancelIgnored,

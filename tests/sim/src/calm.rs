@@ -23,7 +23,6 @@ impl World {
     }
 
     pub(crate) fn come_to_rest(&mut self) {
-        self.take_orders_back();
         let end = self.now.after(REST_MAX_US);
         let mut look = self.now;
         loop {
@@ -31,6 +30,7 @@ impl World {
             if self.now < look {
                 continue;
             }
+            self.take_orders_back();
             let Some(unrest) = self.unrest() else { return };
             assert!(self.now < end, "{unrest}, {} s after the last fault", REST_MAX_US / 1_000_000);
             look = self.now.after(LOOK_US);
@@ -57,11 +57,11 @@ impl World {
 
     fn node_unrest(&self, host: &crate::world::HostState) -> Option<String> {
         let Some(node) = &host.node else { return Some(format!("I3: {} has no process", host.name)) };
-        let Some((number, epoch)) = node.uplink.joined() else { return Some(format!("I3: {} has not joined", host.name)) };
+        let Some((number, epoch)) = node.joined() else { return Some(format!("I3: {} has not joined", host.name)) };
         if self.coordinator.cluster.current(number, epoch).is_none() {
             return Some(format!("I6: epoch {epoch} of {} is not current", host.name));
         }
-        let mut cached: Vec<_> = node.batch.cached_names().collect();
+        let mut cached: Vec<_> = node.batch().cached_names().collect();
         cached.sort_unstable();
         let indexed = self.coordinator.cluster.holders().blocks_of(number);
         let drift = cached != indexed;

@@ -190,8 +190,7 @@ impl Handover {
 
     /// Sends everything, damaged once, and says how it ended at the receiver.
     fn run(&mut self, damage: Option<Corruption>, random: &mut Random) -> Arrival {
-        let mut reception =
-            Reception::new((self.grid, self.have_blocks, GENERATION, DEADLINE), self.to.clone(), self.names.clone());
+        let mut reception = Reception::new((self.grid, self.have_blocks, GENERATION, DEADLINE), &self.to, &self.names);
         let mut sender = Sender::new(self.grid, 0, DEADLINE);
         let credit_bytes = reception.credit_bytes();
         let (have_blocks, generation) = (self.have_blocks, GENERATION);

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use millrace_core::cluster::{Answer, Cluster, Command, DeltaVerdict};
 use millrace_core::engine::Step;
 use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, NodeId, SlotRef, Time};
-use millrace_core::message::{Delta, Message, PrefillStats, Ticket, TokenOut};
+use millrace_core::message::{CacheReport, CacheResult, Delta, Message, PrefillStats, Ticket, TokenOut, Verified};
 
 use crate::event::{Host, Life, LinkNo, SpanJob};
 use crate::world::World;
@@ -138,6 +138,13 @@ impl Seen {
     }
 }
 
+/// What a node says of an order. Bytes of a block that nobody used do not change.
+pub fn check_report(report: &CacheReport) {
+    if let CacheResult::Verified(Verified { damaged, damaged_names, .. }) = &report.result {
+        assert_eq!(*damaged, 0, "I5: bytes of cached blocks changed: {damaged_names:?}");
+    }
+}
+
 impl World {
     /// Looks at the whole world, once in a while.
     pub(crate) fn look(&mut self) {
@@ -170,9 +177,8 @@ impl World {
 
     /// Processes that the gateway waits for and that are no more.
     fn processes_gone(&self) -> Vec<(AttemptId, NodeId)> {
-        let lives = |node, epoch| {
-            self.hosts.iter().any(|host| host.node.as_ref().is_some_and(|n| n.uplink.joined() == Some((node, epoch))))
-        };
+        let lives =
+            |node, epoch| self.hosts.iter().any(|host| host.node.as_ref().is_some_and(|n| n.joined() == Some((node, epoch))));
         let waits = self.gateway.waits_for();
         waits.filter(|(_, node, epoch)| !lives(*node, *epoch)).map(|(attempt, node, _)| (attempt, node)).collect()
     }

@@ -3,11 +3,11 @@
 use millrace_core::cluster::NodeState;
 use millrace_core::identity::{Chain, block_names};
 use millrace_core::ids::{BlockHash, NodeId, RequestId};
-use millrace_core::message::Evict;
+use millrace_core::message::{CacheOrder, CacheTask, Evict, Message};
 
 use crate::callers::{Caller, tenant_key};
-use crate::event::{Event, Host};
-use crate::world::World;
+use crate::event::Event;
+use crate::world::{HostState, World};
 
 impl World {
     /// One order, and the time of the next.
@@ -18,17 +18,25 @@ impl World {
         }
         let after_us = self.random.below(2 * gap_us);
         self.schedule(after_us, Event::Order);
-        let host = self.random.below(self.hosts.len() as u64) as Host;
+        let node = NodeId(self.random.between((1, self.hosts.len() as u64)) as u16);
         let names = self.names_of_some_prompt();
-        let (what, dry_run) = (self.random.below(8), self.random.chance(200));
-        let Some(node) = &mut self.hosts[host].node else { return };
-        match what {
-            0..=3 => _ = node.batch.set_pins(&names),
-            4 => _ = node.batch.set_pins(&[]),
-            5..=6 => _ = node.batch.drop_cached(&Evict::Prompt(names), dry_run),
-            _ => _ = node.batch.drop_cached(&Evict::All, dry_run),
-        }
-        self.wake(host, 0);
+        self.orders += 1;
+        let (version, dry_run) = (self.orders, self.random.chance(200));
+        let task = match self.random.below(10) {
+            0..=3 => CacheTask::Pin { version, names },
+            4 => CacheTask::Pin { version, names: Vec::new() },
+            5..=6 => CacheTask::Evict { what: Evict::Prompt(names), dry_run },
+            7 => CacheTask::Evict { what: Evict::All, dry_run },
+            _ => CacheTask::Verify,
+        };
+        self.give(node, task);
+    }
+
+    /// Gives an order to a node, if there is a link to it.
+    fn give(&mut self, node: NodeId, task: CacheTask) {
+        let Some(epoch) = self.coordinator.cluster.node(node).map(|node| node.epoch) else { return };
+        let Some(link) = self.coordinator.link_of(node, epoch).map(|linked| linked.link) else { return };
+        self.send(link, false, Message::CacheOrder(CacheOrder { id: self.orders, epoch, task }));
     }
 
     fn names_of_some_prompt(&mut self) -> Vec<BlockHash> {
@@ -54,11 +62,11 @@ impl World {
     pub(crate) fn take_orders_back(&mut self) {
         let cordoned: Vec<_> = self.coordinator.cluster.nodes().filter(|n| n.cordoned).map(|n| n.node).collect();
         cordoned.into_iter().for_each(|node| self.coordinator.set_state(node, NodeState::Up));
-        for host in 0..self.hosts.len() {
-            if let Some(node) = &mut self.hosts[host].node {
-                node.batch.set_pins(&[]);
-                self.wake(host, 0);
-            }
+        let pins = |host: &HostState| host.node.as_ref().filter(|node| node.batch().pool_stats().pinned > 0)?.joined();
+        let pinned: Vec<_> = self.hosts.iter().filter_map(pins).collect();
+        for (node, _) in pinned {
+            self.orders += 1;
+            self.give(node, CacheTask::Pin { version: self.orders, names: Vec::new() });
         }
     }
 }

@@ -10,6 +10,8 @@ use crate::world::World;
 const PROBES: usize = 6;
 /// Each must be whole within this, microseconds.
 const PROBE_MAX_US: u64 = 10_000_000;
+/// By then both ends of a link that was cut have noticed, microseconds.
+const NOTICE_MAX_US: u64 = 3_000_000;
 
 impl World {
     /// Sends the probes.
@@ -18,6 +20,10 @@ impl World {
     /// When one is not answered whole, at the first attempt, in time.
     pub(crate) fn probe(&mut self) {
         (self.plan.split_bias, self.plan.whole) = (1_000_000, 0); // a hand-over each time
+        let noticed = self.now.after(NOTICE_MAX_US);
+        while self.now < noticed {
+            self.step();
+        }
         for _ in 0..PROBES {
             let broken = self.gateway.broken.clone();
             let id = self.ask(PROBE_MAX_US);

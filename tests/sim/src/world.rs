@@ -14,7 +14,7 @@ use crate::aborts::Aborts;
 use crate::coordinator::Coordinator;
 use crate::event::{Act, Event, Host, Life, LinkNo, NodeEvent, RequestEvent, StreamNo};
 use crate::gateway::{self, End, Gateway};
-use crate::invariants::Watch;
+use crate::invariants::{Watch, check_report};
 use crate::memory::{RESERVED_TOKENS, undisturbed};
 use crate::net::{Link, Stream};
 use crate::node::Node;
@@ -27,6 +27,8 @@ const RENEW_US: u64 = 1_000_000;
 const FOLD_US: u64 = 10_000;
 /// An entry's way through the log, microseconds.
 const COMMIT_US: (u64, u64) = (500, 15_000);
+/// A look through a cache is due at once, as often as there are slots; whoever is due more often would spin.
+const SPINS_MAX: u32 = 100;
 /// How long a busy drive loop lets an event wait, microseconds.
 const TURN_US: (u64, u64) = (0, 150);
 
@@ -99,6 +101,8 @@ pub(crate) struct HostState {
     pub offset_us: u64,
     pub node: Option<Node>,
     turn: Option<Time>,
+    /// Turns in a row after which the next was due at once though nothing had happened.
+    spins: u32,
 }
 
 /// Everything.
@@ -123,6 +127,8 @@ pub struct World {
     committing: bool,
     pub(crate) watch: Watch,
     pub(crate) aborts: Aborts,
+    /// Orders that operators gave.
+    pub(crate) orders: u64,
     pub(crate) calm: bool,
     pub(crate) writes_while_lent: u64,
     drift_planted: u64,
@@ -164,6 +170,7 @@ impl World {
             offset_us: 0,
             node: None,
             turn: None,
+            spins: 0,
         };
         let hosts = [Role::Prefill, Role::Decode].into_iter().flat_map(|role| (0..NODES_PER_ROLE).map(move |n| host(role, n)));
         let mut world = Self {
@@ -184,6 +191,7 @@ impl World {
             committing: false,
             watch: Watch::default(),
             aborts: Aborts::default(),
+            orders: 0,
             calm: false,
             writes_while_lent: 0,
             drift_planted: 0,
@@ -308,7 +316,8 @@ impl World {
         let time = now.after(state.offset_us);
         let Some(node) = &mut state.node else { return };
         let acts = node.turn(time);
-        assert!(node.deadline() > time || node.has_events(), "I7: {} is due again at once: it would spin", state.name);
+        state.spins = if node.deadline() > time || node.has_events() { 0 } else { state.spins + 1 };
+        assert!(state.spins <= SPINS_MAX, "I7: {} is due again at once, again and again", state.name);
         std::mem::take(&mut node.ended).into_iter().for_each(|attempt| self.watch.cancelled((host, life), attempt));
         let after_us = node.deadline().since(time).max(1_000);
         for act in acts {
@@ -321,8 +330,8 @@ impl World {
         match act {
             Act::Send(link, message) => {
                 let node = self.hosts[host].node.as_ref();
-                let who = node.and_then(|node| node.uplink.joined());
-                let preempts = node.is_some_and(|node| node.batch.stats().preemptions > 0);
+                let who = node.and_then(|node| node.joined());
+                let preempts = node.is_some_and(|node| node.batch().stats().preemptions > 0);
                 self.watch.says((host, life), who, preempts, &message);
                 let from_dialler = self.links.get(&link).is_some_and(|l| l.dialler.0 == host);
                 self.send(link, from_dialler, message);
@@ -401,6 +410,7 @@ impl World {
             (Message::Failed(failed), Some(from)) => self.gateway.failed(from, failed, &self.coordinator),
             (Message::Handover(stats), Some(_)) => self.gateway.handed_over(stats.attempt),
             (Message::Token(_) | Message::Failed(_) | Message::Handover(_), None) => {}
+            (Message::CacheReport(report), _) => check_report(&report),
             (Message::Delta(_) | Message::Snapshot(_), _) if self.random.chance(self.plan.faults.report_lost) => {}
             (mut message, _) => {
                 if let Message::Delta(delta) = &mut message {
