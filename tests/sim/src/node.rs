@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use millrace_core::batch::{Batch, Input, Output};
 use millrace_core::engine::{EngineError, Step};
-use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, SlotRef, Time};
+use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, ReplicaId, SlotRef, Time};
 use millrace_core::message::{AttemptFailed, FailKind, Granted, Join, Message, Peer, Ticket, TokenOut};
 use millrace_core::transfer::Grid;
 use millrace_core::transfer::recv::{self, Receiver};
@@ -49,7 +49,7 @@ pub struct Node {
     in_flight: Option<Vec<(AttemptId, u32, u32)>>,
     /// The step that the engine computes, and the hashes of its rows' layers so far.
     step: Option<(Step, Vec<Vec<u64>>)>,
-    gateways: BTreeSet<AttemptId>,
+    gateways: BTreeMap<AttemptId, ReplicaId>,
     asking: BTreeMap<AttemptId, (LinkNo, Ticket)>,
     leaving: BTreeMap<AttemptId, Ticket>,
     cancelled: BTreeSet<AttemptId>,
@@ -78,7 +78,7 @@ impl Node {
             receptions: BTreeMap::new(),
             in_flight: None,
             step: None,
-            gateways: BTreeSet::new(),
+            gateways: BTreeMap::new(),
             asking: BTreeMap::new(),
             leaving: BTreeMap::new(),
             cancelled: BTreeSet::new(),
@@ -150,16 +150,21 @@ impl Node {
 
     fn on_event(&mut self, event: NodeEvent) {
         match event {
-            NodeEvent::UplinkUp(link) => self.uplink.up(self.now, link),
+            NodeEvent::UplinkUp(replica, link) => self.uplink.up(self.now, replica, link),
             NodeEvent::PeerUp(link, name, epoch) => self.on_peer_up(link, name, epoch),
-            NodeEvent::Down(link) if self.uplink.is(link) => {
-                self.uplink.down();
-                let attempts: Vec<_> = self.gateways.iter().copied().collect();
-                attempts.into_iter().for_each(|attempt| self.cancel(attempt));
-            }
-            NodeEvent::Down(link) => self.on_peer_down(link),
-            NodeEvent::Message(link, message) if self.uplink.is(link) => self.on_coordinator(*message),
-            NodeEvent::Message(link, message) => self.on_peer_message(link, *message),
+            NodeEvent::Down(link) => match self.uplink.replica(link) {
+                Some(replica) => {
+                    self.uplink.down(replica);
+                    let mine = self.gateways.iter().filter(|(_, gateway)| **gateway == replica);
+                    let attempts: Vec<_> = mine.map(|(attempt, _)| *attempt).collect();
+                    attempts.into_iter().for_each(|attempt| self.cancel(attempt));
+                }
+                None => self.on_peer_down(link),
+            },
+            NodeEvent::Message(link, message) => match self.uplink.replica(link) {
+                Some(replica) => self.on_coordinator(replica, *message),
+                None => self.on_peer_message(link, *message),
+            },
             NodeEvent::DialFailed(name) => {
                 self.dialing.remove(&name);
                 for attempt in self.sendings.waiting_for(&name) {
@@ -189,9 +194,9 @@ impl Node {
 
     // --- coordinator -----------------------------------------------------------------------------------------------
 
-    fn on_coordinator(&mut self, message: Message) {
+    fn on_coordinator(&mut self, replica: ReplicaId, message: Message) {
         match message {
-            Message::Assign(ticket) => self.on_assign(ticket),
+            Message::Assign(ticket) => self.on_assign(replica, ticket),
             Message::Cancel(attempt) => self.cancel(attempt),
             Message::Joined { node, epoch } => {
                 let empty = self.batch.cached_names().next().is_none();
@@ -207,13 +212,13 @@ impl Node {
         }
     }
 
-    fn on_assign(&mut self, ticket: Ticket) {
+    fn on_assign(&mut self, replica: ReplicaId, ticket: Ticket) {
         let attempt = ticket.attempt;
         if self.stopping_since.is_some() {
             let failed = AttemptFailed { attempt, kind: FailKind::Stopping, detail: "stopping".into() };
-            return self.uplink.send(Message::Failed(failed), &mut self.acts);
+            return self.uplink.send(replica, Message::Failed(failed), &mut self.acts);
         }
-        self.gateways.insert(attempt);
+        self.gateways.insert(attempt, replica);
         if ticket.decode.is_some() {
             self.leaving.insert(attempt, ticket.clone());
         }
@@ -236,8 +241,8 @@ impl Node {
     }
 
     fn fail(&mut self, attempt: AttemptId, kind: FailKind, detail: String) {
-        if self.gateways.remove(&attempt) {
-            self.uplink.send(Message::Failed(AttemptFailed { attempt, kind, detail }), &mut self.acts);
+        if let Some(replica) = self.gateways.remove(&attempt) {
+            self.uplink.send(replica, Message::Failed(AttemptFailed { attempt, kind, detail }), &mut self.acts);
         }
         self.leaving.remove(&attempt);
     }
@@ -335,10 +340,11 @@ impl Node {
     fn apply(&mut self, attempt: AttemptId, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
-                Effect::Report(stats) if self.gateways.contains(&attempt) => {
-                    self.uplink.send(Message::Handover(stats), &mut self.acts);
+                Effect::Report(stats) => {
+                    if let Some(replica) = self.gateways.get(&attempt) {
+                        self.uplink.send(*replica, Message::Handover(stats), &mut self.acts);
+                    }
                 }
-                Effect::Report(_) => {}
                 Effect::Lost(kind, detail) => {
                     self.cancelled.insert(attempt);
                     self.fail(attempt, kind, detail);
@@ -475,15 +481,15 @@ impl Node {
         let deadline = self.now.after(ticket.budget_us);
         let machine = Receiver::new(self.grid(ticket.tokens.len()), have_blocks, generation, deadline);
         let credit_bytes = machine.credit_bytes();
-        self.gateways.insert(attempt);
+        self.gateways.insert(attempt, ticket.gateway);
         self.receptions.insert(attempt, Reception { link, table, names, machine });
         self.acts.push(Act::Send(link, Message::Granted(Granted { attempt, have_blocks, generation, credit_bytes })));
     }
 
     fn on_token(&mut self, token: TokenOut) {
         let (attempt, first_token, finished) = (token.attempt, token.token, token.finish.is_some());
-        if self.gateways.contains(&attempt) {
-            self.uplink.send(Message::Token(token), &mut self.acts);
+        if let Some(replica) = self.gateways.get(&attempt) {
+            self.uplink.send(*replica, Message::Token(token), &mut self.acts);
         }
         if self.sendings.contains(attempt) {
             self.send_input(attempt, send::Input::Computed { first_token, finished });

@@ -1,6 +1,8 @@
-//! A node's standing with the coordinator, as `millrace-node` keeps it with one replica: joining, heartbeats, block deltas.
+//! A node's standing with the coordinator, as `millrace-node` keeps it: joining, heartbeats, block deltas.
 
-use millrace_core::ids::{BlockHash, Epoch, NodeId, Time};
+use std::collections::BTreeMap;
+
+use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId, Time};
 use millrace_core::message::{BlockOp, Join, Load, Message};
 use millrace_core::publish::{Output, Publisher};
 
@@ -11,10 +13,14 @@ const HEARTBEAT_US: u64 = 200_000;
 /// Microseconds between attempts to join.
 const JOIN_RETRY_US: u64 = 300_000;
 
-/// The link to the coordinator, and what was agreed over it.
+/// The links to all replicas, and what was agreed over them.
 #[derive(Debug)]
 pub struct Uplink {
-    link: Option<LinkNo>,
+    links: BTreeMap<ReplicaId, LinkNo>,
+    /// The replica that gets reports.
+    home: Option<ReplicaId>,
+    /// The replica that was asked last for membership.
+    asked: Option<ReplicaId>,
     join: Join,
     joined: Option<(NodeId, Epoch)>,
     publisher: Option<Publisher>,
@@ -26,7 +32,16 @@ impl Uplink {
     /// Not a member yet.
     #[must_use]
     pub fn new(join: Join) -> Self {
-        Self { link: None, join, joined: None, publisher: None, next_join: Time(0), next_heartbeat: Time(0) }
+        Self {
+            links: BTreeMap::new(),
+            home: None,
+            asked: None,
+            join,
+            joined: None,
+            publisher: None,
+            next_join: Time(0),
+            next_heartbeat: Time(0),
+        }
     }
 
     /// The node's number and incarnation, once it has them.
@@ -41,26 +56,30 @@ impl Uplink {
         self.join.instance
     }
 
-    /// Whether this link is the one to the coordinator.
+    /// The replica at the end of a link, if there is one.
     #[must_use]
-    pub fn is(&self, link: LinkNo) -> bool {
-        self.link == Some(link)
+    pub fn replica(&self, link: LinkNo) -> Option<ReplicaId> {
+        self.links.iter().find(|(_, no)| **no == link).map(|(id, _)| *id)
     }
 
-    /// The link is there.
-    pub fn up(&mut self, now: Time, link: LinkNo) {
-        self.link = Some(link);
+    /// A link is there.
+    pub fn up(&mut self, now: Time, replica: ReplicaId, link: LinkNo) {
+        self.links.insert(replica, link);
+        self.home.get_or_insert(replica);
         self.next_heartbeat = now;
     }
 
-    /// The link is gone.
-    pub fn down(&mut self) {
-        self.link = None;
+    /// The link to a replica is gone.
+    pub fn down(&mut self, replica: ReplicaId) {
+        self.links.remove(&replica);
+        if self.home == Some(replica) {
+            self.home = self.links.keys().next().copied();
+        }
     }
 
-    /// Says something to the coordinator, if there is a link.
-    pub fn send(&self, message: Message, acts: &mut Vec<Act>) {
-        acts.extend(self.link.map(|link| Act::Send(link, message)));
+    /// Says something to a replica, if there is a link.
+    pub fn send(&self, replica: ReplicaId, message: Message, acts: &mut Vec<Act>) {
+        acts.extend(self.links.get(&replica).map(|link| Act::Send(*link, message)));
     }
 
     /// The coordinator says that the node is a member; true when that is news.
@@ -103,9 +122,10 @@ impl Uplink {
         let Some((node, epoch)) = self.joined else { return };
         if now >= self.next_heartbeat {
             self.next_heartbeat = now.after(HEARTBEAT_US);
-            self.send(Message::Heartbeat { node, epoch, load }, acts);
+            acts.extend(self.links.values().map(|link| Act::Send(*link, Message::Heartbeat { node, epoch, load })));
         }
-        let (Some(publisher), Some(link)) = (&mut self.publisher, self.link) else { return };
+        let link = self.home.and_then(|home| self.links.get(&home)).copied();
+        let (Some(publisher), Some(link)) = (&mut self.publisher, link) else { return };
         while let Some(output) = publisher.poll(now) {
             match output {
                 Output::Delta(delta) => acts.push(Act::Send(link, Message::Delta(delta))),
@@ -122,19 +142,24 @@ impl Uplink {
     #[must_use]
     pub fn deadline(&self) -> Time {
         let own = if self.joined.is_some() { self.next_heartbeat } else { self.next_join };
-        let publisher = self.publisher.as_ref().filter(|_| self.link.is_some()).and_then(Publisher::deadline);
+        let publisher = self.publisher.as_ref().filter(|_| self.home.is_some()).and_then(Publisher::deadline);
         publisher.map_or(own, |deadline| deadline.min(own))
     }
 
     /// Says goodbye, so that nothing more is sent here.
     pub fn leave(&self, acts: &mut Vec<Act>) {
-        if let Some((node, epoch)) = self.joined {
-            self.send(Message::Leave { node, epoch }, acts);
+        if let (Some((node, epoch)), Some(home)) = (self.joined, self.home) {
+            self.send(home, Message::Leave { node, epoch }, acts);
         }
     }
 
     fn ask_to_join(&mut self, now: Time, acts: &mut Vec<Act>) {
         self.next_join = now.after(JOIN_RETRY_US);
-        self.send(Message::Join(self.join.clone()), acts);
+        let after = |asked: ReplicaId| self.links.range(asked..).map(|(id, _)| *id).find(|id| *id != asked);
+        let next = self.asked.and_then(after).or_else(|| self.links.keys().next().copied());
+        if let Some(replica) = next {
+            self.asked = Some(replica);
+            self.send(replica, Message::Join(self.join.clone()), acts);
+        }
     }
 }
