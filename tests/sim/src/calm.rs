@@ -85,11 +85,11 @@ impl World {
     fn node_unrest(&self, host: &HostState) -> Option<String> {
         let Some(Process::Node(node)) = &host.process else { return None };
         let cluster = self.hosts[0].replica()?.cluster();
-        let Some((number, epoch)) = node.uplink.joined() else { return Some(format!("{} has not joined", host.name)) };
+        let Some((number, epoch)) = node.joined() else { return Some(format!("{} has not joined", host.name)) };
         if cluster.current(number, epoch).is_none() {
             return Some(format!("epoch {epoch} of {} is not current", host.name));
         }
-        let mut cached: Vec<_> = node.batch.cached_names().collect();
+        let mut cached: Vec<_> = node.batch().cached_names().collect();
         cached.sort_unstable();
         let indexed = cluster.holders().blocks_of(number);
         let drift = cached != indexed;

@@ -47,7 +47,9 @@ struct Running {
     prefill: Peer,
     decode: Option<Peer>,
     first: usize,
-    /// The last moment that it got further, on the gateway's clock.
+    /// When the ticket was made, and the last moment that it got further, on the gateway's clock.
+    placed: Time,
+    /// See `placed`.
     progress: Time,
     handed_over: bool,
 }
@@ -248,8 +250,9 @@ impl Gateway {
         self.split += u64::from(decode.is_some());
         let first = request.delivered;
         let (link, _) = desk.replica.link_of(prefill.node, prefill.epoch).expect("usable nodes are linked");
-        let progress = desk.local;
-        request.running = Some(Running { id: ticket.attempt, prefill, decode, first, progress, handed_over: false });
+        let placed = desk.local;
+        request.running =
+            Some(Running { id: ticket.attempt, prefill, decode, first, placed, progress: placed, handed_over: false });
         self.acts.push(Act::Send(link, Message::Assign(ticket)));
     }
 
@@ -312,7 +315,7 @@ impl Gateway {
     pub fn sweep(&mut self, desk: Desk<'_>) {
         let lost = |request: &Request| {
             let running = request.running.as_ref().filter(|_| request.home == desk.host)?;
-            let lost = running.needs().find(|peer| desk.replica.lost(desk.local, peer.node, peer.epoch));
+            let lost = running.needs().find(|peer| desk.replica.lost(desk.local, (peer.node, peer.epoch), running.placed));
             lost.map(|peer| (peer.node, "node lost")).or_else(|| Some((request.slow(running, desk.local)?, "no token in time")))
         };
         let lost: Vec<_> = self.live.iter().filter_map(|id| Some((*id, lost(&self.requests[id])?))).collect();

@@ -311,9 +311,8 @@ impl World {
             cell.words[0] ^= 1 << 7;
             self.gateway.damaged.insert(attempt);
         }
-        let time = self.hosts[host].local(self.now);
         let Some(node) = self.node(host, life) else { return };
-        let taken = cells.iter().take_while(|cell| node.cell_arrives(time, attempt, generation, cell)).count();
+        let taken = cells.iter().take_while(|cell| node.cell_arrives(attempt, generation, cell)).count();
         self.wake(host, 0);
         let Some(stream) = self.streams.get_mut(&no) else { return };
         stream.arrived += taken;

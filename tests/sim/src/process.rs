@@ -91,7 +91,7 @@ impl HostState {
 
     /// The first words of the process that runs here.
     pub fn hello(&self, model: &millrace_core::message::ModelIdentity) -> Hello {
-        let (node, epoch) = self.node().and_then(|node| node.uplink.joined()).unwrap_or_default();
+        let (node, epoch) = self.node().and_then(|node| node.joined()).unwrap_or_default();
         Hello { cluster: "sim".into(), name: self.name.clone(), instance: self.instance, node, epoch, model: Some(model.clone()) }
     }
 }

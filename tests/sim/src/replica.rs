@@ -42,6 +42,8 @@ pub struct Linked {
     name: String,
     instance: u128,
     who: Option<(NodeId, Epoch)>,
+    /// When it came up.
+    since: Time,
     heard: Time,
     /// How busy the node is.
     pub load: Load,
@@ -190,10 +192,12 @@ impl Replica {
         up && self.link_of(node, epoch).is_some_and(|(_, linked)| now.since(linked.heard) <= FRESH_US)
     }
 
-    /// Whether attempts on an incarnation are lost.
+    /// Whether an attempt on an incarnation that was placed then is lost.
     #[must_use]
-    pub fn lost(&self, now: Time, node: NodeId, epoch: Epoch) -> bool {
-        let silent = self.link_of(node, epoch).is_none_or(|(_, linked)| now.since(linked.heard) > SILENT_MAX_US);
+    pub fn lost(&self, now: Time, (node, epoch): (NodeId, Epoch), placed: Time) -> bool {
+        // A node whose link ended has cancelled what came over it, or never got it.
+        let lost = |linked: &Linked| now.since(linked.heard) > SILENT_MAX_US || linked.since > placed;
+        let silent = self.link_of(node, epoch).is_none_or(|(_, linked)| lost(linked));
         silent || self.cluster().current(node, epoch).is_none()
     }
 
@@ -216,7 +220,8 @@ impl Replica {
         let who = (hello.epoch != Epoch(0)).then_some((hello.node, hello.epoch));
         // A later link of the same process replaces its former one.
         self.nodes.retain(|_, linked| linked.instance != hello.instance);
-        let linked = Linked { name: hello.name.clone(), instance: hello.instance, who, heard: self.now, load: Load::default() };
+        let (name, instance, load) = (hello.name.clone(), hello.instance, Load::default());
+        let linked = Linked { name, instance, who, since: self.now, heard: self.now, load };
         self.nodes.insert(link, linked);
     }
 

@@ -168,8 +168,7 @@ impl World {
             let (layer, block) = places[incoming.cells];
             let cell = Cell { layer, block, words, digest: header.digests[incoming.cells] };
             incoming.cells += 1;
-            let time = self.hosts[host].local(self.now);
-            let taken = self.node(host, life).is_some_and(|node| node.cell_arrives(time, attempt, generation, &cell));
+            let taken = self.node(host, life).is_some_and(|node| node.cell_arrives(attempt, generation, &cell));
             self.wake(host, 0);
             if !taken {
                 return false;
