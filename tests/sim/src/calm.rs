@@ -1,6 +1,7 @@
 //! The end of a run: faults and clients stop, time goes on. Within ten seconds every request must have ended, and within a minute nothing
 //! may be left of anything. This is where a leak, a hang or a drifted index shows.
 
+use millrace_core::cluster::NodeState;
 use millrace_core::ids::Time;
 use millrace_log::Role;
 
@@ -29,6 +30,7 @@ impl World {
             if self.now < look {
                 continue;
             }
+            self.readmit();
             let live = self.live_request();
             assert!(live.is_none() || self.now < ends, "{live:?} after {} s", ENDS_MAX_US / 1_000_000);
             let Some(unrest) = live.or_else(|| self.unrest()) else { break };
@@ -46,6 +48,15 @@ impl World {
             host.paused = Time(0);
             host.disk.free();
         }
+    }
+
+    /// Operators readmit whoever is drained.
+    fn readmit(&mut self) {
+        let Some(replica) = self.hosts[0].replica() else { return };
+        let drained =
+            |host: &HostState| replica.cluster().node_named(&host.name).is_some_and(|n| n.state.alive() && !n.state.usable());
+        let drained: Vec<_> = (0..self.hosts.len()).filter(|host| drained(&self.hosts[*host])).collect();
+        drained.into_iter().for_each(|host| self.set_state(host, NodeState::Up));
     }
 
     fn live_request(&self) -> Option<String> {
@@ -86,8 +97,8 @@ impl World {
         let Some(Process::Node(node)) = &host.process else { return None };
         let cluster = self.hosts[0].replica()?.cluster();
         let Some((number, epoch)) = node.joined() else { return Some(format!("{} has not joined", host.name)) };
-        if cluster.current(number, epoch).is_none() {
-            return Some(format!("epoch {epoch} of {} is not current", host.name));
+        if !cluster.current(number, epoch).is_some_and(|node| node.state.usable()) {
+            return Some(format!("epoch {epoch} of {} is not current, or drained", host.name));
         }
         let mut cached: Vec<_> = node.batch().cached_names().collect();
         cached.sort_unstable();

@@ -1,9 +1,13 @@
 //! What happens in the world, as data. The text of an event (`Debug`) is the trace.
 
+use std::fmt;
+
+use millrace_core::cluster::NodeState;
 use millrace_core::engine::Sampled;
 use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, NodeId, ReplicaId, SlotRef};
 use millrace_core::message::{Hello, Message, Peer};
 use millrace_core::transfer::Span;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::quic::QuicEvent;
 use crate::replica::{Asked, Outcome};
@@ -27,7 +31,7 @@ pub enum Event {
     /// The loop of a process wakes up.
     Turn(Host, Life),
     /// What a process wanted done is done: its disk was slow.
-    Acts(Host, Life, Vec<Act>),
+    Acts(Host, Life, Later),
     /// The engine of a node computes a layer of its step.
     Layer(Host, Life, u16),
     /// A control message at the end of its way.
@@ -37,7 +41,7 @@ pub enum Event {
         /// To the end that dialled it, or to the other.
         to_dialler: bool,
         /// What.
-        message: Box<Message>,
+        message: Said,
     },
     /// An end of a link notices that it is gone.
     Notices {
@@ -64,8 +68,31 @@ pub enum Event {
     Fault,
     /// There is room on the disk of a host again.
     Room(Host),
+    /// An operator cordons, drains or readmits the node of a host.
+    SetState(Host, NodeState),
     /// A process starts on a host that has none.
     Start(Host),
+}
+
+/// A message whose text is short.
+pub struct Said(pub Box<Message>);
+
+impl fmt::Debug for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            Message::Raft(frame) => write!(f, "Raft({} bytes, {:016x})", frame.len(), xxh3_64(frame)),
+            message => message.fmt(f),
+        }
+    }
+}
+
+/// What is done later. Its text is that of what follows.
+pub struct Later(pub Vec<Act>);
+
+impl fmt::Debug for Later {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} acts", self.0.len())
+    }
 }
 
 /// Something for a node's drive loop.
@@ -108,6 +135,8 @@ pub enum ReplicaEvent {
     Message(LinkNo, Box<Message>),
     /// An operator's question and its number.
     Operator(u64, Asked),
+    /// An operator cordons, drains or readmits a node.
+    SetState(NodeId, NodeState),
 }
 
 /// How a KV stream gets on.

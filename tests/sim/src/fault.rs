@@ -1,6 +1,8 @@
 //! What goes wrong with processes, links and disks. Each fault heals: a host starts again, a way opens again, a disk gets room.
 
-use crate::event::{Event, Host, NodeEvent};
+use millrace_core::cluster::NodeState;
+
+use crate::event::{Event, Host, NodeEvent, ReplicaEvent};
 use crate::plan::REPLICAS;
 use crate::world::World;
 
@@ -8,6 +10,8 @@ use crate::world::World;
 const OUTAGE_MAX_US: u64 = 9_000_000;
 /// Longest time that a process stands still, microseconds: longer than an election and than the patience of links.
 const PAUSE_MAX_US: u64 = 4_000_000;
+/// Longest time that a node is drained, microseconds.
+const DRAINED_MAX_US: u64 = 3_000_000;
 /// Longest time that a disk stays full, microseconds.
 const FULL_MAX_US: u64 = 2_000_000;
 /// Writes that fail on a full disk before there is room again: nobody else runs meanwhile who could make some.
@@ -32,7 +36,8 @@ impl World {
             }
             13..=14 => self.isolate(host),
             15..=17 => self.pause(host),
-            18 => self.fill_disk(host),
+            18 if host < REPLICAS => self.fill_disk(host),
+            18 => self.drain(host),
             _ if host < REPLICAS => self.hosts[host].disk.fail_next_sync(),
             _ => (0..REPLICAS).for_each(|replica| self.crash(replica)),
         }
@@ -71,6 +76,24 @@ impl World {
     /// A process stands still: nothing in it runs, its disk and its peers go on.
     fn pause(&mut self, host: Host) {
         self.hosts[host].paused = self.now.after(self.random.below(PAUSE_MAX_US));
+    }
+
+    /// An operator drains a node, or cordons it, and readmits it after a while.
+    fn drain(&mut self, host: Host) {
+        let state = self.random.pick(&[NodeState::Draining, NodeState::Cordoned]);
+        self.set_state(host, state);
+        let after_us = self.random.below(DRAINED_MAX_US);
+        self.schedule(after_us, Event::SetState(host, NodeState::Up));
+    }
+
+    /// An operator asks any replica to change the state of a node; nobody waits for the answer.
+    pub(crate) fn set_state(&mut self, host: Host, state: NodeState) {
+        let replica = self.random.below(REPLICAS as u64) as Host;
+        let asked = self.hosts[replica].replica();
+        let node = asked.and_then(|replica| replica.cluster().node_named(&self.hosts[host].name).map(|node| node.node));
+        if let Some(node) = node {
+            self.tell_replica(replica, ReplicaEvent::SetState(node, state));
+        }
     }
 
     fn fill_disk(&mut self, host: Host) {

@@ -7,6 +7,7 @@
 //! gateways ([`gateway`]), KV memory and the arithmetic of the `checksum` engine ([`memory`]), so that a lost, stale or misplaced
 //! cell changes an answer.
 
+pub mod audit;
 pub mod calm;
 pub mod clients;
 pub mod event;

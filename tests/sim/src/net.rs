@@ -5,7 +5,7 @@
 use millrace_core::ids::AttemptId;
 use millrace_core::message::{Message, Peer};
 
-use crate::event::{Event, Host, Life, LinkNo, NodeEvent, SpanJob, StreamEvent, StreamNo};
+use crate::event::{Event, Host, Life, LinkNo, NodeEvent, Said, SpanJob, StreamEvent, StreamNo};
 use crate::memory::digest;
 use crate::node::Cell;
 use crate::plan::REPLICAS;
@@ -103,7 +103,7 @@ impl World {
         let last = &mut state.last[usize::from(from_dialler)];
         let at = (self.now.0 + delay_us).max(*last + 1);
         *last = at;
-        let arrives = |message| Event::Arrives { link, to_dialler: !from_dialler, message: Box::new(message) };
+        let arrives = |message| Event::Arrives { link, to_dialler: !from_dialler, message: Said(Box::new(message)) };
         let after_us = at - self.now.0;
         if again && may_come_twice(&message) {
             let late_us = after_us + self.random.below(1 + 20 * delay_us);

@@ -99,6 +99,12 @@ impl Node {
         std::mem::take(&mut self.acts)
     }
 
+    /// Events that wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.inbox.len()
+    }
+
     /// When the next turn is due, if nothing happens before; at once when events wait.
     #[must_use]
     pub fn deadline(&self) -> Time {

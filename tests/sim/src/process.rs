@@ -5,7 +5,7 @@ use millrace_core::message::{BlockOp, Delta, Hello, Join, Message, Role};
 use millrace_log::RaftStartError;
 use millrace_log::testing::simdisk::SimDisk;
 
-use crate::event::{Act, Event, Host, Life, LinkNo, NodeEvent, ReplicaEvent};
+use crate::event::{Act, Event, Host, Later, Life, LinkNo, NodeEvent, ReplicaEvent};
 use crate::gateway::Desk;
 use crate::node::Node;
 use crate::plan::REPLICAS;
@@ -71,6 +71,15 @@ impl HostState {
     pub fn until(&self, now: Time, then: Time) -> u64 {
         let local_us = then.since(self.local(now)) as i64;
         (local_us - local_us / 1_000 * self.skew_ppm / 1_000).max(0) as u64
+    }
+
+    /// Events that wait for the process here.
+    pub fn waiting(&self) -> usize {
+        match &self.process {
+            Some(Process::Node(node)) => node.waiting(),
+            Some(Process::Replica(replica)) => replica.waiting(),
+            None => 0,
+        }
     }
 
     /// The node that runs here.
@@ -225,7 +234,7 @@ impl World {
             self.acts(host, life, acts);
         } else {
             self.hosts[host].busy = now.after(waits_us);
-            self.schedule(waits_us, Event::Acts(host, life, acts));
+            self.schedule(waits_us, Event::Acts(host, life, Later(acts)));
         }
         self.wake(host, after_us.max(waits_us));
     }

@@ -116,7 +116,6 @@ impl Replica {
     }
 
     /// The applied state.
-    #[must_use]
     pub fn cluster(&self) -> MutexGuard<'_, Cluster> {
         applied::lock(&self.cluster)
     }
@@ -169,6 +168,12 @@ impl Replica {
             .unwrap_or(tick)
     }
 
+    /// Events that wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.inbox.len()
+    }
+
     /// What is still under way; `None` at rest.
     #[must_use]
     pub fn unrest(&self) -> Option<String> {
@@ -213,6 +218,7 @@ impl Replica {
                 None => self.on_node(link, *message),
             },
             ReplicaEvent::Operator(no, asked) => self.operate(no, asked),
+            ReplicaEvent::SetState(node, state) => self.propose(Command::SetState { node, state }, Asker::Nobody),
         }
     }
 

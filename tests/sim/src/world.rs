@@ -10,7 +10,8 @@ use millrace_core::ids::{BlockHash, Time};
 use millrace_core::message::Role;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::event::{Event, Host, LinkNo, StreamEvent, StreamNo};
+use crate::audit::Audit;
+use crate::event::{Event, Host, Later, LinkNo, StreamEvent, StreamNo};
 use crate::gateway::{self, End, Gateway};
 use crate::net::{Link, Stream};
 use crate::operators::Operators;
@@ -48,7 +49,7 @@ pub struct Outcome {
     pub split: u64,
     /// Requests that went on at another gateway, because theirs was lost.
     pub moved: u64,
-    /// Terms in which a replica led, and questions of operators that were answered.
+    /// Terms in which a replica was seen to lead, and questions of operators that were answered.
     pub leaders: u64,
     /// See `leaders`.
     pub answered: u64,
@@ -73,7 +74,7 @@ impl fmt::Display for Outcome {
             "{whole} whole, {deadline} too late, {attempts} given up, {left} left; {} handed over, {} moved; ",
             self.split, self.moved
         )?;
-        write!(f, "term {}, {} asked; ", self.leaders, self.answered)?;
+        write!(f, "{} terms, {} asked; ", self.leaders, self.answered)?;
         if self.datagrams.0 > 0 {
             write!(f, "{} datagrams, {} lost; ", self.datagrams.0, self.datagrams.1)?;
         }
@@ -111,7 +112,7 @@ pub struct World {
     serial: u64,
     /// The last number that a link or stream was given.
     pub(crate) numbers: u64,
-    events: u64,
+    pub(crate) events: u64,
     pub(crate) hosts: Vec<HostState>,
     pub(crate) links: BTreeMap<LinkNo, Link>,
     pub(crate) streams: BTreeMap<StreamNo, Stream>,
@@ -121,6 +122,7 @@ pub struct World {
     pub(crate) quic: Option<Quic>,
     pub(crate) gateway: Gateway,
     pub(crate) operators: Operators,
+    pub(crate) audit: Audit,
     pub(crate) ledger: Ledger,
     /// What [`Time`] 0 is.
     pub(crate) base: Instant,
@@ -183,6 +185,7 @@ impl World {
             outages: BTreeMap::new(),
             gateway: Gateway::default(),
             operators: Operators::default(),
+            audit: Audit::default(),
             ledger: Ledger::default(),
             base: Instant::now(),
             truth: BTreeMap::new(),
@@ -216,6 +219,7 @@ impl World {
         self.events += 1;
         self.trace.record(time, &event);
         self.handle(event);
+        self.audit();
         for act in std::mem::take(&mut self.gateway.acts) {
             match act {
                 gateway::Act::Send(link, message) => self.send(link, false, message),
@@ -224,6 +228,11 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Puts something into the history that is not an event of its own.
+    pub(crate) fn note(&mut self, what: &dyn fmt::Debug) {
+        self.trace.record(self.now, what);
     }
 
     /// Until when an event has to wait, because the process that it concerns stands still.
@@ -247,9 +256,9 @@ impl World {
         match event {
             Event::Node(host, life, event) => self.tell_node(host, life, event),
             Event::Turn(host, life) => self.turn(host, life),
-            Event::Acts(host, life, acts) => self.acts(host, life, acts),
+            Event::Acts(host, life, Later(acts)) => self.acts(host, life, acts),
             Event::Layer(host, life, layer) => self.compute(host, life, layer),
-            Event::Arrives { link, to_dialler, message } => self.arrives(link, to_dialler, message),
+            Event::Arrives { link, to_dialler, message } => self.arrives(link, to_dialler, message.0),
             Event::Notices { link, dialler } => self.notices(link, dialler),
             Event::Dial(host, life, to) => self.dial(host, life, to),
             Event::DialPeer(host, life, peer) => self.dial_peer(host, life, &peer),
@@ -260,15 +269,16 @@ impl World {
             Event::Operator => self.operator(),
             Event::Fault => self.fault(),
             Event::Room(host) => self.hosts[host].disk.free(),
+            Event::SetState(host, state) => self.set_state(host, state),
             Event::Start(host) => self.start(host),
         }
     }
 
     fn outcome(mut self, seed: u64) -> Outcome {
-        let (state, drift, leaders) = {
+        let (state, drift) = {
             let replica = self.hosts[0].replica().expect("a world at rest has all its replicas");
             let cluster = replica.cluster();
-            (cluster.snapshot(), cluster.holders().drift(), replica.status().term)
+            (cluster.snapshot(), cluster.holders().drift())
         };
         self.trace.hash.update(&state);
         let count = |end| self.gateway.requests.values().filter(|r| r.end == Some(end)).count() as u64;
@@ -283,7 +293,7 @@ impl World {
             ends: [End::Whole, End::Deadline, End::Attempts, End::ClientLeft].map(count),
             split: self.gateway.split,
             moved: self.gateway.moved,
-            leaders,
+            leaders: self.audit.terms(),
             answered: self.operators.answered(),
             datagrams: self.quic.as_ref().map_or((0, 0), |quic| (quic.sent, quic.lost)),
             broken: self.gateway.broken,
@@ -294,7 +304,7 @@ impl World {
 }
 
 impl Trace {
-    fn record(&mut self, time: Time, event: &Event) {
+    fn record(&mut self, time: Time, event: &dyn fmt::Debug) {
         self.line.clear();
         writeln!(self.line, "{time} {event:?}").expect("a string takes all");
         self.hash.update(self.line.as_bytes());

@@ -11,7 +11,7 @@ use rkyv::util::AlignedVec;
 
 use super::CODE;
 use super::cells::{Incoming, Outgoing};
-use crate::event::{Event, Host, Life, LinkNo, NodeEvent, StreamNo};
+use crate::event::{Event, Host, Life, LinkNo, NodeEvent, Said, StreamNo};
 use crate::plan::REPLICAS;
 use crate::world::World;
 
@@ -202,7 +202,11 @@ impl World {
         let (link, first) = (conn.link, conn.greeted.is_none());
         match message {
             Message::Hello(hello) if first => self.quic_greeted(end, no, hello),
-            message => self.end_message(end, link, Box::new(message)),
+            message => {
+                let said = Said(Box::new(message));
+                self.note(&(link, &said));
+                self.end_message(end, link, said.0);
+            }
         }
     }
 
