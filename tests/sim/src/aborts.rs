@@ -6,6 +6,7 @@ use std::fmt;
 
 use millrace_core::ids::AttemptId;
 
+use crate::process::HostState;
 use crate::world::{Options, World};
 
 /// Events of one world before clients stop.
@@ -74,10 +75,10 @@ impl World {
 
     /// How far the hand-over of an attempt is; `None` when none is under way.
     fn transfer_state(&self, attempt: AttemptId) -> Option<&'static str> {
-        let nodes = || self.hosts.iter().filter_map(|host| host.node.as_ref());
+        let nodes = || self.hosts.iter().filter_map(HostState::node);
         let sends = nodes().any(|node| node.is_sending(attempt));
         let receives = nodes().any(|node| node.is_asked(attempt));
-        let streams = self.streams.values().any(|stream| stream.is_of(attempt));
+        let streams = self.streams.values().any(|stream| stream.job().attempt == attempt);
         match (sends, receives, streams) {
             (true, false, false) => Some("asked for, not heard or not granted"),
             (true, true, false) => Some("granted, no cell on its way"),

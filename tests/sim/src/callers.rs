@@ -5,6 +5,9 @@
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::RequestId;
 
+use crate::event::Client;
+use crate::gateway::client;
+
 /// The tenants, by number.
 pub const TENANTS: [&str; 3] = ["default", "second", "third"];
 /// Salts that a caller may send; the first is none.
@@ -23,7 +26,13 @@ impl Caller {
     /// Who sent this request.
     #[must_use]
     pub fn of(id: RequestId) -> Self {
-        let number = id.0 as usize;
+        Self::of_client(client(id))
+    }
+
+    /// Who sent the request of this number.
+    #[must_use]
+    pub fn of_client(number: Client) -> Self {
+        let number = number as usize;
         Self { tenant: number % TENANTS.len(), salt: SALTS[usize::from(number % 7 == 0)] }
     }
 

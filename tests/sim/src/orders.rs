@@ -1,13 +1,14 @@
-//! What an operator does to the caches of nodes while they work: pins, drops, cordons. It changes what is cached, never an answer.
+//! What an operator does to the caches of nodes while they work: pins, drops, looks. It changes what is cached, never an answer.
 
-use millrace_core::cluster::NodeState;
 use millrace_core::identity::{Chain, block_names};
-use millrace_core::ids::{BlockHash, NodeId, RequestId};
+use millrace_core::ids::{BlockHash, NodeId};
 use millrace_core::message::{CacheOrder, CacheTask, Evict, Message};
 
 use crate::callers::{Caller, tenant_key};
 use crate::event::Event;
-use crate::world::{HostState, World};
+use crate::plan::NODES_PER_ROLE;
+use crate::process::HostState;
+use crate::world::World;
 
 impl World {
     /// One order, and the time of the next.
@@ -18,7 +19,7 @@ impl World {
         }
         let after_us = self.random.below(2 * gap_us);
         self.schedule(after_us, Event::Order);
-        let node = NodeId(self.random.between((1, self.hosts.len() as u64)) as u16);
+        let node = NodeId(self.random.between((1, 2 * NODES_PER_ROLE as u64)) as u16);
         let names = self.names_of_some_prompt();
         self.orders += 1;
         let (version, dry_run) = (self.orders, self.random.chance(200));
@@ -34,8 +35,12 @@ impl World {
 
     /// Gives an order to a node, if there is a link to it.
     fn give(&mut self, node: NodeId, task: CacheTask) {
-        let Some(epoch) = self.coordinator.cluster.node(node).map(|node| node.epoch) else { return };
-        let Some(link) = self.coordinator.link_of(node, epoch).map(|linked| linked.link) else { return };
+        let link = |host: &HostState| {
+            let replica = host.replica()?;
+            let epoch = replica.cluster().node(node)?.epoch;
+            Some((replica.link_of(node, epoch)?.0, epoch))
+        };
+        let Some((link, epoch)) = self.hosts.iter().find_map(link) else { return };
         self.send(link, false, Message::CacheOrder(CacheOrder { id: self.orders, epoch, task }));
     }
 
@@ -44,25 +49,16 @@ impl World {
         if earlier == 0 {
             return Vec::new();
         }
-        let id = RequestId(u128::from(self.random.below(earlier) + 1));
-        let (caller, block_tokens) = (Caller::of(id), usize::from(self.plan.model.layout.block_tokens));
+        let id = self.random.below(earlier) + 1;
+        let (caller, block_tokens) = (Caller::of_client(id), usize::from(self.plan.model.layout.block_tokens));
         let chain = Chain::new(tenant_key(caller.tenant), &self.plan.model.fingerprint(), caller.salt);
         let prompt = self.gateway.requests[&id].prompt();
         block_names(&chain, &prompt[..prompt.len() / block_tokens * block_tokens], block_tokens)
     }
 
-    /// An operator cordons a node, or admits it again.
-    pub(crate) fn cordon(&mut self) {
-        let node = NodeId(self.random.between((1, self.hosts.len() as u64)) as u16);
-        let state = if self.random.chance(400) { NodeState::Cordoned } else { NodeState::Up };
-        self.coordinator.set_state(node, state);
-    }
-
     /// Takes all orders back.
     pub(crate) fn take_orders_back(&mut self) {
-        let cordoned: Vec<_> = self.coordinator.cluster.nodes().filter(|n| n.cordoned).map(|n| n.node).collect();
-        cordoned.into_iter().for_each(|node| self.coordinator.set_state(node, NodeState::Up));
-        let pins = |host: &HostState| host.node.as_ref().filter(|node| node.batch().pool_stats().pinned > 0)?.joined();
+        let pins = |host: &HostState| host.node().filter(|node| node.batch().pool_stats().pinned > 0)?.joined();
         let pinned: Vec<_> = self.hosts.iter().filter_map(pins).collect();
         for (node, _) in pinned {
             self.orders += 1;

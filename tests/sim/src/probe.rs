@@ -1,8 +1,7 @@
 //! After a run, when everything is at rest and whole again: requests that must be answered at once, at the first attempt. A node that was
 //! left in a state which it cannot leave, with too few blocks or with credit that never comes, shows here.
 
-use millrace_core::ids::RequestId;
-
+use crate::event::Client;
 use crate::gateway::End;
 use crate::world::World;
 
@@ -33,7 +32,7 @@ impl World {
         }
     }
 
-    fn run_until_ended(&mut self, id: RequestId) {
+    fn run_until_ended(&mut self, id: Client) {
         while self.gateway.requests[&id].end.is_none() {
             self.step();
         }
