@@ -3,7 +3,7 @@
 
 mod beside;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use millrace_core::batch::Batch;
 use millrace_core::engine::{EngineError, Step};
@@ -42,6 +42,8 @@ pub struct Node {
     tokens: BTreeMap<AttemptId, u32>,
     inbox: VecDeque<NodeEvent>,
     acts: Vec<Act>,
+    /// Links that were told to be gone.
+    downs: BTreeSet<LinkNo>,
     /// Attempts that were cancelled in this turn while they were known, for the watcher.
     pub ended: Vec<AttemptId>,
 }
@@ -63,6 +65,7 @@ impl Node {
             tokens: BTreeMap::new(),
             inbox: VecDeque::new(),
             acts: Vec::new(),
+            downs: BTreeSet::new(),
             ended: Vec::new(),
         }
     }
@@ -101,6 +104,8 @@ impl Node {
         }
         self.tell(Input::Turn);
         self.machine.check();
+        let over_gone = self.halves().find(|(link, ..)| self.downs.contains(link));
+        assert!(over_gone.is_none(), "I3: {over_gone:?} goes on over a link that is gone");
         std::mem::take(&mut self.acts)
     }
 
@@ -157,7 +162,10 @@ impl Node {
         Some(match event {
             NodeEvent::UplinkUp(link) => Input::UplinkUp(REPLICA, node::LinkNo(link)),
             NodeEvent::PeerUp(link, name, epoch) => Input::PeerUp(node::LinkNo(link), name, epoch),
-            NodeEvent::Down(link) => Input::Down(node::LinkNo(link), "the link is gone".into()),
+            NodeEvent::Down(link) => {
+                self.downs.insert(link);
+                Input::Down(node::LinkNo(link), "the link is gone".into())
+            }
             NodeEvent::Message(link, message) => {
                 if let Message::Assign(ticket) = &*message {
                     self.tokens.insert(ticket.attempt, ticket.tokens.len() as u32);
