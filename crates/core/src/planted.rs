@@ -40,8 +40,6 @@ bugs! {
     AbortUnsaid,
     /// Streams may write after the slots were given away.
     GateLeftOpen,
-    /// Slots are granted to a ticket that means another incarnation.
-    OpenForAnother,
     /// A ticket that asks for slots outlives its attempt.
     AskKept,
     // The hand-over, sending.
@@ -53,8 +51,6 @@ bugs! {
     FinEarly,
     /// Cells leave before they are computed.
     SendUncomputed,
-    /// An unfinished block leaves while the prompt is still being computed.
-    SendUnfinished,
     /// A sender does not hear that the link is gone.
     LossUnheard,
     /// Blocks are given back while streams still read them.

@@ -3,7 +3,7 @@
 
 mod beside;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use millrace_core::batch::Batch;
 use millrace_core::engine::{EngineError, Step};
@@ -40,6 +40,8 @@ pub struct Node {
     tokens: BTreeMap<AttemptId, u32>,
     inbox: VecDeque<NodeEvent>,
     acts: Vec<Act>,
+    /// Links that were told to be gone.
+    downs: BTreeSet<LinkNo>,
     /// Attempts that were cancelled in this turn while they were known, for the watcher.
     pub ended: Vec<AttemptId>,
 }
@@ -61,6 +63,7 @@ impl Node {
             tokens: BTreeMap::new(),
             inbox: VecDeque::new(),
             acts: Vec::new(),
+            downs: BTreeSet::new(),
             ended: Vec::new(),
         }
     }
@@ -99,6 +102,8 @@ impl Node {
         }
         self.tell(Input::Turn);
         self.machine.check();
+        let over_gone = self.halves().find(|(link, ..)| self.downs.contains(link));
+        assert!(over_gone.is_none(), "I3: {over_gone:?} goes on over a link that is gone");
         std::mem::take(&mut self.acts)
     }
 
@@ -161,7 +166,10 @@ impl Node {
         Some(match event {
             NodeEvent::UplinkUp(replica, link) => Input::UplinkUp(replica, node::LinkNo(link)),
             NodeEvent::PeerUp(link, name, epoch) => Input::PeerUp(node::LinkNo(link), name, epoch),
-            NodeEvent::Down(link) => Input::Down(node::LinkNo(link), "the link is gone".into()),
+            NodeEvent::Down(link) => {
+                self.downs.insert(link);
+                Input::Down(node::LinkNo(link), "the link is gone".into())
+            }
             NodeEvent::Message(link, message) => {
                 if let Message::Assign(ticket) = &*message {
                     self.tokens.insert(ticket.attempt, ticket.tokens.len() as u32);

@@ -6,7 +6,6 @@ use super::{Effect, Flight, Node};
 use crate::batch::{Input, Output};
 use crate::engine::{EngineError, Sampled};
 use crate::message::{Message, TokenOut};
-use crate::planted::{Bug, planted};
 use crate::transfer::{Grid, send};
 
 impl Node {
@@ -74,7 +73,7 @@ impl Node {
         let block_tokens = u32::from(self.layout.block_tokens);
         let Some(rows) = self.in_flight.take() else { return };
         for &Flight { attempt, end, known } in &rows {
-            let blocks = if end == known || planted(Bug::SendUnfinished) { end.div_ceil(block_tokens) } else { end / block_tokens };
+            let blocks = if end == known { end.div_ceil(block_tokens) } else { end / block_tokens };
             self.send_input(attempt, send::Input::Ready { layer, blocks });
         }
         self.in_flight = Some(rows);
