@@ -24,7 +24,7 @@ impl Caller {
     #[must_use]
     pub fn of(id: RequestId) -> Self {
         let number = id.0 as usize;
-        Self { tenant: number % TENANTS.len(), salt: SALTS[usize::from(number % 7 == 0)] }
+        Self { tenant: number % TENANTS.len(), salt: SALTS[usize::from(number.is_multiple_of(7))] }
     }
 
     /// What the caller's KV is tainted with.
