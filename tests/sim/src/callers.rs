@@ -33,7 +33,7 @@ impl Caller {
     #[must_use]
     pub fn of_client(number: Client) -> Self {
         let number = number as usize;
-        Self { tenant: number % TENANTS.len(), salt: SALTS[usize::from(number % 7 == 0)] }
+        Self { tenant: number % TENANTS.len(), salt: SALTS[usize::from(number.is_multiple_of(7))] }
     }
 
     /// What the caller's KV is tainted with.
