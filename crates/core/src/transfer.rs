@@ -1,11 +1,13 @@
-//! One hand-over of a sequence's KV from the node that computed it to the node that will decode it: [`send`] and [`recv`].
+//! One hand-over of a sequence's KV from the node that computed it to the node that will decode it: [`send`] and [`recv`], and the [`gate`]
+//! that arriving streams ask.
 //!
-//! Both are pure machines. They decide what may be sent, what may be written, when a hand-over is whole, and when it is over;
+//! All are pure machines. They decide what may be sent, what may be written, when a hand-over is whole, and when it is over;
 //! the bytes themselves, the streams and the clock belong to the shell. Every state has an exit for abort from either side,
 //! loss of the peer, and time. A frame that names another generation than the reservation's has no effect and is counted.
 //!
 //! A sequence is a grid of cells, `layers` x `blocks`. Blocks below `have_blocks` are the receiver's already and never move.
 
+pub mod gate;
 pub mod recv;
 pub mod send;
 
@@ -27,6 +29,14 @@ pub struct Grid {
     pub blocks: u32,
     /// Bytes of one cell.
     pub cell_bytes: u64,
+}
+
+impl Grid {
+    /// Cells of the blocks from `block` on.
+    #[must_use]
+    pub const fn cells_from(&self, block: u32) -> u64 {
+        self.layers as u64 * (self.blocks - block) as u64
+    }
 }
 
 /// A rectangle of cells: `layers` x `blocks`, sent on one stream.

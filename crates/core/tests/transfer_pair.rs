@@ -1,9 +1,10 @@
 //! A sender and a receiver joined by a network that delays, reorders and breaks, over many seeds: a hand-over either ends whole
 //! and equal on both sides, or both sides know that it failed; nothing hangs past the deadline.
 
-use millrace_core::ids::{Generation, Time};
+use millrace_core::ids::{BlockHash, Generation, Slot, SlotRef, Time};
 use millrace_core::message::FailKind;
 use millrace_core::sampling::mix;
+use millrace_core::transfer::gate::{Gate, Place};
 use millrace_core::transfer::recv::{self, Receiver};
 use millrace_core::transfer::send::{self, Sender};
 use millrace_core::transfer::{Grid, Span};
@@ -42,6 +43,7 @@ struct Pair {
     now: Time,
     sender: Sender,
     receiver: Receiver,
+    gate: Gate,
     generation: Generation,
     have: u32,
     wire: Vec<Wire>,
@@ -51,6 +53,12 @@ struct Pair {
 
 fn digest(layer: u16, block: u32) -> u64 {
     mix(u64::from(layer) << 32 | u64::from(block))
+}
+
+/// Block `i` is in slot `i`.
+fn gate(grid: Grid, have: u32, generation: Generation) -> Gate {
+    let table = (0..grid.blocks).map(|block| SlotRef { slot: Slot(block), generation: Generation(0) }).collect();
+    Gate::new(grid, have, generation, table, vec![BlockHash::default(); grid.blocks as usize])
 }
 
 impl Pair {
@@ -70,6 +78,7 @@ impl Pair {
             now: Time(0),
             sender: Sender::new(grid, cached, deadline),
             receiver: Receiver::new(grid, have, generation, deadline),
+            gate: gate(grid, have, generation),
             generation,
             have,
             wire: vec![Wire::Granted],
@@ -132,16 +141,21 @@ impl Pair {
     }
 
     fn deliver_cells(&mut self, span: Span, corrupt: bool) {
-        if !self.receiver.admit(self.generation, &span) {
-            return;
-        }
-        for (layer, block) in span.iter() {
-            if !self.receiver.may_write(self.generation, layer, block) {
-                return;
+        if self.gate.admit(self.generation, &span) {
+            for (layer, block) in span.iter() {
+                match self.gate.place(self.generation, layer, block) {
+                    Place::Write(slot, _) => {
+                        assert_eq!(slot, Slot(block));
+                        let expected = digest(layer, block);
+                        self.gate.placed(layer, block, expected ^ u64::from(corrupt), expected);
+                    }
+                    Place::Stands => {}
+                    Place::Closed => break,
+                }
             }
-            let (generation, digest) = (self.generation, digest(layer, block));
-            self.receiver.handle(self.now, recv::Input::Cell { generation, layer, block, digest, verified: !corrupt });
         }
+        self.gate.check();
+        self.receiver.handle(self.now, recv::Input::Standing(self.gate.standing().clone()));
     }
 }
 
@@ -224,11 +238,12 @@ fn a_wrong_byte_is_never_decoded() {
     let (mut pair, grid) = Pair::new(3);
     pair.have = 0;
     pair.receiver = Receiver::new(grid, 0, pair.generation, Time(100));
+    pair.gate = gate(grid, 0, pair.generation);
     let span = Span { layer: 0, layers: grid.layers, block: 0, blocks: grid.blocks };
     pair.deliver_cells(span, true);
     pair.drain();
     assert_eq!(pair.receiver_end, Some(End::Failed(FailKind::Integrity)));
-    assert!(!pair.receiver.may_write(pair.generation, 0, 0));
+    assert_eq!(pair.gate.place(pair.generation, 0, 0), Place::Closed);
 }
 
 #[test]
@@ -236,10 +251,13 @@ fn an_old_generation_has_no_effect() {
     let grid = Grid { layers: 1, blocks: 1, cell_bytes: 64 };
     let mut receiver = Receiver::new(grid, 0, Generation(2), Time(100));
     let span = Span { layer: 0, layers: 1, block: 0, blocks: 1 };
-    assert!(!receiver.admit(Generation(1), &span));
+    let mut gate = gate(grid, 0, Generation(2));
+    assert!(!gate.admit(Generation(1), &span));
+    assert_eq!(gate.place(Generation(1), 0, 0), Place::Closed);
+    assert_eq!(gate.standing().fault, None, "it is late, and no fault");
     receiver
         .handle(Time(1), recv::Input::Fin { generation: Generation(1), cells: 1, digest_sum: 0, first_token: 1, finished: false });
-    assert_eq!((receiver.poll(), receiver.is_over(), receiver.stale_frames()), (None, false, 2));
+    assert_eq!((receiver.poll(), receiver.is_over(), receiver.stale_frames()), (None, false, 1));
 }
 
 #[test]
@@ -259,11 +277,13 @@ fn full_prefix_hit_sends_nothing_and_completes() {
 }
 
 #[test]
-fn a_cell_sent_twice_breaks_the_hand_over_before_it_is_written() {
+fn a_cell_sent_twice_is_written_once() {
     let grid = Grid { layers: 1, blocks: 2, cell_bytes: 64 };
-    let mut receiver = Receiver::new(grid, 0, Generation(1), Time(100));
-    let cell = recv::Input::Cell { generation: Generation(1), layer: 0, block: 0, digest: 1, verified: true };
-    receiver.handle(Time(1), cell);
-    assert!(!receiver.may_write(Generation(1), 0, 0));
-    assert!(receiver.may_write(Generation(1), 0, 1));
+    let mut gate = gate(grid, 0, Generation(1));
+    assert!(matches!(gate.place(Generation(1), 0, 0), Place::Write(Slot(0), _)));
+    gate.placed(0, 0, 1, 1);
+    assert_eq!(gate.place(Generation(1), 0, 0), Place::Stands);
+    assert!(matches!(gate.place(Generation(1), 0, 1), Place::Write(Slot(1), _)));
+    gate.close();
+    assert_eq!(gate.place(Generation(1), 0, 1), Place::Closed);
 }
