@@ -349,6 +349,7 @@ impl Drive {
                 recv::Output::Credit(bytes) => self.peers.send(no, Message::Credit { attempt, bytes }),
                 recv::Output::Abort(kind, detail) => self.peers.send(no, Message::Abort { attempt, kind, detail }),
                 recv::Output::Complete { first_token, finished } => {
+                    tracing::debug!(%attempt, "hand-over: all there");
                     self.receptions.remove(attempt);
                     self.peers.send(no, Message::Received { attempt });
                     self.batch.handle(self.now(), Input::Arrived { attempt, first_token, finished });
@@ -431,6 +432,7 @@ impl Drive {
         match output {
             Output::Admitted { attempt, table, names, cached_blocks } => {
                 let Some(ticket) = self.leaving.remove(&attempt) else { return };
+                tracing::debug!(%attempt, cached_blocks, "hand-over: admitted");
                 let grid = self.grid(ticket.tokens.len());
                 let deadline = self.now().after(ticket.budget_us);
                 let peer = ticket.decode.clone();
@@ -475,6 +477,7 @@ impl Drive {
         let deadline = self.now().after(ticket.budget_us);
         let machine = Receiver::new(self.grid(ticket.tokens.len()), have_blocks, generation, deadline);
         let credit_bytes = machine.credit_bytes();
+        tracing::debug!(%attempt, have_blocks, "hand-over: slots reserved");
         self.gateways.insert(attempt, ticket.gateway);
         self.receptions.insert(attempt, Reception { link: no, table, names, machine });
         self.peers.send(no, Message::Granted(Granted { attempt, have_blocks, generation, credit_bytes }));

@@ -8,8 +8,8 @@ use tokio::sync::{mpsc, watch};
 
 use super::event::{Event, LinkEvent, LinkNo};
 use super::links::{Links, read_link};
-use crate::endpoint::{Endpoint, Target};
-use crate::link::Link;
+use crate::endpoint::{ConnectError, Endpoint, Target};
+use crate::link::{Link, LinkError};
 
 /// All links to other nodes.
 pub(super) struct Peers {
@@ -102,6 +102,10 @@ async fn dial(endpoint: &Endpoint, hello: &Hello, name: &str, address: &str) -> 
     let target = |role| Target { addr, role, name: Some(name.to_owned()) };
     match Link::dial(endpoint, &target(Role::Decode), hello).await {
         Ok(dialed) => Ok(dialed),
-        Err(decode) => Link::dial(endpoint, &target(Role::Prefill), hello).await.map_err(|_| decode.to_string()),
+        Err(LinkError::Connect(ConnectError::WrongPeer { field: "role", .. })) => {
+            Link::dial(endpoint, &target(Role::Prefill), hello).await.map_err(|error| error.to_string())
+        }
+        // Nobody there: a second try would only take as long again.
+        Err(error) => Err(error.to_string()),
     }
 }

@@ -103,6 +103,7 @@ async fn copy_cells(context: &StreamContext, link: LinkNo, stream: quinn::RecvSt
         let _ = context.events.send(Event::Arrived(attempt)).await;
         return Err("not a hand-over that this stream may write to".into());
     }
+    tracing::debug!(%attempt, ?span, "hand-over: cells arrive");
     while let Some(cell) = reader.next_cell().await.map_err(|e| e.to_string())? {
         let more = accept_cell(context, &mut entry.lock(), generation, &cell)?;
         if more {

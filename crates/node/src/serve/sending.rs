@@ -110,6 +110,7 @@ impl Sendings {
             let detail = format!("{} is another incarnation than the ticket's", link.peer().name);
             return self.handle(attempt, Input::PeerLost(detail));
         }
+        tracing::debug!(%attempt, "hand-over: asked for slots");
         sending.link = Some((no, link.clone()));
         if link.send(&Message::Open(Open { ticket: sending.ticket.clone() })).is_err() {
             return self.handle(attempt, Input::PeerLost("the link closed before the hand-over began".into()));
@@ -129,6 +130,7 @@ impl Sendings {
                     tokio::spawn(send_span(sending.job(span, generation, &self.slab, &self.events)));
                 }
                 Output::Fin { generation, cells, digest_sum, first_token, finished } => {
+                    tracing::debug!(%attempt, cells, "hand-over: manifest leaves");
                     sending.tell(Message::Fin(Fin { attempt, generation, cells, digest_sum, first_token, finished }));
                 }
                 Output::Abort(kind, detail) => sending.tell(Message::Abort { attempt, kind, detail }),
