@@ -219,15 +219,19 @@ impl Parts {
         let mut last = String::new();
         let look = async {
             loop {
+                let ended = self.ended();
+                if !ended.is_empty() {
+                    return Err(format!("processes have ended: {ended:?}"));
+                }
                 match self.status().await {
-                    Ok(status) if is_whole(&status, coordinators, nodes) => return status,
+                    Ok(status) if is_whole(&status, coordinators, nodes) => return Ok(status),
                     Ok(status) => last = format!("{status:?}"),
                     Err(reason) => last = reason,
                 }
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        timeout(wait_max, look).await.map_err(|_| format!("not whole after {} s: {last}", wait_max.as_secs()))
+        timeout(wait_max, look).await.map_err(|_| format!("not whole after {} s: {last}", wait_max.as_secs()))?
     }
 
     /// Folder with everything the processes wrote.
@@ -344,16 +348,19 @@ fn cluster_file(plan: &Plan, dir: &Path, parts: &[Part], relays: &Relays, http: 
     }
 }
 
+/// Where processes listen. Ports that the system hands out meanwhile, to relays and clients, are another address's.
+const HOME: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+
 /// A UDP port for each process. All are held until all are found, so that they differ.
 fn free_ports() -> std::io::Result<Vec<SocketAddr>> {
     let count = SHAPE.iter().map(|(_, count)| count).sum();
-    let held = std::iter::repeat_with(|| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))).take(count).collect::<Result<Vec<_>, _>>()?;
+    let held = std::iter::repeat_with(|| UdpSocket::bind((HOME, 0))).take(count).collect::<Result<Vec<_>, _>>()?;
     held.iter().map(UdpSocket::local_addr).collect()
 }
 
 /// A TCP port that was free a moment ago.
 fn free_tcp_port() -> SocketAddr {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
+    let listener = TcpListener::bind((HOME, 0)).and_then(|listener| listener.local_addr());
     listener.expect("loopback has a free port")
 }
 

@@ -24,6 +24,8 @@ const TRIES_MAX: usize = 4;
 const REACH_WAIT_MAX: Duration = Duration::from_secs(15);
 /// Time for a cluster to be whole between two cases.
 const WHOLE_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Time until caches and index agree, as any replica sees it.
+const VERIFY_MAX: Duration = Duration::from_secs(10);
 /// Links end after a second and a half of silence: these are less and more.
 const FAULT_LASTS: [Duration; 2] = [Duration::from_millis(700), Duration::from_millis(3000)];
 /// After so much silence there are no links between prefill and decode nodes.
@@ -247,9 +249,23 @@ impl Matrix {
         if lives(before) != lives(&after) {
             return Err(format!("survivors were {:?} and are {:?}", lives(before), lives(&after)));
         }
-        let dir = self.parts.dir().display().to_string();
-        let verified = process::run("millctl", &["cache", "verify", "--dir", &dir], WHOLE_WAIT_MAX).await;
-        if verified.code == Some(0) { Ok(()) } else { Err(format!("caches and index disagree: {verified:?}")) }
+        self.verified().await
+    }
+
+    /// Waits until caches and index agree as `millctl cache verify` sees it. A replica that was just started says no until all nodes have
+    /// found it.
+    async fn verified(&self) -> Result<(), String> {
+        let (dir, begun) = (self.parts.dir().display().to_string(), Instant::now());
+        loop {
+            let verified = process::run("millctl", &["cache", "verify", "-o", "json", "--dir", &dir], WHOLE_WAIT_MAX).await;
+            if verified.code == Some(0) {
+                return Ok(());
+            }
+            if begun.elapsed() > VERIFY_MAX {
+                return Err(format!("caches and index disagree: {verified:?}"));
+            }
+            sleep(Duration::from_millis(200)).await;
+        }
     }
 }
 
