@@ -16,6 +16,7 @@ pub mod identity;
 pub mod ids;
 pub mod layout;
 pub mod message;
+pub mod node;
 pub mod pool;
 pub mod publish;
 pub mod quota;

@@ -51,11 +51,11 @@ impl World {
 
     fn node_unrest(&self, host: &crate::world::HostState) -> Option<String> {
         let Some(node) = &host.node else { return Some(format!("{} has no process", host.name)) };
-        let Some((number, epoch)) = node.uplink.joined() else { return Some(format!("{} has not joined", host.name)) };
+        let Some((number, epoch)) = node.joined() else { return Some(format!("{} has not joined", host.name)) };
         if self.coordinator.cluster.current(number, epoch).is_none() {
             return Some(format!("epoch {epoch} of {} is not current", host.name));
         }
-        let mut cached: Vec<_> = node.batch.cached_names().collect();
+        let mut cached: Vec<_> = node.batch().cached_names().collect();
         cached.sort_unstable();
         let indexed = self.coordinator.cluster.holders().blocks_of(number);
         let drift = cached != indexed;

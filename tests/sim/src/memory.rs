@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use millrace_core::engine::Row;
 use millrace_core::identity::cell_digest;
 use millrace_core::ids::{AttemptId, BlockHash, Slot, TokenId};
+use millrace_core::pool::Resident;
 use millrace_core::sampling::{Sampling, mix};
 
 /// Ids below this are never drawn.
@@ -68,6 +69,11 @@ impl Memory {
     /// Puts what arrived in its place.
     pub fn place(&mut self, slot: Slot, layer: u16, words: &[u64]) {
         self.cell_to_write(slot, layer).words.copy_from_slice(words);
+    }
+
+    /// The wrapping sum of the digests of a block's cells.
+    pub fn digest_block(&mut self, block: &Resident, layers: u16) -> u64 {
+        (0..layers).map(|layer| digest(&block.name, layer, &self.cell(block.at.slot, layer).words)).fold(0, u64::wrapping_add)
     }
 
     /// Computes one layer of a row: reads what is earlier, writes what is new, and gives the hash of all of it.

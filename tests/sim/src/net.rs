@@ -129,16 +129,16 @@ impl World {
         let link = self.new_link((host, life), None);
         let state = &self.hosts[host];
         let Some(node) = &state.node else { return };
-        let (name, instance, who) = (state.name.clone(), node.uplink.instance(), node.uplink.joined());
+        let (name, instance, who) = (state.name.clone(), node.instance(), node.joined());
         self.coordinator.up(self.now, (host, name), link, instance, who);
         self.tell_node(host, life, NodeEvent::UplinkUp(link));
     }
 
     pub(crate) fn dial_peer(&mut self, host: Host, life: Life, peer: &Peer) {
         let Some(node) = self.node(host, life) else { return };
-        let own = node.uplink.joined().map_or(Epoch(0), |(_, epoch)| epoch);
+        let own = node.joined().map_or(Epoch(0), |(_, epoch)| epoch);
         let to = self.hosts.iter().position(|h| h.name == peer.name).expect("tickets name hosts of this world");
-        let remote = self.hosts[to].node.as_ref().map(|n| n.uplink.joined().map_or(Epoch(0), |(_, epoch)| epoch));
+        let remote = self.hosts[to].node.as_ref().map(|n| n.joined().map_or(Epoch(0), |(_, epoch)| epoch));
         let Some(epoch) = remote.filter(|_| !self.unreachable(host, Some(to))) else {
             let after_us = self.delay();
             return self.schedule(after_us, Event::Node(host, life, NodeEvent::DialFailed(peer.name.clone())));
@@ -246,9 +246,8 @@ impl World {
             cell.words[0] ^= 1 << 7;
             self.gateway.damaged.insert(attempt);
         }
-        let time = self.now.after(self.hosts[host].offset_us);
         let Some(node) = self.node(host, life) else { return };
-        let taken = cells.iter().take_while(|cell| node.cell_arrives(time, attempt, generation, cell)).count();
+        let taken = cells.iter().take_while(|cell| node.cell_arrives(attempt, generation, cell)).count();
         self.wake(host, 0);
         let Some(stream) = self.streams.get_mut(&no) else { return };
         stream.arrived += taken;

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use millrace_core::ids::ReplicaId;
 use millrace_core::message::{Hello, REPLICAS_TOLD_MAX, ReplicaAddress, Role};
+use millrace_core::node::LinkNo;
 use tokio::sync::{mpsc, watch};
 
-use super::event::{Event, LinkEvent, LinkNo};
+use super::event::{Event, LinkEvent};
 use super::receiving::{StreamContext, receive_stream};
 use crate::dial::keep_connected;
 use crate::endpoint::{Endpoint, Target};

@@ -1,7 +1,10 @@
-//! What a node has measured of itself, for the router: smoothed, in the units that [`Load`](millrace_core::message::Load) names.
+//! What a node has measured of itself, for the router: smoothed, in the units that [`Load`] names.
 
-use millrace_core::engine::Step;
-use millrace_core::route::pairs;
+use super::Counts;
+use crate::batch::Batch;
+use crate::engine::Step;
+use crate::message::Load;
+use crate::route::pairs;
 
 /// Weight of a new sample: the last ten or so count.
 const WEIGHT: f64 = 0.2;
@@ -14,7 +17,7 @@ const PREFILL_SAMPLE_TOKENS: usize = 32;
 /// Bytes that a stream must carry for its time to say something about the wire.
 const SEND_SAMPLE_BYTES: u64 = 256 << 10;
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Smoothed(Option<f64>);
 
 impl Smoothed {
@@ -29,7 +32,7 @@ impl Smoothed {
 
 /// The time of one prompt token as a line over the tokens before it: what is left at none, and what each adds. A weighted least squares
 /// fit that forgets, neither part below 0.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Curve {
     steps: f64,
     mean_context: f64,
@@ -70,7 +73,7 @@ impl Curve {
 }
 
 /// Smoothed measurements.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Rates {
     prompts: Curve,
     decode_us: Smoothed,
@@ -104,29 +107,27 @@ impl Rates {
         }
     }
 
-    pub(super) fn prefill_ns_per_token(&self) -> u64 {
-        self.prompts.ns_per_token()
-    }
-
-    pub(super) fn prefill_ps_per_pair(&self) -> u64 {
-        self.prompts.ps_per_pair()
-    }
-
-    pub(super) fn decode_step_us(&self) -> u64 {
-        self.decode_us.rounded()
-    }
-
-    pub(super) fn send_bytes_per_s(&self) -> u64 {
-        self.send_bytes.rounded()
+    /// The load of a batch, with what was measured.
+    pub(super) fn load(&self, batch: &Batch, counts: Counts) -> Load {
+        Load {
+            stale_frames: counts.stale_frames,
+            resumes: counts.resumes,
+            prefill_ns_per_token: self.prompts.ns_per_token(),
+            prefill_ps_per_pair: self.prompts.ps_per_pair(),
+            decode_step_us: self.decode_us.rounded(),
+            send_bytes_per_s: self.send_bytes.rounded(),
+            ..batch.load()
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use millrace_core::engine::Row;
-    use millrace_core::ids::{AttemptId, RequestId};
+    use alloc::vec;
 
     use super::*;
+    use crate::engine::Row;
+    use crate::ids::{AttemptId, RequestId};
 
     fn step(start: u32, tokens: usize) -> Step {
         let attempt = AttemptId { request: RequestId(1), attempt: 0 };
@@ -148,7 +149,7 @@ mod tests {
     #[test]
     fn the_curve_finds_both_parts() {
         let rates = measured((0..60).map(|i| (i % 7 * 256, 256)));
-        let (ns, ps) = (rates.prefill_ns_per_token() as f64, rates.prefill_ps_per_pair() as f64);
+        let (ns, ps) = (rates.prompts.ns_per_token() as f64, rates.prompts.ps_per_pair() as f64);
         assert!((500e3..900e3).contains(&ns) && (0.9e6..1.5e6).contains(&ps), "{ns} {ps}");
         let whole_us = (2048.0 * ns + 2048.0 * 1024.0 * ps / 1e3) / 1e3;
         let true_us = 2048.0 * 700.0 + 2048.0 * 1024.0 * 1.2;
@@ -158,17 +159,17 @@ mod tests {
     #[test]
     fn prompts_of_one_length_say_nothing_about_attention() {
         let rates = measured([(0, 256); 20]);
-        assert_eq!(rates.prefill_ps_per_pair(), 0);
-        assert!((750_000..950_000).contains(&rates.prefill_ns_per_token()), "{}", rates.prefill_ns_per_token());
+        assert_eq!(rates.prompts.ps_per_pair(), 0);
+        assert!((750_000..950_000).contains(&rates.prompts.ns_per_token()), "{}", rates.prompts.ns_per_token());
     }
 
     #[test]
     fn nothing_measured_is_nothing_known_and_a_decode_step_is_no_prompt() {
         let mut rates = Rates::default();
-        assert_eq!((rates.prefill_ns_per_token(), rates.prefill_ps_per_pair()), (0, 0));
+        assert_eq!((rates.prompts.ns_per_token(), rates.prompts.ps_per_pair()), (0, 0));
         rates.begun(&step(100, 1));
         rates.stepped(5_000);
-        assert_eq!((rates.prefill_ns_per_token(), rates.decode_step_us()), (0, 5_000));
+        assert_eq!((rates.prompts.ns_per_token(), rates.decode_us.rounded()), (0, 5_000));
     }
 
     #[test]
@@ -178,7 +179,7 @@ mod tests {
             rates.begun(&step(start * 256, 256));
             rates.stepped(500_000 - u64::from(start) * 50_000);
         }
-        assert_eq!(rates.prefill_ps_per_pair(), 0);
-        assert!(rates.prefill_ns_per_token() > 0);
+        assert_eq!(rates.prompts.ps_per_pair(), 0);
+        assert!(rates.prompts.ns_per_token() > 0);
     }
 }

@@ -1,13 +1,12 @@
 //! A node's standing with the coordinator: joining, heartbeats, block deltas, and the way of tokens to their gateway.
 
-use std::collections::BTreeMap;
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::vec::Vec;
 
-use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId, Time};
-use millrace_core::message::{BlockOp, Join, Load, Message};
-use millrace_core::publish::{Output, Publisher};
-
-use super::event::LinkNo;
-use crate::link::Link;
+use super::{Effect, LinkNo};
+use crate::ids::{BlockHash, Epoch, NodeId, ReplicaId, Time};
+use crate::message::{BlockOp, Join, Load, Message};
+use crate::publish::{Output, Publisher};
 
 /// Microseconds between heartbeats.
 const HEARTBEAT_US: u64 = 200_000;
@@ -19,8 +18,9 @@ const JOIN_REFUSED_MAX_US: u64 = 15_000_000;
 const JOIN_REFUSED_GAP_US: u64 = 5_000_000;
 
 /// Links to all replicas, and what was agreed over them.
+#[derive(Debug)]
 pub(super) struct Uplinks {
-    links: BTreeMap<ReplicaId, (LinkNo, Link)>,
+    links: BTreeMap<ReplicaId, LinkNo>,
     join: Join,
     joined: Option<(NodeId, Epoch)>,
     publisher: Option<Publisher>,
@@ -58,29 +58,26 @@ impl Uplinks {
         self.publisher.as_ref().and_then(Publisher::settled)
     }
 
-    pub(super) fn up(&mut self, now: Time, replica: ReplicaId, no: LinkNo, link: Link) {
-        self.links.insert(replica, (no, link));
+    pub(super) fn up(&mut self, now: Time, replica: ReplicaId, link: LinkNo) {
+        self.links.insert(replica, link);
         self.home.get_or_insert(replica);
         self.next_heartbeat = now;
     }
 
-    /// Forgets a link; false when a newer one has taken its place already.
-    pub(super) fn down(&mut self, replica: ReplicaId, no: LinkNo) -> bool {
-        if self.links.get(&replica).is_none_or(|(current, _)| *current != no) {
-            return false;
-        }
+    pub(super) fn down(&mut self, replica: ReplicaId) {
         self.links.remove(&replica);
         if self.home == Some(replica) {
             self.home = self.links.keys().next().copied();
         }
-        true
     }
 
-    /// Sends to one replica. A lost link is reported by its own event, so the result is not needed.
-    pub(super) fn send(&self, replica: ReplicaId, message: Message) {
-        if let Some((_, link)) = self.links.get(&replica) {
-            let _ = link.send(&message);
-        }
+    /// The replica at the other end of a link. O(replicas), which are few.
+    pub(super) fn replica(&self, link: LinkNo) -> Option<ReplicaId> {
+        self.links.iter().find(|(_, l)| **l == link).map(|(replica, _)| *replica)
+    }
+
+    pub(super) fn link(&self, replica: ReplicaId) -> Option<LinkNo> {
+        self.links.get(&replica).copied()
     }
 
     pub(super) fn on_joined(&mut self, node: NodeId, epoch: Epoch, pool_is_empty: bool) -> bool {
@@ -93,19 +90,18 @@ impl Uplinks {
         true
     }
 
-    /// A refusal; the reason when the node should give up. One that comes after joining means that this incarnation
-    /// counts as dead there, so the node joins again.
-    pub(super) fn on_refused(&mut self, now: Time, reason: String, retry: bool) -> Option<String> {
+    /// A refusal; true when the node should give up. One that comes after joining means that this incarnation counts as dead there, so
+    /// the node joins again.
+    pub(super) fn on_refused(&mut self, now: Time, retry: bool, effects: &mut VecDeque<Effect>) -> bool {
         let since = self.refused.filter(|(_, last)| now.since(*last) <= JOIN_REFUSED_GAP_US).map_or(now, |(first, _)| first);
         self.refused = Some((since, now));
         if !retry || now.since(since) > JOIN_REFUSED_MAX_US {
-            return Some(reason);
+            return true;
         }
-        tracing::info!(%reason, "not a member yet");
         if self.joined.is_some() && self.next_join <= now {
-            self.ask_to_join(now);
+            self.ask_to_join(now, effects);
         }
-        None
+        false
     }
 
     pub(super) fn on_applied(&mut self, epoch: Epoch, seq: u64) {
@@ -128,59 +124,57 @@ impl Uplinks {
     }
 
     /// Sends whatever is due.
-    pub(super) fn advance(&mut self, now: Time, load: impl FnOnce() -> Load, cached: impl Fn() -> Vec<BlockHash>) {
+    pub(super) fn advance(
+        &mut self,
+        now: Time,
+        load: impl FnOnce() -> Load,
+        cached: impl Fn() -> Vec<BlockHash>,
+        effects: &mut VecDeque<Effect>,
+    ) {
         if self.joined.is_none() && now >= self.next_join {
-            self.ask_to_join(now);
+            self.ask_to_join(now, effects);
         }
         let Some((node, epoch)) = self.joined else { return };
         if now >= self.next_heartbeat {
             self.next_heartbeat = now.after(HEARTBEAT_US);
             let load = load();
-            for (_, link) in self.links.values() {
-                let _ = link.send(&Message::Heartbeat { node, epoch, load });
-            }
+            effects.extend(self.links.values().map(|link| Effect::Send(*link, Message::Heartbeat { node, epoch, load })));
         }
-        self.publish_due(now, cached);
+        self.publish_due(now, cached, effects);
     }
 
     pub(super) fn deadline(&self) -> Time {
         let own = if self.joined.is_some() { self.next_heartbeat } else { self.next_join };
-        let publisher = self.publisher.as_ref().and_then(Publisher::deadline);
+        let publisher = self.publisher.as_ref().filter(|_| self.home.is_some()).and_then(Publisher::deadline);
         publisher.map_or(own, |deadline| deadline.min(own))
     }
 
     /// Says goodbye, so that nothing more is sent here.
-    pub(super) fn leave(&self) {
-        if let (Some((node, epoch)), Some(home)) = (self.joined, self.home) {
-            self.send(home, Message::Leave { node, epoch });
+    pub(super) fn leave(&self, effects: &mut VecDeque<Effect>) {
+        let home = self.home.and_then(|home| self.link(home));
+        if let (Some((node, epoch)), Some(link)) = (self.joined, home) {
+            effects.push_back(Effect::Send(link, Message::Leave { node, epoch }));
         }
     }
 
-    fn ask_to_join(&mut self, now: Time) {
+    fn ask_to_join(&mut self, now: Time, effects: &mut VecDeque<Effect>) {
         self.next_join = now.after(JOIN_RETRY_US);
         let after = |asked: ReplicaId| self.links.range(asked..).map(|(id, _)| *id).find(|id| *id != asked);
         let next = self.asked.and_then(after).or_else(|| self.links.keys().next().copied());
-        if let Some(replica) = next {
-            self.asked = Some(replica);
-            self.send(replica, Message::Join(self.join.clone()));
-        }
+        let Some(replica) = next else { return };
+        self.asked = Some(replica);
+        effects.extend(self.link(replica).map(|link| Effect::Send(link, Message::Join(self.join.clone()))));
     }
 
-    fn publish_due(&mut self, now: Time, cached: impl Fn() -> Vec<BlockHash>) {
-        let (Some(publisher), Some(home)) = (&mut self.publisher, self.home) else { return };
-        let Some((_, link)) = self.links.get(&home) else { return };
+    fn publish_due(&mut self, now: Time, cached: impl Fn() -> Vec<BlockHash>, effects: &mut VecDeque<Effect>) {
+        let (Some(publisher), Some(link)) = (&mut self.publisher, self.home.and_then(|home| self.links.get(&home))) else { return };
+        let mut send = |message| effects.push_back(Effect::Send(*link, message));
         while let Some(output) = publisher.poll(now) {
             match output {
-                Output::Delta(delta) => {
-                    let _ = link.send(&Message::Delta(delta));
-                }
-                Output::NeedDigest => {
-                    let _ = link.send(&Message::CacheDigest(publisher.digest(&cached())));
-                }
+                Output::Delta(delta) => send(Message::Delta(delta)),
+                Output::NeedDigest => send(Message::CacheDigest(publisher.digest(&cached()))),
                 Output::NeedSnapshot => {
-                    for page in publisher.snapshot(now, &cached()) {
-                        let _ = link.send(&Message::Snapshot(page));
-                    }
+                    publisher.snapshot(now, &cached()).into_iter().for_each(|page| send(Message::Snapshot(page)))
                 }
             }
         }
