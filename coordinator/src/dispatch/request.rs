@@ -317,8 +317,13 @@ impl Request {
     }
 
     fn note_prefill(&mut self, stats: Option<PrefillStats>) {
-        let Timings { prefill, .. } = &mut self.usage.timings;
-        if let (None, Some(stats)) = (&prefill, stats) {
+        let Some(stats) = stats else { return };
+        let Timings { prefill, recomputed_tokens, .. } = &mut self.usage.timings;
+        if let Some(again) = self.running.as_ref().filter(|running| running.id.attempt > 0) {
+            let tokens = self.prompt.tokens.len() as u32 + again.first;
+            *recomputed_tokens += tokens.saturating_sub(stats.cached_tokens);
+        }
+        if prefill.is_none() {
             // What a later attempt finds cached is this request's own work.
             if !self.resumed {
                 self.usage.cached_tokens = stats.cached_tokens.min(self.usage.prompt_tokens);

@@ -89,6 +89,20 @@ fn the_last_token_finishes_with_the_truth_about_the_cache() {
 }
 
 #[test]
+fn what_later_attempts_compute_again_is_counted() {
+    let (mut request, t) = started();
+    let stats = |cached_tokens| Some(PrefillStats { cached_tokens, ..PrefillStats::default() });
+    request.token(t, P, TokenOut { prefill: stats(0), ..out(0, 0) });
+    request.token(t, D, out(0, 1));
+    request.lost(t, D);
+    request.placed(t, peer(P), None);
+    request.token(t, P, TokenOut { prefill: stats(3), finish: Some(Finish::Length), ..out(1, 2) });
+    let effects = drain(&mut request);
+    let Some(Effect::Deliver(Event::Finished { usage, .. })) = effects.last() else { panic!("{effects:?}") };
+    assert_eq!(usage.timings.recomputed_tokens, 3 + 2 - 3, "prompt and answer so far, but for what was cached");
+}
+
+#[test]
 fn a_lost_node_moves_the_request_with_what_was_delivered() {
     let (mut request, t) = started();
     request.token(t, P, out(0, 0));

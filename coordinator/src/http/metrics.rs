@@ -31,6 +31,8 @@ pub const TOKENS: &str = "millrace.tokens";
 pub const REQUESTS: &str = "millrace.requests";
 /// Requests that a second ticket was made for.
 pub const MIGRATIONS: &str = "millrace.migrations";
+/// Tokens that tickets after the first computed again.
+pub const TOKENS_RECOMPUTED: &str = "millrace.tokens.recomputed";
 /// KV bytes that moved for requests of this gateway.
 pub const KV_BYTES: &str = "millrace.kv.bytes_moved";
 /// Time of hand-overs that compute did not hide, seconds.
@@ -82,6 +84,7 @@ pub struct Metrics {
     tokens: Counter<u64>,
     requests: Counter<u64>,
     migrations: Counter<u64>,
+    recomputed: Counter<u64>,
     kv_bytes: Counter<u64>,
     tenant_requests: Counter<u64>,
     tenant_tokens: Counter<u64>,
@@ -116,6 +119,7 @@ impl Metrics {
             tokens: count(TOKENS),
             requests: count(REQUESTS),
             migrations: count(MIGRATIONS),
+            recomputed: count(TOKENS_RECOMPUTED),
             kv_bytes: meter.u64_counter(KV_BYTES).with_unit("By").build(),
             tenant_requests: count(TENANT_REQUESTS),
             tenant_tokens: count(TENANT_TOKENS),
@@ -279,6 +283,7 @@ impl Watch {
         }
         if usage.timings.attempts > 1 {
             self.metrics.migrations.add(1, &[]);
+            self.metrics.recomputed.add(usage.timings.recomputed_tokens.into(), &[]);
         }
         if let Some(handover) = &usage.timings.handover {
             self.metrics.kv_bytes.add(handover.bytes, &[]);

@@ -5,7 +5,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use super::{Effect, LinkNo, Node, SpanJob};
+use super::{Effect, LinkNo, Node, Note, SpanJob};
 use crate::batch;
 use crate::ids::{AttemptId, BlockHash, Epoch, Generation, SlotRef};
 use crate::message::{FailKind, Fin, HandoverStats, Message, Open, Ticket};
@@ -36,6 +36,7 @@ impl Node {
     pub(super) fn on_admitted(&mut self, attempt: AttemptId, table: Vec<SlotRef>, names: Vec<BlockHash>, cached_blocks: u32) {
         let Some(ticket) = self.splitting.remove(&attempt) else { return };
         let Some(peer) = ticket.decode.clone() else { return };
+        self.note(Note::Admitted(attempt, cached_blocks));
         let deadline = self.now.after(ticket.budget_us);
         let machine = Sender::new(self.grid(ticket.tokens.len()), cached_blocks, deadline);
         self.leaving.insert(attempt, Leaving { machine, ticket, table, names, link: None, undrained: 0 });

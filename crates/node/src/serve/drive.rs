@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use millrace_core::identity::cell_digest;
-use millrace_core::message::ReplicaAddress;
+use millrace_core::message::{Message, ReplicaAddress};
 use millrace_core::node::{Effect, Input, LinkNo, Node, Note};
 use millrace_core::pool::Resident;
 use millrace_kernels::slab::KvSlab;
@@ -122,6 +122,7 @@ impl Drive {
     fn act(&mut self, effect: Effect) -> Result<()> {
         match effect {
             Effect::Send(no, message) => {
+                log_step(&message);
                 if let Some(link) = self.links.get(&no) {
                     // A closed link is told by its own event.
                     let _ = link.send(&message);
@@ -165,6 +166,7 @@ fn log(note: Note) {
     match note {
         Note::Joined(node, epoch) => tracing::info!(%node, %epoch, "joined"),
         Note::NotYet(reason) => tracing::info!(%reason, "not a member yet"),
+        Note::Admitted(attempt, cached_blocks) => tracing::debug!(%attempt, cached_blocks, "hand-over: admitted"),
         Note::Failed(attempt, kind, detail) => tracing::warn!(%attempt, ?kind, %detail, "attempt failed"),
         Note::Meaningless(message) => tracing::debug!(?message, "message without meaning on this link"),
         Note::Pins(version, pins) => {
@@ -176,5 +178,19 @@ fn log(note: Note) {
         Note::Damaged(block, slot, dropped) => {
             tracing::error!(%block, slot = slot.0, dropped, "a cached block's bytes changed; it is dropped");
         }
+    }
+}
+
+/// The steps of a hand-over, for whoever follows one request.
+fn log_step(message: &Message) {
+    match message {
+        Message::Open(open) => tracing::debug!(attempt = %open.ticket.attempt, "hand-over: asked for slots"),
+        Message::Granted(granted) => {
+            tracing::debug!(attempt = %granted.attempt, have_blocks = granted.have_blocks, "hand-over: slots reserved");
+        }
+        Message::Resume { attempt, .. } => tracing::debug!(%attempt, "hand-over: goes on over another link"),
+        Message::Fin(fin) => tracing::debug!(attempt = %fin.attempt, cells = fin.cells, "hand-over: manifest leaves"),
+        Message::Received { attempt } => tracing::debug!(%attempt, "hand-over: all there"),
+        _ => {}
     }
 }

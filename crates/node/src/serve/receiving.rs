@@ -84,7 +84,10 @@ async fn copy_cells(context: &StreamContext, link: LinkNo, stream: quinn::RecvSt
         *asks == link && gate.admit(generation, &span)
     };
     let result = match entry.as_ref().filter(|entry| admits(entry)) {
-        Some(gate) => copy_admitted(context, &mut reader, gate, generation).await,
+        Some(gate) => {
+            tracing::debug!(%attempt, ?span, "hand-over: cells arrive");
+            copy_admitted(context, &mut reader, gate, generation).await
+        }
         None => {
             let _ = context.events.send(Event::Node(Input::StreamRefused)).await;
             Err("not a hand-over that this stream may write to".into())
