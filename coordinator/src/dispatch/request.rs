@@ -49,6 +49,8 @@ pub struct Running {
     pub decode: Option<Peer>,
     /// Index of its first token.
     first: u32,
+    /// When it was placed.
+    placed: Instant,
     /// The last moment that it got further.
     progress: Instant,
     /// The prefill node has done its part.
@@ -64,6 +66,11 @@ impl Running {
     /// Whether the prefill node has done its part, so that the sequence is where it decodes.
     pub fn handed_over(&self) -> bool {
         self.handed_over
+    }
+
+    /// When it was placed.
+    pub fn placed(&self) -> Instant {
+        self.placed
     }
 
     /// Its node of this number.
@@ -245,7 +252,7 @@ impl Request {
         self.usage.timings.decode_node = Some(decode.as_ref().unwrap_or(&prefill).name.clone());
         self.pause.no_nodes_since = None;
         let first = self.delivered();
-        self.running = Some(Running { id, prefill, decode, first, progress: now, handed_over: false });
+        self.running = Some(Running { id, prefill, decode, first, placed: now, progress: now, handed_over: false });
     }
 
     /// There is no place now.

@@ -125,7 +125,8 @@ impl Inner {
         let lost = {
             let cluster = self.cluster.read();
             let lost = |peer: &&Peer| {
-                let silent = self.nodes.seen(now, &peer.name, peer.epoch).is_none_or(|seen| seen.lost());
+                let placed = now.saturating_duration_since(running.placed());
+                let silent = self.nodes.seen(now, &peer.name, peer.epoch).is_none_or(|seen| seen.lost_since(placed));
                 silent || cluster.current(peer.node, peer.epoch).is_none()
             };
             running.needs().find(lost).cloned()

@@ -45,10 +45,11 @@ pub(super) struct Clients {
 }
 
 impl Clients {
-    pub fn new(id: u64) -> Self {
+    /// Waiters of replica `id`; `incarnation` is a random number of this life of it.
+    pub fn new(id: u64, incarnation: u64) -> Self {
         Self {
             id,
-            incarnation: rand::random(),
+            incarnation,
             next_seq: 0,
             proposals: HashMap::new(),
             fresh_reads: Vec::new(),

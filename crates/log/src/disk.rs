@@ -1,5 +1,6 @@
-//! The file layer under the log: the few operations that the replica needs of a file system, behind a trait, so that tests can put
-//! one beneath it that forgets what was not synced, runs full, or fails.
+//! The file layer under the log: the few operations that the replica needs of the system, behind a trait, so that tests can put
+//! one beneath it that forgets what was not synced, runs full, or fails. Random numbers are among them: they name logs and salt files, and a
+//! simulated system must give the same again.
 //!
 //! It decides what an error means: [`DiskError::full`] is a disk without room, after which the same bytes may be written again; anything else,
 //! and any error of a sync, leaves unknown what is on disk. What is done about either is decided in `driver` and `room`.
@@ -33,6 +34,8 @@ pub trait Disk: Send + Sync {
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes the names in a directory durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    /// A random number.
+    fn random(&self) -> u64;
     /// Keeps other processes out. `None`: one is in.
     fn lock(&self, path: &Path) -> io::Result<Option<Lock>>;
 }
@@ -87,6 +90,10 @@ impl Disk for OsDisk {
         File::open(dir)?.sync_all()
     }
 
+    fn random(&self) -> u64 {
+        rand::random()
+    }
+
     fn lock(&self, path: &Path) -> io::Result<Option<Lock>> {
         let file = File::create(path)?;
         match file.try_lock() {
@@ -128,6 +135,11 @@ impl DiskError {
     pub fn full(&self) -> bool {
         self.op != SYNC && matches!(self.source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
     }
+}
+
+/// A random name for a log.
+pub(super) fn random_name(disk: &dyn Disk) -> u128 {
+    u128::from(disk.random()) << 64 | u128::from(disk.random())
 }
 
 /// Turns an I/O error into one that names the operation and the file.

@@ -141,6 +141,7 @@ impl<M: StateMachine> Driver<M> {
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let node = RawNode::new(&raft_config(&config, applied), store, &logger)?;
         let (status, watched) = watch::channel(observe(&node, applied));
+        let clients = Clients::new(config.id, disk.random());
         let mut driver = Self {
             node,
             machine,
@@ -151,7 +152,7 @@ impl<M: StateMachine> Driver<M> {
             outgoing,
             ship,
             shared,
-            clients: Clients::new(config.id),
+            clients,
             applied,
             members: Arc::default(),
             members_index: 0,

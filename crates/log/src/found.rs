@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use raft::eraftpb::HardState;
 
-use super::disk::{Disk, OsDisk, failed};
+use super::disk::{Disk, OsDisk, failed, random_name};
 use super::handle::checked;
 use super::members::Members;
 use super::snapshot::{self, Meta};
@@ -29,7 +29,7 @@ pub fn found(config: RaftConfig, index: u64, state: &[u8]) -> Result<(), RaftSta
     if index == 0 || !disk.list(dir).map_err(failed("list", dir))?.is_empty() {
         return Err(RaftStartError::Config("a log is founded in an empty directory, with at least one entry".into()));
     }
-    let owner = Identity { cluster_id: config.cluster_id, node: config.id, log: rand::random() };
+    let owner = Identity { cluster_id: config.cluster_id, node: config.id, log: random_name(disk.as_ref()) };
     let at = LogPoint { index, term: FOUNDING_TERM };
     let meta = Meta { at, members: Members { voters: config.founders, ..Members::default() } };
     let temporary = dir.join("founding.tmp");

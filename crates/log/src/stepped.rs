@@ -1,8 +1,7 @@
 //! A replica that its holder steps, in whatever time that one keeps, instead of running on threads of its own: for simulators.
 //!
 //! The driver, the shipments and the background jobs are the real ones. Here is only what else would be chance: raft-rs draws election
-//! timeouts from a global generator, so they are set again after each step, from a seed. Salts and names of logs and shipments stay
-//! random: nothing is decided by them, and they have one length.
+//! timeouts from a global generator, so they are set again after each step, from a seed. Other random numbers come from the [`Disk`].
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Receiver;

@@ -373,7 +373,7 @@ impl raft::Storage for Store {
 
 /// A new log with an identity of its own. Founders begin with the same entry, which all of them take for committed.
 fn create(disk: &Arc<dyn Disk>, dir: &Path, owner: &mut Identity, founders: &[u64]) -> Result<Recovered, DiskError> {
-    owner.log = rand::random();
+    owner.log = disk::random_name(disk.as_ref());
     let mut bodies = Vec::new();
     if !founders.is_empty() {
         let mut entry = Entry { index: 1, term: 1, ..Default::default() };

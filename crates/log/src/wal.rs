@@ -124,7 +124,7 @@ impl Wal {
         bodies: &[Vec<u8>],
     ) -> Result<Self, DiskError> {
         let path = segment_path(dir, seq).with_extension(TEMPORARY);
-        let salt = rand::random();
+        let salt = disk.random();
         let mut bytes = encode_header(seq, salt, owner, base);
         for body in bodies {
             let at = bytes.len() as u64;

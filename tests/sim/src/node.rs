@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use millrace_core::batch::Batch;
 use millrace_core::engine::{EngineError, Step};
-use millrace_core::ids::{AttemptId, Epoch, NodeId, ReplicaId, Time};
+use millrace_core::ids::{AttemptId, Epoch, NodeId, Time};
 use millrace_core::message::{Join, Message};
 use millrace_core::node::{self, Effect, Input, Note};
 use millrace_core::transfer::gate::Gate;
@@ -20,8 +20,6 @@ use crate::plan::Plan;
 
 /// Events told before the machine has its turn.
 const EVENTS_PER_TURN: usize = 256;
-/// The one replica that there is to a node.
-const REPLICA: ReplicaId = ReplicaId(1);
 
 /// A process of a node.
 pub struct Node {
@@ -107,6 +105,12 @@ impl Node {
         std::mem::take(&mut self.acts)
     }
 
+    /// Events that wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.inbox.len()
+    }
+
     /// When the next turn is due, if nothing happens before; at once when events wait.
     #[must_use]
     pub fn deadline(&self) -> Time {
@@ -122,7 +126,7 @@ impl Node {
 
     fn input(&mut self, event: NodeEvent) -> Option<Input> {
         Some(match event {
-            NodeEvent::UplinkUp(link) => Input::UplinkUp(REPLICA, node::LinkNo(link)),
+            NodeEvent::UplinkUp(replica, link) => Input::UplinkUp(replica, node::LinkNo(link)),
             NodeEvent::PeerUp(link, name, epoch) => Input::PeerUp(node::LinkNo(link), name, epoch),
             NodeEvent::Down(link) => Input::Down(node::LinkNo(link)),
             NodeEvent::Message(link, message) => {

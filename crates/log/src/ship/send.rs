@@ -75,7 +75,7 @@ impl<S> Ship<S> {
         (meta.index, meta.term) = (saved.meta.at.index, saved.meta.at.term);
         meta.set_conf_state(saved.meta.members.conf_state());
         tracing::info!(peer, index = meta.index, bytes = saved.total, "a snapshot is sent");
-        let id = rand::random();
+        let id = self.dock.disk.random();
         let outbound = Outbound { id, message, saved, begun: false, acked: 0, sent: 0, heard: now, stirred: now };
         self.outbound.insert(peer, outbound);
         self.pump(peer);

@@ -45,6 +45,8 @@ struct Inner {
     patience: Option<u32>,
     sync_fails: bool,
     syncs: u64,
+    /// Random numbers so far; all that a number depends on.
+    drawn: u64,
 }
 
 impl Inner {
@@ -171,6 +173,16 @@ impl Disk for SimDisk {
         let mut inner = self.inner();
         inner.durable_names = inner.names.clone();
         Ok(())
+    }
+
+    fn random(&self) -> u64 {
+        let mut inner = self.inner();
+        inner.drawn += 1;
+        // The steps of SplitMix64.
+        let z = inner.drawn.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
     }
 
     fn lock(&self, _: &Path) -> io::Result<Option<Lock>> {
