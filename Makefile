@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim bench bench-load clean clean-cache
+.PHONY: help setup demo test check sim fuzz bench bench-load clean clean-cache
 
 cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
@@ -45,6 +45,9 @@ check: setup ## formatting and lints; any finding fails
 
 sim: ## run the whole cluster in the deterministic simulator (SEED=, SEEDS=, STEPS=)
 	cargo run --release -p millrace-sim -- --seed $(SEED) --steps $(STEPS) $(if $(SEEDS),--seeds $(SEEDS)) $(SIM_ARGS)
+
+fuzz: setup ## spoiled inputs to every parser, for SECONDS=n in all; what breaks a promise is kept in tests/fuzz/corpus (TARGETS=, SEED=)
+	cargo run --release -p millrace-fuzz -- run $(TARGETS) --seed $(SEED) --seconds $(or $(SECONDS),600)
 
 bench: setup ## measure a local cluster under load (BENCH_ARGS=...)
 	cargo build --release

@@ -11,7 +11,7 @@ use millrace_e2e::repository;
 /// Lines of a file.
 const LINES_MAX: usize = 600;
 /// Each member, and the members that it may depend on.
-const EDGES: [(&str, &[&str]); 11] = [
+const EDGES: [(&str, &[&str]); 12] = [
     ("millrace-core", &[]),
     ("millrace-kernels", &[]),
     ("millrace-checkpoint", &["millrace-core"]),
@@ -23,11 +23,15 @@ const EDGES: [(&str, &[&str]); 11] = [
     ("millrace-e2e", TESTED),
     ("millrace-sim", TESTED),
     ("millrace-load", TESTED),
+    (
+        "millrace-fuzz",
+        &["millrace-core", "millrace-checkpoint", "millrace-node", "coordinator", "millrace-load"],
+    ),
 ];
 /// What the packages of tests may depend on: everything but LibTorch, which comes with the nodes.
 const TESTED: &[&str] = &["millrace-core", "millrace-checkpoint", "millrace-kernels", "millrace-node", "coordinator"];
 /// Members that must build without LibTorch.
-const WITHOUT_LIBTORCH: [&str; 8] = [
+const WITHOUT_LIBTORCH: [&str; 9] = [
     "millrace-core",
     "millrace-kernels",
     "millrace-checkpoint",
@@ -36,6 +40,7 @@ const WITHOUT_LIBTORCH: [&str; 8] = [
     "millrace-e2e",
     "millrace-sim",
     "millrace-load",
+    "millrace-fuzz",
 ];
 
 /// The workspace as Cargo resolves it for this machine.
