@@ -12,8 +12,8 @@ use millrace_core::message::{REPLICAS_TOLD_MAX, ReplicaAddress};
 use parking_lot::Mutex;
 
 use crate::config::Config;
-use crate::raft::RaftHandle;
 use crate::state::SharedCluster;
+use millrace_log::RaftHandle;
 
 /// Where another replica is.
 #[derive(Clone, Debug, PartialEq, Eq)]

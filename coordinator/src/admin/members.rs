@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::Admin;
 use crate::propose::COMMIT_WAIT_MAX;
-use crate::raft::{Change, ChangeError, ProposeError, RaftStatus, Role};
+use millrace_log::{Change, ChangeError, ProposeError, RaftStatus, Role};
 
 /// Time that a change may take, the hand-over of leadership before it included.
 pub const CHANGE_WAIT_MAX: Duration = Duration::from_secs(6);

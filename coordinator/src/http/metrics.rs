@@ -16,8 +16,8 @@ use prometheus::{Registry, TextEncoder};
 
 use crate::App;
 use crate::dispatch::{BeliefCounts, Usage};
-use crate::raft::Role;
 use crate::traffic::Traffic;
+use millrace_log::Role;
 
 /// From arrival to the first token, seconds.
 pub const TIME_TO_FIRST_TOKEN: &str = "gen_ai.server.time_to_first_token";

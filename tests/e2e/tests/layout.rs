@@ -15,11 +15,12 @@ const EDGES: [(&str, &[&str]); 12] = [
     ("millrace-core", &[]),
     ("millrace-kernels", &[]),
     ("millrace-checkpoint", &["millrace-core"]),
+    ("millrace-log", &[]),
     ("millrace-model", &["millrace-core", "millrace-checkpoint", "millrace-kernels"]),
     ("millrace-node", &["millrace-core", "millrace-kernels"]),
     ("prefill-node", &["millrace-core", "millrace-model", "millrace-node", "millrace-checkpoint", "millrace-kernels"]),
     ("decode-node", &["millrace-core", "millrace-model", "millrace-node", "millrace-checkpoint", "millrace-kernels"]),
-    ("coordinator", &["millrace-core", "millrace-checkpoint", "millrace-node"]),
+    ("coordinator", &["millrace-core", "millrace-checkpoint", "millrace-log", "millrace-node"]),
     ("millrace-e2e", TESTED),
     ("millrace-sim", TESTED),
     ("millrace-load", TESTED),
@@ -29,12 +30,14 @@ const EDGES: [(&str, &[&str]); 12] = [
     ),
 ];
 /// What the packages of tests may depend on: everything but LibTorch, which comes with the nodes.
-const TESTED: &[&str] = &["millrace-core", "millrace-checkpoint", "millrace-kernels", "millrace-node", "coordinator"];
+const TESTED: &[&str] =
+    &["millrace-core", "millrace-checkpoint", "millrace-kernels", "millrace-log", "millrace-node", "coordinator"];
 /// Members that must build without LibTorch.
 const WITHOUT_LIBTORCH: [&str; 9] = [
     "millrace-core",
     "millrace-kernels",
     "millrace-checkpoint",
+    "millrace-log",
     "millrace-node",
     "coordinator",
     "millrace-e2e",

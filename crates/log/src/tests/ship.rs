@@ -3,7 +3,7 @@
 use raft::eraftpb::{ConfState, Message, MessageType};
 
 use super::*;
-use crate::raft::message::encode;
+use crate::message::encode;
 
 const SMALL_LOG: LogLimits = LogLimits { entries_max: 20, bytes_max: 1 << 30, entries_kept: 2 };
 

@@ -1,26 +1,20 @@
 //! Three replicas, a network, their disks and clients, all on one thread and in virtual time: the real driver, stepped, with every fault
 //! drawn from a seed. The same seed gives the same history.
 //!
-//! What raft-rs draws by itself (election timeouts) is overwritten after each round; salts and ids of shipments are random and steer nothing.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::future::Future;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::mpsc as std_mpsc;
 use std::task::{Context, Poll, Waker};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::linear::{Kind, Op};
-use super::simdisk::SimDisk;
 use super::*;
-use crate::raft::background::{Job, Spawn};
-use crate::raft::driver::{Driver, Planted, Stop};
-use crate::raft::handle::{Assembled, assemble};
-use crate::raft::ship::{Ship, ShipInput};
+use crate::driver::Planted;
+use crate::testing::linear::{Kind, Op};
+use crate::testing::simdisk::SimDisk;
 
 const KEYS: u8 = 3;
 const CLIENTS: usize = 5;
@@ -73,15 +67,8 @@ impl StateMachine for Registers {
     }
 }
 
-type Jobs = Arc<Mutex<Vec<Job>>>;
-
 struct Live {
-    handle: RaftHandle,
-    driver: Driver<Registers>,
-    ship: Ship<State>,
-    ship_inputs: std_mpsc::Receiver<ShipInput>,
-    outgoing: mpsc::Receiver<(u64, Vec<u8>)>,
-    jobs: Jobs,
+    replica: Stepped<Registers>,
     registers: Registers,
 }
 
@@ -185,17 +172,14 @@ impl World {
 
     fn launch(&mut self, i: usize) {
         let id = i as u64 + 1;
-        let (to_network, outgoing) = mpsc::channel(4096);
         let log = LogLimits { entries_max: 40, bytes_max: 1 << 20, entries_kept: 5 };
         let config = RaftConfig { log, reserve_bytes: 1 << 16, ..test_config(id, (1..=REPLICAS).collect(), "/raft".into()) };
-        let (registers, jobs) = (Registers::default(), Jobs::default());
-        let waiting = jobs.clone();
-        let spawn: Spawn = Arc::new(move |job| waiting.lock().unwrap().push(job));
+        let registers = Registers::default();
         let disk = Arc::new(self.machines[i].disk.clone());
-        match assemble(disk, config, registers.clone(), to_network, spawn, self.now()) {
-            Ok(Assembled { handle, mut driver, ship, ship_inputs }) => {
-                driver.planted = self.planted;
-                self.machines[i].live = Some(Live { handle, driver, ship, ship_inputs, outgoing, jobs, registers });
+        match Stepped::open(disk, config, registers.clone(), self.now(), self.seed) {
+            Ok(mut replica) => {
+                replica.driver.planted = self.planted;
+                self.machines[i].live = Some(Live { replica, registers });
             }
             Err(RaftStartError::Disk(_)) => self.machines[i].back_ms = self.now_ms + 300,
             Err(error) => self.broke(i, &error.to_string()),
@@ -257,7 +241,7 @@ impl World {
         while self.flights.peek().is_some_and(|Reverse(flight)| flight.0 <= now_ms) {
             let Some(Reverse((_, _, from, to, frame))) = self.flights.pop() else { break };
             if let Some(live) = &self.machines[to as usize - 1].live {
-                live.handle.step(from, &frame);
+                live.replica.handle().step(from, &frame);
             }
         }
         for i in 0..REPLICAS as usize {
@@ -282,18 +266,9 @@ impl World {
             return;
         }
         let Some(live) = &mut machine.live else { return };
-        let before = live.handle.status();
-        let jobs = std::mem::take(&mut *live.jobs.lock().unwrap());
-        jobs.into_iter().for_each(|job| job());
-        while let Ok(input) = live.ship_inputs.try_recv() {
-            live.ship.handle(now, input);
-        }
-        live.ship.look(now);
-        let round = catch_unwind(AssertUnwindSafe(|| live.driver.round(None, now)));
-        let ticks = live.driver.config.election_ticks;
-        let timeout = ticks + hash(&[self.seed, i as u64, live.driver.ticks / 37]) as usize % ticks;
-        live.driver.node.raft.set_randomized_election_timeout(timeout);
-        let after = live.handle.status();
+        let before = live.replica.handle().status();
+        let round = live.replica.step(now);
+        let after = live.replica.handle().status();
         if after.applied > before.applied && after.first_index > before.applied + 1 && after.snapshot_index == after.first_index - 1
         {
             self.story.snapshots_installed += 1;
@@ -303,17 +278,16 @@ impl World {
             self.story.leaders += 1;
         }
         match round {
-            Ok(Ok(())) => self.take_outgoing(i),
-            Ok(Err(Stop::Failed(RaftFailure::Disk(_)))) => self.crash(i),
-            Ok(Err(Stop::Failed(failure))) => self.broke(i, &failure.to_string()),
-            Ok(Err(Stop::Asked)) => panic!("nobody asked it to stop"),
-            Err(panic) => self.broke(i, &crate::raft::driver::panic_text(panic.as_ref())),
+            Ok(()) => self.take_outgoing(i),
+            Err(Stop::Failed(RaftFailure::Disk(_))) => self.crash(i),
+            Err(Stop::Failed(failure)) => self.broke(i, &failure.to_string()),
+            Err(Stop::Asked) => panic!("nobody asked it to stop"),
         }
     }
 
     fn take_outgoing(&mut self, i: usize) {
         let from = i as u64 + 1;
-        while let Some((to, frame)) = self.machines[i].live.as_mut().and_then(|live| live.outgoing.try_recv().ok()) {
+        while let Some((to, frame)) = self.machines[i].live.as_mut().and_then(|live| live.replica.next_frame()) {
             let copies = match self.rng.random_range(0..100) {
                 0..=2 => 0,
                 3 => 2,
@@ -359,10 +333,10 @@ impl World {
         let live: Vec<usize> = (0..REPLICAS as usize).filter(|i| self.machines[*i].live.is_some()).collect();
         let pick = *live.get(self.rng.random_range(0..live.len().max(1)))?;
         let (key, reads) = (self.rng.random_range(0..KEYS), self.rng.random::<bool>());
-        let leads = |i: &&usize| self.machines[**i].live.as_ref().is_some_and(|l| l.handle.status().role == Role::Leader);
+        let leads = |i: &&usize| self.machines[**i].live.as_ref().is_some_and(|l| l.replica.handle().status().role == Role::Leader);
         let pick = if reads { pick } else { live.iter().find(leads).copied().unwrap_or(pick) };
         let live = self.machines[pick].live.as_ref()?;
-        let (handle, registers) = (live.handle.clone(), live.registers.clone());
+        let (handle, registers) = (live.replica.handle().clone(), live.registers.clone());
         self.events += 1;
         self.values += 1;
         let value = self.values;
@@ -380,9 +354,4 @@ impl World {
         let kind = if reads { Kind::Read(None) } else { Kind::Write(value) };
         Some(Asked { op: Op { key, kind, call: self.events, ret: None }, until_ms: self.now_ms + CLIENT_WAIT_MS, answer })
     }
-}
-
-fn hash(values: &[u64]) -> u64 {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    u64::from(crc32fast::hash(&bytes))
 }

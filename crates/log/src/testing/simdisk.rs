@@ -1,11 +1,11 @@
 //! A disk in memory that behaves as badly as disks do: a crash forgets what was not synced, or tears it; it runs full; a sync fails.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::super::disk::{Disk, DiskFile, Lock};
+use crate::disk::{Disk, DiskFile, Lock};
 
 #[derive(Clone)]
 enum Change {
@@ -36,7 +36,7 @@ struct Node {
 
 #[derive(Default)]
 struct Inner {
-    nodes: HashMap<u64, Node>,
+    nodes: BTreeMap<u64, Node>,
     names: BTreeMap<PathBuf, u64>,
     durable_names: BTreeMap<PathBuf, u64>,
     made: u64,
@@ -44,6 +44,7 @@ struct Inner {
     /// Writes that may fail for want of room before there is room again.
     patience: Option<u32>,
     sync_fails: bool,
+    syncs: u64,
 }
 
 impl Inner {
@@ -60,41 +61,53 @@ impl Inner {
 
 /// The disk; clones are the same one.
 #[derive(Clone, Default)]
-pub(in super::super) struct SimDisk(Arc<Mutex<Inner>>);
+pub struct SimDisk(Arc<Mutex<Inner>>);
 
 impl SimDisk {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // A replica that panicked has left nothing half done here: each change is one statement.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Syncs of files so far: whoever simulates a slow disk lets time pass for each.
+    #[must_use]
+    pub fn syncs(&self) -> u64 {
+        self.inner().syncs
+    }
+
     /// From now on files may grow by `room` bytes together, and no more.
     pub fn fill(&self, room: u64) {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.inner();
         inner.capacity = Some(inner.used() + room);
     }
 
     /// As [`SimDisk::fill`], until so many writes have failed: nobody else runs who could make room while a replica on this thread waits.
     pub fn fill_for(&self, failures: u32) {
         self.fill(0);
-        self.0.lock().unwrap().patience = Some(failures);
+        self.inner().patience = Some(failures);
     }
 
     /// There is room again.
     pub fn free(&self) {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.inner();
         (inner.capacity, inner.patience) = (None, None);
     }
 
     /// The next sync fails, and what it should have kept is gone.
     pub fn fail_next_sync(&self) {
-        self.0.lock().unwrap().sync_fails = true;
+        self.inner().sync_fails = true;
     }
 
     /// Names of the files.
+    #[must_use]
     pub fn names(&self) -> Vec<String> {
-        let inner = self.0.lock().unwrap();
+        let inner = self.inner();
         inner.names.keys().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect()
     }
 
     /// Power is lost. Of the last change to a file that was not synced, `tear` says how many of its bytes arrived.
     pub fn crash(&self, tear: &mut dyn FnMut(usize) -> usize) {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.inner();
         inner.names = inner.durable_names.clone();
         let named: Vec<u64> = inner.names.values().copied().collect();
         inner.nodes.retain(|id, _| named.contains(id));
@@ -126,11 +139,11 @@ impl Disk for SimDisk {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
-        Ok(self.0.lock().unwrap().names.keys().filter(|path| path.parent() == Some(dir)).cloned().collect())
+        Ok(self.inner().names.keys().filter(|path| path.parent() == Some(dir)).cloned().collect())
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.inner();
         inner.made += 1;
         let id = inner.made;
         inner.nodes.insert(id, Node::default());
@@ -139,23 +152,23 @@ impl Disk for SimDisk {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        let id = self.0.lock().unwrap().names.get(path).copied().ok_or_else(not_found)?;
+        let id = self.inner().names.get(path).copied().ok_or_else(not_found)?;
         Ok(Box::new(SimFile { disk: self.clone(), id }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.inner();
         let id = inner.names.remove(from).ok_or_else(not_found)?;
         inner.names.insert(to.to_owned(), id);
         Ok(())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.0.lock().unwrap().names.remove(path).map(drop).ok_or_else(not_found)
+        self.inner().names.remove(path).map(drop).ok_or_else(not_found)
     }
 
     fn sync_dir(&self, _: &Path) -> io::Result<()> {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.inner();
         inner.durable_names = inner.names.clone();
         Ok(())
     }
@@ -172,14 +185,14 @@ struct SimFile {
 
 impl SimFile {
     fn with<T>(&self, act: impl FnOnce(&mut Inner) -> T) -> io::Result<T> {
-        let mut inner = self.disk.0.lock().unwrap();
+        let mut inner = self.disk.inner();
         // A file that was open when the power went is nobody's any more.
         if inner.nodes.contains_key(&self.id) { Ok(act(&mut inner)) } else { Err(io::Error::other("the power went")) }
     }
 }
 
 impl DiskFile for SimFile {
-    fn len(&self) -> io::Result<u64> {
+    fn size(&self) -> io::Result<u64> {
         self.with(|inner| inner.nodes[&self.id].bytes.len() as u64)
     }
 
@@ -215,6 +228,7 @@ impl DiskFile for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         self.with(|inner| {
+            inner.syncs += 1;
             let fails = std::mem::take(&mut inner.sync_fails);
             let node = inner.nodes.get_mut(&self.id).expect("looked up by `with`");
             let pending = std::mem::take(&mut node.pending);

@@ -255,7 +255,7 @@ fn kind(byte: u8) -> Option<MessageType> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::raft::Change;
+    use crate::Change;
 
     fn append(count: u64, bytes: usize) -> Message {
         let mut message = Message { to: 2, from: 1, term: 7, log_term: 3, index: 40, commit: 40, ..Default::default() };

@@ -110,7 +110,7 @@ impl Saved {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.map_err(failed("open", &path))?,
         };
-        let len = file.len().map_err(failed("read", &path))?;
+        let len = file.size().map_err(failed("read", &path))?;
         let mut head = vec![0; len.min(HEAD_BYTES_MAX as u64) as usize];
         file.read_at(&mut head, 0).map_err(failed("read", &path))?;
         let (found, meta, total, begin) = decode_head(&path, &head)?;

@@ -5,8 +5,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
-use crate::raft::members::Step;
-use crate::raft::message::{decode, encode};
+use crate::members::Step;
+use crate::message::{decode, encode};
 
 use MessageType::*;
 

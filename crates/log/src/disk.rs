@@ -12,11 +12,14 @@ use std::path::{Path, PathBuf};
 use super::DiskError;
 
 /// Held as long as the directory is in use.
-pub(super) type Lock = Box<dyn Send>;
+pub type Lock = Box<dyn Send>;
 
 /// A file system.
-pub(super) trait Disk: Send + Sync {
+pub trait Disk: Send + Sync {
     /// Makes a directory and those above it.
+    ///
+    /// # Errors
+    /// Those of the system, here and below.
     fn create_dir_all(&self, dir: &Path) -> io::Result<()>;
     /// The files of a directory, in any order.
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
@@ -35,9 +38,12 @@ pub(super) trait Disk: Send + Sync {
 }
 
 /// An open file. Shared references suffice, as for the system's own.
-pub(super) trait DiskFile: Send + Sync {
+pub trait DiskFile: Send + Sync {
     /// Length in bytes.
-    fn len(&self) -> io::Result<u64>;
+    ///
+    /// # Errors
+    /// Those of the system, here and below.
+    fn size(&self) -> io::Result<u64>;
     /// Fills `buffer` from `offset` on; an error if the file ends before.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
     /// Writes all of `bytes`; on an error, any part of them may be there.
@@ -49,7 +55,7 @@ pub(super) trait DiskFile: Send + Sync {
 }
 
 /// The operating system's files.
-pub(super) struct OsDisk;
+pub struct OsDisk;
 
 impl Disk for OsDisk {
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
@@ -92,7 +98,7 @@ impl Disk for OsDisk {
 }
 
 impl DiskFile for File {
-    fn len(&self) -> io::Result<u64> {
+    fn size(&self) -> io::Result<u64> {
         self.metadata().map(|data| data.len())
     }
 
@@ -149,7 +155,7 @@ pub(super) fn adopt(disk: &dyn Disk, from: &Path, to: &Path) -> Result<(), DiskE
 /// All bytes of a file.
 pub(super) fn read_all(disk: &dyn Disk, path: &Path) -> io::Result<Vec<u8>> {
     let file = disk.open(path)?;
-    let mut bytes = vec![0; usize::try_from(file.len()?).map_err(io::Error::other)?];
+    let mut bytes = vec![0; usize::try_from(file.size()?).map_err(io::Error::other)?];
     file.read_at(&mut bytes, 0)?;
     Ok(bytes)
 }

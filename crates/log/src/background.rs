@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use raft::SnapshotStatus;
 use raft::eraftpb::Message;
@@ -20,8 +21,8 @@ use super::storage::Rotation;
 use super::wal::{Identity, Wal};
 use super::{DiskError, RaftFailure, StateMachine};
 
-/// Ticks to wait after a compaction for which the disk had no room.
-const RETRY_TICKS: u64 = 100;
+/// Wait after a compaction for which the disk had no room: each try encodes the whole state.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
 /// A piece of work.
 pub(super) type Job = Box<dyn FnOnce() + Send>;
@@ -58,14 +59,14 @@ pub(super) struct Background<S> {
     pub done: mpsc::Receiver<Done<S>>,
     /// A compaction is under way.
     busy: bool,
-    /// Tick before which none is begun.
-    not_before: u64,
+    /// Before then none is begun.
+    not_before: Option<Instant>,
 }
 
 impl<S: Send + 'static> Background<S> {
     pub fn new(spawn: Spawn) -> Self {
         let (tell, done) = mpsc::channel();
-        Self { spawn, tell, done, busy: false, not_before: 0 }
+        Self { spawn, tell, done, busy: false, not_before: None }
     }
 
     /// Runs `work` elsewhere and tells what it gives.
@@ -83,7 +84,7 @@ impl<S: Send + 'static> Background<S> {
 impl<M: StateMachine> Driver<M> {
     /// Begins a compaction when the log has grown and nothing is in the way.
     pub fn compact_if_due(&mut self) {
-        let waits = self.background.busy || self.room.full || self.ticks < self.background.not_before;
+        let waits = self.background.busy || self.room.full || self.background.not_before.is_some_and(|then| self.now < then);
         if waits || !self.node.store().wants_snapshot(self.applied, &self.config.log) {
             return;
         }
@@ -144,7 +145,7 @@ impl<M: StateMachine> Driver<M> {
         }
         tracing::warn!(id = self.config.id, %error, "the log is not compacted: the disk is full");
         self.background.busy = false;
-        self.background.not_before = self.ticks + RETRY_TICKS;
+        self.background.not_before = Some(self.now + RETRY_PAUSE);
         Ok(())
     }
 

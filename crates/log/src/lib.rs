@@ -1,6 +1,6 @@
 //! Consensus: a replicated log of opaque commands, kept by three or five replicas, that survives `kill -9` of any of them.
 //!
-//! One thread per replica drives `raft` (raft-rs) and owns its log on disk. The rest of the coordinator talks to
+//! One thread per replica drives `raft` (raft-rs) and owns its log on disk. The coordinator talks to
 //! it through a [`RaftHandle`]; what commands mean is the [`StateMachine`]'s business, and how frames travel is the
 //! network's: the driver only emits `(peer, frame)` pairs and takes frames that came from an authenticated peer.
 //!
@@ -8,7 +8,7 @@
 //! first entry; a replica that joins later starts with an empty log and learns everything, its own membership too,
 //! from the leader. Each log has a random identity, so that an emptied disk can be told from the one that voted.
 //!
-//! What this module does not do: it does not forward proposals (a follower answers
+//! What this crate does not do: it does not forward proposals (a follower answers
 //! [`ProposeError::NotLeader`]), and it does not continue after a failed sync: the page cache can no longer be trusted then
 //! (fsyncgate), so the replica stops and says so in its [`RaftStatus`]. A full disk alone does not stop it: it refuses writes until
 //! there is room (`room`).
@@ -17,14 +17,14 @@
 //! what follows; `members` who they are; `clients` who waits for an answer; `admit` which peer messages may reach raft-rs, which
 //! panics on impossible ones; `message` frames; `storage` the log in memory and on disk; `wal` and `snapshot` the two files over the
 //! file layer `disk`; `codec` their bytes; `background` compaction beside the thread; `ship` snapshots between replicas, in chunks;
-//! `room` the full disk; `bench` commits a second.
+//! `room` the full disk; `stepped` a replica without threads, for simulators, and `testing` what their tests share; `bench` commits a second.
 
 mod admit;
 mod background;
-pub(crate) mod bench;
+pub mod bench;
 mod clients;
 mod codec;
-mod disk;
+pub mod disk;
 mod driver;
 mod found;
 mod handle;
@@ -34,7 +34,9 @@ mod message;
 mod room;
 mod ship;
 mod snapshot;
+mod stepped;
 mod storage;
+pub mod testing;
 mod wal;
 
 #[cfg(test)]
@@ -45,9 +47,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use bench::{BenchError, CommitBench, bench_commits};
+pub use driver::Stop;
 pub use found::found;
 pub use handle::{RaftHandle, start};
 pub use members::{Change, Members};
+pub use stepped::Stepped;
 
 /// Largest command of one proposal, in bytes; a larger one is refused with [`ProposeError::TooLarge`].
 pub const COMMAND_BYTES_MAX: usize = 1 << 20;

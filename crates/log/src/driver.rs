@@ -23,7 +23,7 @@ use super::disk::Disk;
 use super::handle::{Input, Shared};
 use super::members::Members;
 use super::membership::Removal;
-use super::room::Room;
+use super::room::{FULL_PAUSE, Room};
 use super::ship::ShipInput;
 use super::snapshot::Meta;
 use super::storage::Store;
@@ -55,7 +55,8 @@ pub(super) struct Parts {
 }
 
 /// Why a replica ends.
-pub(super) enum Stop {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
     /// It was told to.
     Asked,
     /// It cannot go on.
@@ -108,7 +109,11 @@ pub(super) struct Driver<M: StateMachine> {
     pub removal: Removal,
     /// Ticks so far, and when the next is due.
     pub ticks: u64,
-    tick_due: Instant,
+    pub tick_due: Instant,
+    /// When the present round began.
+    pub now: Instant,
+    /// Pause between two attempts to write what raft waits for while the disk is full.
+    pub full_pause: Duration,
     /// The term this replica leads, while it does.
     reign: Option<u64>,
     /// Sends that failed since raft was last told: peer, and whether a snapshot was lost.
@@ -154,6 +159,8 @@ impl<M: StateMachine> Driver<M> {
             removal: Removal::default(),
             ticks: 0,
             tick_due: now + config.tick,
+            now,
+            full_pause: FULL_PAUSE,
             reign: None,
             failed_sends: Vec::new(),
             sends_dropped: 0,
@@ -204,6 +211,7 @@ impl<M: StateMachine> Driver<M> {
     pub fn round(&mut self, first: Option<Input>, now: Instant) -> Result<(), Stop> {
         #[cfg(test)]
         self.sync_late()?;
+        self.now = now;
         self.collect_done()?;
         self.take_inputs(first);
         self.tick_if_due(now)?;

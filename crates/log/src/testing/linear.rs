@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, HashSet};
 
 /// What was asked of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// This value.
     Write(u64),
     /// What it answered; `None`: nothing was ever written.
     Read(Option<u64>),
@@ -15,19 +16,28 @@ pub(super) enum Kind {
 
 /// One operation; times are any that order calls and returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Op {
+pub struct Op {
+    /// Which register.
     pub key: u8,
+    /// What was asked.
     pub kind: Kind,
+    /// When.
     pub call: u64,
-    /// `None`: it was not answered.
+    /// When it was answered; `None`: it was not.
     pub ret: Option<u64>,
 }
 
 /// Operations in flight at a time, beyond which a history is not searched.
 const WINDOW_MAX: usize = 128;
 
-/// Whether there is an order. The error is the shortest run of calls of one register for which there is none.
-pub(super) fn check(history: &[Op]) -> Result<(), Vec<Op>> {
+/// Whether there is an order.
+///
+/// # Errors
+/// The shortest run of calls of one register for which there is none.
+///
+/// # Panics
+/// When more operations are in flight than can be searched.
+pub fn check(history: &[Op]) -> Result<(), Vec<Op>> {
     let mut registers: BTreeMap<u8, Vec<Op>> = BTreeMap::new();
     history.iter().for_each(|op| registers.entry(op.key).or_default().push(*op));
     registers.into_values().try_for_each(|mut ops| {

@@ -86,7 +86,7 @@ pub fn bench_commits(dir: &Path, outstanding: usize, count: usize, bytes: usize)
 }
 
 /// Stops replicas and waits until they have.
-pub(crate) async fn stop(replicas: &[RaftHandle]) {
+pub async fn stop(replicas: &[RaftHandle]) {
     replicas.iter().for_each(RaftHandle::shutdown);
     for replica in replicas {
         replica.stopped().await;
@@ -94,10 +94,10 @@ pub(crate) async fn stop(replicas: &[RaftHandle]) {
 }
 
 /// Three replicas that reach each other through channels; `machine` makes the state machine of each.
-pub(crate) fn start_replicas<M: StateMachine + 'static>(
-    dir: &Path,
-    machine: impl Fn(u64) -> M,
-) -> Result<Vec<RaftHandle>, BenchError> {
+///
+/// # Errors
+/// A replica does not start.
+pub fn start_replicas<M: StateMachine + 'static>(dir: &Path, machine: impl Fn(u64) -> M) -> Result<Vec<RaftHandle>, BenchError> {
     let mut replicas = Vec::new();
     let mut wires = Vec::new();
     for id in 1..=REPLICAS {
@@ -118,7 +118,10 @@ pub(crate) fn start_replicas<M: StateMachine + 'static>(
 }
 
 /// Waits until one replica leads and has committed an entry.
-pub(crate) async fn find_leader(replicas: &[RaftHandle]) -> Result<RaftHandle, BenchError> {
+///
+/// # Errors
+/// There is none within half a minute.
+pub async fn find_leader(replicas: &[RaftHandle]) -> Result<RaftHandle, BenchError> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         for replica in replicas {

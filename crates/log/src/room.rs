@@ -22,10 +22,11 @@ use super::driver::{Driver, Stop, disk_failure};
 use super::handle::Input;
 use super::{DiskError, ProposeError, StateMachine};
 
-/// Ticks between two looks whether there is room again.
-const RETRY_TICKS: u64 = 20;
+/// Between two looks whether there is room again. A look writes as much of the reserve as fits: rare enough to cost a disk nothing,
+/// often enough that an operator who has made room sees writes taken at once.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause between two attempts to write what raft waits for.
-const RETRY_PAUSE: Duration = Duration::from_millis(100);
+pub(super) const FULL_PAUSE: Duration = Duration::from_millis(100);
 /// The reserve is written in steps of this many bytes.
 const STEP_BYTES: usize = 1 << 20;
 
@@ -36,6 +37,8 @@ pub(super) struct Room {
     bytes: u64,
     /// The reserve file exists.
     held: bool,
+    /// When it was last looked whether there is room again.
+    looked: Option<Instant>,
     /// No entries are taken.
     pub full: bool,
 }
@@ -43,7 +46,7 @@ pub(super) struct Room {
 impl Room {
     /// Makes the reserve in `dir`, or takes over the one that is there. A disk that has no room for it is full.
     pub fn open(disk: Arc<dyn Disk>, dir: &Path, bytes: u64) -> Result<Self, DiskError> {
-        let mut room = Self { disk, path: dir.join("reserve"), bytes, held: false, full: true };
+        let mut room = Self { disk, path: dir.join("reserve"), bytes, held: false, looked: None, full: true };
         room.refill()?;
         Ok(room)
     }
@@ -67,7 +70,7 @@ impl Room {
     }
 
     fn write(&self) -> Result<(), DiskError> {
-        if self.disk.open(&self.path).and_then(|file| file.len()).is_ok_and(|len| len == self.bytes) {
+        if self.disk.open(&self.path).and_then(|file| file.size()).is_ok_and(|len| len == self.bytes) {
             return Ok(());
         }
         let file = self.disk.create(&self.path).map_err(failed("create", &self.path))?;
@@ -105,7 +108,7 @@ impl<M: StateMachine> Driver<M> {
         // The others will elect a leader who may commit what waits here, or not.
         self.clients.lose_proposals();
         self.clients.answer();
-        let until = Instant::now() + RETRY_PAUSE;
+        let until = Instant::now() + self.full_pause;
         loop {
             match self.inputs.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(Input::Propose { reply, .. }) => self.clients.refuse(reply, ProposeError::DiskFull),
@@ -124,9 +127,11 @@ impl<M: StateMachine> Driver<M> {
 
     /// While the disk is full: gives leadership away, and looks whether there is room again.
     pub fn watch_room(&mut self) -> Result<(), Stop> {
-        if !self.room.full || !self.ticks.is_multiple_of(RETRY_TICKS) {
+        let looked = self.room.looked.is_some_and(|then| self.now.saturating_duration_since(then) < LOOK_INTERVAL);
+        if !self.room.full || looked {
             return Ok(());
         }
+        self.room.looked = Some(self.now);
         self.room.refill().map_err(disk_failure)?;
         self.shared.full.store(self.room.full, Ordering::Relaxed);
         if !self.room.full {

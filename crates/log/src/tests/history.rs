@@ -1,9 +1,9 @@
 //! Histories under faults are linearizable; planted bugs are found by the same search. A failure names its seed, which gives the same history
 //! again.
 
-use super::linear::check;
 use super::world::{Story, World};
-use crate::raft::driver::Planted;
+use crate::driver::Planted;
+use crate::testing::linear::check;
 
 /// Virtual time of one history, milliseconds.
 const HISTORY_MS: u64 = 12_000;

@@ -6,10 +6,8 @@ mod disk;
 mod full;
 mod history;
 mod hostile;
-mod linear;
 mod members;
 mod ship;
-pub(super) mod simdisk;
 mod world;
 
 use std::path::PathBuf;

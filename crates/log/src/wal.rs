@@ -342,8 +342,8 @@ mod tests {
     use std::fs;
 
     use super::super::disk::OsDisk;
-    use super::super::tests::simdisk::SimDisk;
     use super::*;
+    use crate::testing::simdisk::SimDisk;
 
     fn os() -> Arc<dyn Disk> {
         Arc::new(OsDisk)

@@ -1,7 +1,7 @@
 //! Disks that are full, and disks that fail.
 
-use super::simdisk::SimDisk;
 use super::*;
+use crate::testing::simdisk::SimDisk;
 
 fn disks() -> (Vec<SimDisk>, Vec<Arc<dyn Disk>>) {
     let disks: Vec<SimDisk> = (0..REPLICAS).map(|_| SimDisk::default()).collect();
