@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use millrace_core::batch::{Batch, Input, Output};
 use millrace_core::engine::{EngineError, Sampled};
 use millrace_core::ids::{AttemptId, BlockHash, Generation, ReplicaId, SlotRef, Time};
-use millrace_core::message::{AttemptFailed, FailKind, Granted, Load, Message, Peer, ReplicaAddress, Ticket, TokenOut};
+use millrace_core::message::{AttemptFailed, FailKind, Granted, Load, Message, Peer, Ticket, TokenOut};
 use millrace_core::transfer::Grid;
 use millrace_core::transfer::recv::{self, Receiver};
 use millrace_core::transfer::send::{self, Sender};
@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use super::compute::Compute;
 use super::event::{Event, LinkEvent, LinkNo};
+use super::links::ReplicasTold;
 use super::peers::Peers;
 use super::rates::Rates;
 use super::receiving::{Reception, Receptions};
@@ -41,7 +42,7 @@ pub(super) struct Drive {
     pub(super) events: mpsc::Receiver<Event>,
     pub(super) uplinks: Uplinks,
     /// Where lists of the coordinator's replicas go.
-    pub(super) replicas: mpsc::Sender<Vec<ReplicaAddress>>,
+    pub(super) replicas: mpsc::Sender<ReplicasTold>,
     pub(super) peers: Peers,
     pub(super) sendings: Sendings,
     pub(super) upkeep: Upkeep,
@@ -162,7 +163,7 @@ impl Drive {
             Message::WantSnapshot { epoch } => self.uplinks.on_want_snapshot(epoch),
             Message::Ping => {}
             // One that finds no room is told again with the next link.
-            Message::Replicas(list) => drop(self.replicas.try_send(list)),
+            Message::Replicas(list) => drop(self.replicas.try_send((replica, list))),
             other => tracing::debug!(?other, "message without meaning on a coordinator link"),
         }
         Ok(())

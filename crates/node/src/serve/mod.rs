@@ -13,6 +13,7 @@ mod peers;
 pub mod process;
 mod rates;
 mod receiving;
+mod replicas;
 mod sending;
 mod upkeep;
 mod uplink;
