@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim matrix bench bench-load clean clean-cache
+.PHONY: help setup demo test check sim matrix fuzz bench bench-load clean clean-cache
 
 cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
@@ -51,6 +51,9 @@ sim: ## run the whole cluster in the deterministic simulator (SEED=, SEEDS=, STE
 matrix: setup ## lose each party of a request in each state, in each way, REPEATS times, and decode nodes at each token (MATRIX_ARGS=...)
 	cargo build --release
 	"$(target_dir)/release/millmatrix" --repeats $(REPEATS) --model-migrate-each 1 $(MATRIX_ARGS)
+
+fuzz: setup ## spoiled inputs to every parser, for SECONDS=n in all; what breaks a promise is kept in tests/fuzz/corpus (TARGETS=, SEED=)
+	cargo run --release -p millrace-fuzz -- run $(TARGETS) --seed $(SEED) --seconds $(or $(SECONDS),600)
 
 bench: setup ## measure a local cluster under load (BENCH_ARGS=...)
 	cargo build --release

@@ -121,8 +121,8 @@ pub enum Effect {
     Close(LinkNo, &'static str),
     /// Greet with this incarnation from now on.
     Greet(NodeId, Epoch),
-    /// The replicas there are: keep a link to each.
-    Replicas(Vec<ReplicaAddress>),
+    /// A replica tells where all of them are.
+    Replicas(ReplicaId, Vec<ReplicaAddress>),
     /// Compute this step: layers and a result follow.
     Step(Step),
     /// Send these cells: [`Input::SpanSent`], unless it fails, and always [`Input::SpanDrained`] follow.

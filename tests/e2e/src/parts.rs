@@ -333,6 +333,8 @@ fn cluster_file(plan: &Plan, dir: &Path, parts: &[Part], relays: &Relays, http: 
         quic: relays.door(i),
         http: part.http,
         pid: None,
+        joined: false,
+        removed: false,
     };
     let node = |part: &Part| NodeEntry { name: part.name.clone(), kind: part.role().as_str().into(), pid: None };
     ClusterFile {

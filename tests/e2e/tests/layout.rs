@@ -24,6 +24,10 @@ const EDGES: [(&str, &[&str]); 12] = [
     ("millrace-e2e", TESTED),
     ("millrace-sim", TESTED),
     ("millrace-load", TESTED),
+    (
+        "millrace-fuzz",
+        &["millrace-core", "millrace-checkpoint", "millrace-node", "coordinator", "millrace-load"],
+    ),
 ];
 /// What the packages of tests may depend on: everything but LibTorch, which comes with the nodes.
 const TESTED: &[&str] =
@@ -39,6 +43,7 @@ const WITHOUT_LIBTORCH: [&str; 9] = [
     "millrace-e2e",
     "millrace-sim",
     "millrace-load",
+    "millrace-fuzz",
 ];
 
 /// The workspace as Cargo resolves it for this machine.

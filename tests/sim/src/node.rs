@@ -186,7 +186,7 @@ impl Node {
                 self.machine.handle(self.now, Input::Digested(digested));
             }
             Effect::Note(Note::Meaningless(message)) => panic!("{} got {message:?}, which means nothing there", self.name),
-            Effect::Note(_) | Effect::Replicas(_) | Effect::Greet(..) => {}
+            Effect::Note(_) | Effect::Replicas(..) | Effect::Greet(..) => {}
             Effect::Refused(_) | Effect::Exit => self.acts.push(Act::Exit),
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use millrace_core::identity::cell_digest;
-use millrace_core::message::{Message, ReplicaAddress};
+use millrace_core::message::Message;
 use millrace_core::node::{Effect, Input, LinkNo, Node, Note};
 use millrace_core::pool::Resident;
 use millrace_kernels::slab::KvSlab;
@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use super::Clock;
 use super::compute::Compute;
 use super::event::{Event, LinkEvent};
+use super::links::ReplicasTold;
 use super::peers::Dialer;
 use super::receiving::Gates;
 use super::sending::Spans;
@@ -40,7 +41,7 @@ pub(super) struct Drive {
     pub(super) gates: Gates,
     pub(super) slab: Arc<KvSlab>,
     /// Where lists of the coordinator's replicas go.
-    pub(super) replicas: mpsc::Sender<Vec<ReplicaAddress>>,
+    pub(super) replicas: mpsc::Sender<ReplicasTold>,
     /// Everything is finished.
     pub(super) over: bool,
 }
@@ -132,7 +133,8 @@ impl Drive {
             Effect::Close(no, why) => self.links.get(&no).into_iter().for_each(|link| link.close(why)),
             Effect::Greet(node, epoch) => self.dialer.greet(node, epoch),
             // One that finds no room is told again with the next link.
-            Effect::Replicas(list) => drop(self.replicas.try_send(list)),
+            // One that finds no room is told again with the next link.
+            Effect::Replicas(from, list) => drop(self.replicas.try_send((from, list))),
             Effect::Step(step) => ensure!(self.compute.begin(step), "the engine's thread is gone"),
             Effect::Span(job) => self.spans.start(self.links.get(&job.link).cloned(), job),
             Effect::StopSpans(attempt) => self.spans.stop(attempt),

@@ -12,6 +12,7 @@ mod links;
 mod peers;
 pub mod process;
 mod receiving;
+mod replicas;
 mod sending;
 
 use std::collections::HashMap;
