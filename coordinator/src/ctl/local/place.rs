@@ -126,7 +126,7 @@ impl Place {
     /// The authority cannot be read, or a file not be written.
     pub fn issue(&self, entry: &CoordinatorEntry) -> Result<()> {
         let certs = self.dir.join("certs");
-        certs::issue(&Authority::load(&certs)?, &certs, Role::Coordinator, &entry.name)
+        certs::issue(&Authority::load(&certs)?, &certs, Role::Coordinator, &entry.name).map(drop)
     }
 }
 
@@ -149,7 +149,8 @@ fn describe(args: &UpArgs, dir: &Path, former: Option<ClusterFile>, http: Socket
     }
     let fresh = founders.into_iter().zip(1..).skip(known.len());
     let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
-    let fresh = fresh.map(|(name, id)| CoordinatorEntry { id, name, quic: nowhere, http: None, pid: None, joined: false, removed: false });
+    let fresh =
+        fresh.map(|(name, id)| CoordinatorEntry { id, name, quic: nowhere, http: None, pid: None, joined: false, removed: false });
     let mut coordinators: Vec<CoordinatorEntry> = known.into_iter().chain(fresh).chain(later).collect();
     let ports = free_ports(&coordinators.iter().map(|entry| entry.quic).collect::<Vec<_>>())?;
     for (entry, port) in coordinators.iter_mut().zip(ports) {
