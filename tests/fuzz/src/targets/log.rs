@@ -23,7 +23,7 @@ pub(super) const FRAME: Target = Target {
     // A cluster of its own is made anew now and then, with disks in memory that forget nothing.
     memory_max: |len| (512 << 20) + 64 * len,
     caught: &[],
-    short_runs: 6_000,
+    short_runs: 1_200,
 };
 
 pub(super) const SEGMENT: Target = Target {
@@ -37,7 +37,7 @@ pub(super) const SEGMENT: Target = Target {
     },
     memory_max: |len| (48 << 20) + 64 * len,
     caught: &[],
-    short_runs: 2_000,
+    short_runs: 500,
 };
 
 pub(super) const STATE: Target = Target {
@@ -51,13 +51,13 @@ pub(super) const STATE: Target = Target {
     },
     memory_max: |len| (48 << 20) + 64 * len,
     caught: &[],
-    short_runs: 2_000,
+    short_runs: 500,
 };
 
 /// Where the log is, on a disk in memory.
 const DIR: &str = "/log";
 /// Inputs that one replica hears before another takes its place: after that many lies it may know nothing but lies.
-const HEARD_MAX: u32 = 40;
+const HEARD_MAX: u32 = 300;
 /// Steps of a cluster from which examples are taken.
 const STEPS: u64 = 400;
 
