@@ -187,7 +187,8 @@ mod tests {
             if !examples.iter().any(|words| words.join(" ").starts_with(&path)) {
                 bad.push(format!("{path}: no example"));
             }
-            let refused = |words: &Vec<String>| Cli::try_parse_from(words).err().map(|error| format!("{}: {error}", words.join(" ")));
+            let refused =
+                |words: &Vec<String>| Cli::try_parse_from(words).err().map(|error| format!("{}: {error}", words.join(" ")));
             bad.extend(examples.iter().filter_map(refused));
         }
     }

@@ -166,8 +166,7 @@ mod tests {
 
     /// Two prompts of three and two tokens, answers of up to four.
     fn wanted() -> Wanted {
-        let sampling =
-            Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, seed: 5, max_new: 4, eos: vec![2], ignore_eos: false };
+        let sampling = Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, seed: 5, max_new: 4, eos: vec![2], ignore_eos: false };
         let shape =
             Shape { chat: false, stream: true, include_usage: true, return_token_ids: true, timings: false, stops: Vec::new() };
         Wanted { prompts: vec![vec![7, 8, 9], vec![7, 8]], sampling, seeded: false, cache_salt: Vec::new(), shape }

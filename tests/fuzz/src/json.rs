@@ -121,7 +121,9 @@ fn invented(random: &mut Random) -> Value {
         1 => json!(random.once_in(2)),
         2 | 3 => number(random),
         4 | 5 => Value::String(text("a", random)),
-        6 => (0..random.below(NEST_MAX)).fold(json!({}), |inner, at| if at % 2 == 0 { json!([inner]) } else { json!({"a": inner}) }),
+        6 => {
+            (0..random.below(NEST_MAX)).fold(json!({}), |inner, at| if at % 2 == 0 { json!([inner]) } else { json!({"a": inner}) })
+        }
         7 => Value::Array(vec![number(random); random.below(LIST_MAX)]),
         _ => json!([[], {}]),
     }

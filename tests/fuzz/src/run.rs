@@ -134,7 +134,8 @@ pub fn run(target: &Target, seed: u64, until: Until, progress: &Progress) -> Res
 pub fn replay(target: &Target, inputs: &[PathBuf]) -> Result<Tally, Broken> {
     let mut bench = Bench::new(target);
     for path in inputs {
-        let input = std::fs::read(path).map_err(|error| Broken { why: format!("{}: {error}", path.display()), input: Vec::new() })?;
+        let input =
+            std::fs::read(path).map_err(|error| Broken { why: format!("{}: {error}", path.display()), input: Vec::new() })?;
         bench.hold(&input, 0).map_err(|why| Broken { why, input })?;
     }
     Ok(bench.tally)

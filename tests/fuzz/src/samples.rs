@@ -98,7 +98,15 @@ pub fn messages() -> Vec<Message> {
         Message::Cancel(attempt),
         Message::Token(token()),
         Message::Failed(AttemptFailed { attempt, kind: FailKind::Engine, detail: detail.clone() }),
-        Message::Handover(HandoverStats { attempt, node: "d".into(), bytes: 9, blocks_sent: 2, blocks_had: 1, transfer_us: 5, exposed_us: 1 }),
+        Message::Handover(HandoverStats {
+            attempt,
+            node: "d".into(),
+            bytes: 9,
+            blocks_sent: 2,
+            blocks_had: 1,
+            transfer_us: 5,
+            exposed_us: 1,
+        }),
         Message::Open(Open { ticket: ticket() }),
         Message::Granted(Granted { attempt, have_blocks: 1, generation, credit_bytes: 1 << 20 }),
         Message::Declined { attempt, kind: FailKind::NoRoom, detail: detail.clone() },
@@ -138,7 +146,8 @@ pub fn commands() -> Vec<Command> {
     let info = ReplicaInfo { http_address: "127.0.0.1:80".into(), quic_address: "127.0.0.1:81".into(), pid: 3, instance: 4 };
     let member = Member { name: "coordinator-1".into(), address: "127.0.0.1:7001".into(), log: Some(5) };
     let checksum = Checksum { method: 1, index: 3, sum: 9 };
-    let pin = PolicyCommand::Pin { tenant: tenant.clone(), label: "p".into(), names: vec![block(1), block(2)], ttl_us: Some(1 << 30) };
+    let pin =
+        PolicyCommand::Pin { tenant: tenant.clone(), label: "p".into(), names: vec![block(1), block(2)], ttl_us: Some(1 << 30) };
     vec![
         Command::PutTenant { name: "default".into(), key: TenantKey([1; 32]) },
         Command::Join(join("prefill-1", Role::Prefill)),

@@ -1,6 +1,7 @@
 //! `millctl local up`: a whole cluster on one machine, in the foreground.
 //!
-//! `place` is its folder, `crew` starts its processes and `process` keeps each running, `watcher` knows how they all are, `crate::ctl::front` is its door.
+//! `place` is its folder, `crew` starts its processes and `process` keeps each running, `watcher` knows how they all are,
+//! `crate::ctl::front` is its door.
 //! Here they are put together and, in the reverse order, taken apart: door, nodes, coordinators, folder.
 
 mod control;
@@ -22,8 +23,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 pub use self::control::{DownArgs, StatusArgs, down, status};
-pub use self::place::Place;
 use self::crew::Crew;
+pub use self::place::Place;
 use self::process::log_tail;
 pub use self::process::{Kind, Order, State};
 pub use self::watcher::View;

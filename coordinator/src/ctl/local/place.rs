@@ -149,7 +149,8 @@ fn describe(args: &UpArgs, dir: &Path, former: Option<ClusterFile>, http: Socket
     }
     let fresh = founders.into_iter().zip(1..).skip(known.len());
     let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
-    let fresh = fresh.map(|(name, id)| CoordinatorEntry { id, name, quic: nowhere, http: None, pid: None, joined: false, removed: false });
+    let fresh =
+        fresh.map(|(name, id)| CoordinatorEntry { id, name, quic: nowhere, http: None, pid: None, joined: false, removed: false });
     let mut coordinators: Vec<CoordinatorEntry> = known.into_iter().chain(fresh).chain(later).collect();
     let ports = free_ports(&coordinators.iter().map(|entry| entry.quic).collect::<Vec<_>>())?;
     for (entry, port) in coordinators.iter_mut().zip(ports) {

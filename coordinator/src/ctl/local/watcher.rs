@@ -220,15 +220,24 @@ mod tests {
 
     #[test]
     fn a_process_counts_in_its_present_life_only() {
-        let state =
-            |name: &str, kind, pid| State { name: name.into(), kind, pid, serves: true, http: None, starts: 1, failed: None, dismissed: false };
+        let state = |name: &str, kind, pid| State {
+            name: name.into(),
+            kind,
+            pid,
+            serves: true,
+            http: None,
+            starts: 1,
+            failed: None,
+            dismissed: false,
+        };
         let states = [state("coordinator-1", Kind::Coordinator, Some(1)), state("decode-1", Kind::Decode, Some(2))];
         let status = json!({
             "leader": "coordinator-1", "quorum": true, "members": [{"term": 3}, {"term": null}],
             "nodes": [{"name": "decode-1", "pid": 2, "usable": true}, {"name": "decode-2", "pid": 9, "usable": false}],
         });
         let gateways = BTreeMap::from([("coordinator-1".to_owned(), 1)]);
-        let view = View { leader: leader(&status), term: term(&status), gateways, nodes: usable(&status), members: members(&status) };
+        let view =
+            View { leader: leader(&status), term: term(&status), gateways, nodes: usable(&status), members: members(&status) };
         assert_eq!((view.term, view.nodes.len()), (3, 1));
         assert!(missing(&states, &view).is_empty());
         let reborn = [states[0].clone(), State { pid: Some(77), ..states[1].clone() }];
@@ -242,9 +251,7 @@ mod tests {
     #[test]
     fn members_are_believed_when_a_quorum_vouches_for_all_of_them() {
         let member = |id: u64, address: Value| json!({"id": id, "name": format!("coordinator-{id}"), "address": address});
-        let status = |quorum: bool, stale: bool, second: Value| {
-            json!({"quorum": quorum, "stale": stale, "members": [member(1, json!("127.0.0.1:7001")), member(2, second)]})
-        };
+        let status = |quorum: bool, stale: bool, second: Value| json!({"quorum": quorum, "stale": stale, "members": [member(1, json!("127.0.0.1:7001")), member(2, second)]});
         let seen = members(&status(true, false, json!("127.0.0.1:7002")));
         assert_eq!(seen.iter().map(|seen| (seen.id, seen.address.port())).collect::<Vec<_>>(), [(1, 7001), (2, 7002)]);
         assert_eq!(members(&status(false, false, json!("127.0.0.1:7002"))), []);

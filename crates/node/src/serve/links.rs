@@ -86,7 +86,7 @@ pub(super) async fn keep_uplinks(
     loop {
         let wanted = told.wanted();
         dialed.retain(|replica, (addr, gone)| {
-            let stays = wanted.get(replica) == Some(addr);
+            let stays = wanted.get(replica).copied() == Some(*addr);
             if !stays {
                 tracing::info!(%replica, %addr, "a replica is not dialed any more");
                 gone.begin("the replica is none any more, or elsewhere");

@@ -78,8 +78,7 @@ pub(super) const SETTINGS: Target = Target {
     short_runs: 10_000,
 };
 
-const WORKLOADS: [&str; 2] =
-    ["plan random --requests 6 --rate 10 --prompt 40 --output 5", "plan sessions --requests 8 --rate 10"];
+const WORKLOADS: [&str; 2] = ["plan random --requests 6 --rate 10 --prompt 40 --output 5", "plan sessions --requests 8 --rate 10"];
 
 const ROWS: &str = r#"{"timestamp": 0, "input_length": 1500, "output_length": 320, "hash_ids": [0, 1, 2], "cls": "chat"}
 {"timestamp": 0, "input_length": 1024, "output_length": 5, "hash_ids": [0, 3], "cls": "tool", "session": 4}

@@ -253,7 +253,8 @@ impl Live {
             return Ok(());
         }
         let mut node = self.dial(Role::Prefill, "prefill-1")?;
-        let join = Join { model: served(self.dir.path()), instance: self.inputs.into(), ..samples::join("prefill-1", Role::Prefill) };
+        let join =
+            Join { model: served(self.dir.path()), instance: self.inputs.into(), ..samples::join("prefill-1", Role::Prefill) };
         self.runtime.block_on(async {
             node.link.send(&Message::Join(join)).map_err(|closed| closed.to_string())?;
             let outcome = |message| match message {

@@ -205,4 +205,3 @@ fn header_map(bytes: &[u8]) -> Option<HeaderMap> {
     }
     Some(headers)
 }
-

@@ -1,9 +1,11 @@
 //! The parsers, and what each promises. One file for each kind: `wire` between processes, `state` the replicated state and its files,
-//! `model` model files, `http` what clients send, `gateway` a whole replica at its doors, `files` what operators write.
+//! `model` model files, `log` the replicated log,
+//! `http` what clients send, `gateway` a whole replica at its doors, `files` what operators write.
 
 mod files;
 mod gateway;
 mod http;
+mod log;
 mod model;
 mod state;
 mod wire;
@@ -46,6 +48,9 @@ pub const TARGETS: &[Target] = &[
     state::ANSWER,
     state::SNAPSHOT,
     state::SAVED,
+    log::FRAME,
+    log::SEGMENT,
+    log::STATE,
     model::GGUF,
     model::SAFETENSORS,
     model::CONFIG,

@@ -150,9 +150,7 @@ fn llama3_config() -> Value {
 fn tokenizer() -> Value {
     let tokens = alphabet().into_iter().chain(["<s>", "</s>", "Ġt", "he"].map(String::from));
     let vocab: serde_json::Map<String, Value> = tokens.zip(0..).map(|(token, id)| (token, json!(id))).collect();
-    let special = |id: u32, content: &str| {
-        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true})
-    };
+    let special = |id: u32, content: &str| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special(256, "<s>"), special(257, "</s>")],
@@ -226,6 +224,7 @@ fn open(bytes: &[u8], path: PathBuf, directory: Option<&Path>) -> Result<bool, S
         let pieces: String = ids.iter().filter_map(|id| stream.push(*id)).collect();
         drop((pieces, stream.flush()));
     }
-    let messages = json!([{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "hi there"}]}]);
+    let messages =
+        json!([{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "hi there"}]}]);
     Ok(text.encode_chat(&messages).is_ok())
 }

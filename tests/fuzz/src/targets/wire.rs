@@ -2,6 +2,7 @@
 //! busy a node says it is.
 
 use bytes::Bytes;
+use millrace_core::ids;
 use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, NodeId, Slot, SlotRef};
 use millrace_core::message::{CellsHeader, Load, Role};
 use millrace_core::route::correct::Correction;
@@ -9,7 +10,6 @@ use millrace_core::route::{Ask, CostModel, NodeView, Slo, View, cost, place};
 use millrace_core::transfer::gate::{Gate, Place};
 use millrace_core::transfer::recv::{Input, Receiver};
 use millrace_core::transfer::{Grid, Span};
-use millrace_core::ids;
 use millrace_node::frame::{Assembler, FrameKind, PREAMBLE_BYTES, encode, encode_cells_header};
 use millrace_node::pki::{Authority, Leaf, PeerIdentity};
 
@@ -190,8 +190,7 @@ fn loads(bytes: &[u8]) -> Result<bool, String> {
     let (tokens, max_new, layers) = (word() as u32, word() as u32, word() as u16);
     let slo = Some(Slo { ttft_us: word(), tpot_us: word() }).filter(|slo| slo.ttft_us % 3 != 0);
     let (block_tokens, block_bytes, exclude, seed) = (16, word(), [NodeId(1)], tokens.into());
-    let ask =
-        Ask { tokens, max_new, block_tokens, block_bytes, layers, seed, exclude: &exclude, slo, hot: None, copying: &[] };
+    let ask = Ask { tokens, max_new, block_tokens, block_bytes, layers, seed, exclude: &exclude, slo, hot: None, copying: &[] };
     let view = View { nodes: &nodes, costs: CostModel::default() };
     let placed = place(&view, &ask);
     if let Ok(decision) = &placed {
@@ -234,4 +233,3 @@ fn node(number: u16, words: [u64; NODE_WORDS]) -> NodeView {
         correction: Correction::default(),
     }
 }
-
