@@ -145,7 +145,7 @@ impl Plan {
             skew_ppm: random.pick(&[0, 200, 20_000]),
             entries_max: random.pick(&[30, 200, 100_000]),
             operator_gap_us: (10_000, random.pick(&[200_000, 2_000_000])),
-            quic: random.chance(1000 / QUIC_ONE_IN).then(|| random.pick(&[2 << 10, 64 << 10, 1 << 20])),
+            quic: random.chance(1000 / QUIC_ONE_IN).then(|| random.pick(&[16 << 10, 64 << 10, 1 << 20])),
             faults: Self::faults(random),
         }
     }
