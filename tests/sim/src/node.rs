@@ -34,6 +34,8 @@ pub struct Node {
     pub memory: Memory,
     /// Gates of the hand-overs that arrive, and the link whose streams may ask.
     gates: BTreeMap<AttemptId, (LinkNo, Gate)>,
+    /// Streams that were refused and of which the machine has not been told.
+    refused: u32,
     /// The step that the engine computes, the hashes of its rows' layers so far, and when it began.
     step: Option<(Step, Vec<Vec<u64>>, Time)>,
     /// Tokens of each ticket that was assigned.
@@ -55,6 +57,7 @@ impl Node {
             machine: node::Node::new(join, plan.batch.clone()),
             memory: Memory::new(plan.model.layout.block_tokens),
             gates: BTreeMap::new(),
+            refused: 0,
             step: None,
             tokens: BTreeMap::new(),
             inbox: VecDeque::new(),
@@ -94,6 +97,9 @@ impl Node {
                 self.tell(input);
             }
         }
+        for _ in 0..std::mem::take(&mut self.refused) {
+            self.tell(Input::StreamRefused);
+        }
         self.tell(Input::Turn);
         self.machine.check();
         std::mem::take(&mut self.acts)
@@ -122,7 +128,7 @@ impl Node {
         Some(match event {
             NodeEvent::UplinkUp(replica, link) => Input::UplinkUp(replica, node::LinkNo(link)),
             NodeEvent::PeerUp(link, name, epoch) => Input::PeerUp(node::LinkNo(link), name, epoch),
-            NodeEvent::Down(link) => Input::Down(node::LinkNo(link), "the link is gone".into()),
+            NodeEvent::Down(link) => Input::Down(node::LinkNo(link)),
             NodeEvent::Message(link, message) => {
                 if let Message::Assign(ticket) = &*message {
                     self.tokens.insert(ticket.attempt, ticket.tokens.len() as u32);
@@ -168,6 +174,11 @@ impl Node {
             }
             Effect::StopSpans(attempt) => self.acts.push(Act::StopSpans(attempt)),
             Effect::OpenGate(attempt, link, gate) => drop(self.gates.insert(attempt, (link.0, *gate))),
+            Effect::MoveGate(attempt, link) => self.gates.get_mut(&attempt).expect("an open gate is moved").0 = link.0,
+            Effect::ReadGate(attempt) => {
+                let stands = self.gates[&attempt].1.stands().clone();
+                self.machine.handle(self.now, Input::Stands(attempt, stands));
+            }
             Effect::CloseGate(attempt) => drop(self.gates.remove(&attempt)),
             Effect::Digest(blocks) => {
                 let layers = self.layers;

@@ -73,8 +73,18 @@ impl Node {
             return self.send_input(attempt, Input::PeerLost(detail));
         }
         leaving.link = Some(link);
-        let open = Message::Open(Open { ticket: leaving.ticket.clone() });
-        self.send(link, open);
+        self.send_input(attempt, Input::Linked);
+    }
+
+    /// The link to the receiver is gone: look for another.
+    pub(super) fn leaving_lost(&mut self, attempt: AttemptId) {
+        let Some(leaving) = self.leaving.get_mut(&attempt) else { return };
+        leaving.link = None;
+        let peer = leaving.ticket.decode.clone();
+        self.send_input(attempt, Input::LinkLost);
+        if let Some(peer) = peer.filter(|_| self.leaving.get(&attempt).is_some_and(|leaving| !leaving.machine.is_over())) {
+            self.reach(attempt, peer);
+        }
     }
 
     /// Feeds the machine of an attempt, if it leaves, and does what it wants done.
@@ -89,6 +99,11 @@ impl Node {
 
     fn on_send_output(&mut self, attempt: AttemptId, output: Output) {
         match output {
+            Output::Open => {
+                let ticket = self.leaving.get(&attempt).map(|leaving| leaving.ticket.clone());
+                ticket.into_iter().for_each(|ticket| self.tell_receiver(attempt, Message::Open(Open { ticket })));
+            }
+            Output::Resume(generation) => self.tell_receiver(attempt, Message::Resume { attempt, generation }),
             Output::Cells { span, generation } => self.start_span(attempt, span, generation),
             Output::Fin { generation, cells, digest_sum, first_token, finished } => {
                 self.tell_receiver(attempt, Message::Fin(Fin { attempt, generation, cells, digest_sum, first_token, finished }));
@@ -129,7 +144,7 @@ impl Node {
         let Some(leaving) = self.leaving.get_mut(&attempt) else { return };
         leaving.undrained -= 1;
         match error {
-            Some(detail) => self.send_input(attempt, Input::PeerLost(detail)),
+            Some(detail) => self.send_input(attempt, Input::SpanLost(detail)),
             None => {
                 self.rates.sent(bytes, elapsed_us);
                 self.finish_leaving(attempt);
@@ -144,6 +159,8 @@ impl Node {
         if leaving.undrained > 0 {
             return;
         }
+        self.counts.stale_frames += leaving.machine.stale_frames();
+        self.counts.resumes += u64::from(leaving.machine.resumes());
         self.leaving.remove(&attempt);
         self.gateways.remove(&attempt);
         let cancelled = self.cancelled.remove(&attempt);

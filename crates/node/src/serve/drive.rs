@@ -86,7 +86,7 @@ impl Drive {
             Event::Uplink(replica, no, LinkEvent::Down(reason)) => {
                 tracing::warn!(%replica, %reason, "coordinator link down");
                 self.links.remove(&no);
-                Input::Down(no, reason)
+                Input::Down(no)
             }
             Event::Peer(no, LinkEvent::Up(link)) => {
                 let (name, epoch) = (link.peer().name.clone(), link.hello().epoch);
@@ -94,8 +94,9 @@ impl Drive {
                 Input::PeerUp(no, name, epoch)
             }
             Event::Peer(no, LinkEvent::Down(reason)) => {
-                self.links.remove(&no);
-                Input::Down(no, reason)
+                let peer = self.links.remove(&no).map(|link| link.peer().name.clone());
+                tracing::info!(?peer, %reason, "link to a node down");
+                Input::Down(no)
             }
             Event::Uplink(_, no, LinkEvent::Message(message)) | Event::Peer(no, LinkEvent::Message(message)) => {
                 Input::Message(no, message)
@@ -135,6 +136,12 @@ impl Drive {
             Effect::Span(job) => self.spans.start(self.links.get(&job.link).cloned(), job),
             Effect::StopSpans(attempt) => self.spans.stop(attempt),
             Effect::OpenGate(attempt, link, gate) => self.gates.open(attempt, link, *gate),
+            Effect::MoveGate(attempt, link) => self.gates.relink(attempt, link),
+            Effect::ReadGate(attempt) => {
+                if let Some(stands) = self.gates.stands(attempt) {
+                    self.node.handle(self.clock.now(), Input::Stands(attempt, stands));
+                }
+            }
             Effect::CloseGate(attempt) => self.gates.close(attempt),
             Effect::Digest(blocks) => {
                 let digested = blocks.into_iter().map(|block| (block, digest(&self.slab, &block))).collect();
