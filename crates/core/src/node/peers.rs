@@ -167,6 +167,11 @@ impl Node {
         if self.gateways.contains_key(&attempt) || self.asking.contains_key(&attempt) {
             return;
         }
+        if self.uplinks.link(ticket.gateway).is_none() {
+            // Its tokens would go nowhere, and the gateway, which may hold the link for up already, would wait for them.
+            let detail = "there is no link to the gateway of the ticket".into();
+            return self.send(link, Message::Declined { attempt, kind: FailKind::PeerLost, detail });
+        }
         self.asking.insert(attempt, (link, ticket.clone()));
         self.batch.handle(self.now, batch::Input::Reserve(ticket));
     }
