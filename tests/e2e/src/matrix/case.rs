@@ -7,6 +7,7 @@ use tokio::time::{sleep, timeout};
 
 use super::client::Client;
 use super::{Asked, Case, Fault, Matrix, State, Victim, WIRE};
+use crate::WAIT_MAX;
 use crate::cluster::{Node, Status};
 use crate::parts::{Line, Parts};
 use crate::process;
@@ -22,8 +23,6 @@ const MISSED: &str = "the state was over before the fault";
 const TRIES_MAX: usize = 4;
 /// Time in which a request must come into its state.
 const REACH_WAIT_MAX: Duration = Duration::from_secs(15);
-/// Time for a cluster to be whole between two cases.
-const WHOLE_WAIT_MAX: Duration = Duration::from_secs(60);
 /// Time until caches and index agree, as any replica sees it.
 const VERIFY_MAX: Duration = Duration::from_secs(10);
 /// Links end after a second and a half of silence: these are less and more.
@@ -88,7 +87,7 @@ impl Matrix {
     }
 
     async fn try_once(&mut self, case: Case, round: usize) -> Result<Outcome, String> {
-        let before = self.parts.whole(WHOLE_WAIT_MAX).await?;
+        let before = self.parts.whole(WAIT_MAX).await?;
         let asked = self.asked[round % self.asked.len()].clone();
         self.parts.relays.set(|weather| weather.swap_one_in = [0, SWAP_ONE_IN][round / 4 % 2]);
         self.prepare(case.state).await;
@@ -237,7 +236,7 @@ impl Matrix {
         if let Some(part) = killed {
             self.parts.spawn(part)?;
         }
-        let after = self.parts.whole(WHOLE_WAIT_MAX).await?;
+        let after = self.parts.whole(WAIT_MAX).await?;
         let name = victim.map(|part| self.parts.parts[part].name.clone());
         let lives = |status: &Status| {
             let nodes = status.nodes.iter().map(|node| (node.name.clone(), Some(node.epoch), Some(node.pid)));
@@ -257,7 +256,7 @@ impl Matrix {
     async fn verified(&self) -> Result<(), String> {
         let (dir, begun) = (self.parts.dir().display().to_string(), Instant::now());
         loop {
-            let verified = process::run("millctl", &["cache", "verify", "-o", "json", "--dir", &dir], WHOLE_WAIT_MAX).await;
+            let verified = process::run("millctl", &["cache", "verify", "-o", "json", "--dir", &dir], WAIT_MAX).await;
             if verified.code == Some(0) {
                 return Ok(());
             }

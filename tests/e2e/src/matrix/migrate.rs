@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::case::{judge, next, party};
 use super::{Asked, Matrix};
+use crate::WAIT_MAX;
 use crate::golden::rows;
 use crate::parts::Plan;
 
@@ -14,10 +15,6 @@ const ANSWER_TOKENS: usize = 80;
 const PROMPT_TOKENS: usize = 100;
 /// Prompts of the reference for the model, those of the repository's own few among them.
 const MODEL_PROMPTS: [&str; 4] = ["code", "capital", "block_17", "chat_turn2"];
-/// Time for an answer whose node is lost.
-const ANSWER_WAIT_MAX: Duration = Duration::from_secs(30);
-/// Time for a cluster to be whole again.
-const WHOLE_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// What one loss cost.
 #[derive(Clone, Copy, Debug)]
@@ -61,18 +58,18 @@ impl Matrix {
     /// # Errors
     /// The answer is not the undisturbed one.
     pub async fn migrate(&mut self, asked: &Asked, token: usize) -> Result<Loss, String> {
-        self.parts.whole(WHOLE_WAIT_MAX).await?;
+        self.parts.whole(WAIT_MAX).await?;
         let mut lines = self.parts.follow();
         let begun = Instant::now();
         let mut client = self.ask(&asked.body).await?;
         let placed = next(&mut lines, &[": placed attempt="]).await?;
         let decode = party(&self.parts, &placed, "decode=")?;
-        client.read(token, ANSWER_WAIT_MAX).await?;
+        client.read(token, WAIT_MAX).await?;
         if client.end.is_some() {
             return Err("the answer ended before the loss".into());
         }
         let signal = self.parts.kill(decode).await?;
-        client.read(usize::MAX, ANSWER_WAIT_MAX).await?;
+        client.read(usize::MAX, WAIT_MAX).await?;
         let took = begun.elapsed();
         self.parts.spawn(decode)?;
         judge(&client, asked)?;

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 pub use self::case::{Outcome, Went};
 use self::client::Client;
+use crate::WAIT_MAX;
 use crate::golden::Row;
 use crate::parts::{Parts, Plan};
 use crate::relay::{HANDOVER_WAYS, Way};
@@ -31,8 +32,6 @@ const ANSWER_TOKENS: usize = 64;
 const STEP_TOKENS: u32 = 64;
 /// Different requests.
 const BODIES: usize = 4;
-/// Time for an answer that nobody disturbs.
-const CALM_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// How far a request has come, in the words of the nodes' logs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,7 +197,7 @@ impl Matrix {
     pub async fn undisturbed(&mut self, body: Value) -> Result<Asked, String> {
         let begun = Instant::now();
         let mut client = self.ask(&body).await?;
-        client.read(usize::MAX, CALM_WAIT_MAX).await?;
+        client.read(usize::MAX, WAIT_MAX).await?;
         match client.end {
             Some(end) if !end["whole"].is_null() => Ok(Asked { body, ids: client.ids, took: begun.elapsed(), reference: None }),
             end => Err(format!("an undisturbed answer ends with {end:?}")),
