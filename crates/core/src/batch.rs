@@ -520,6 +520,7 @@ impl Batch {
             assert_eq!(count, self.pool.refs(Slot(slot as u32)), "references on slot {slot}");
         }
         let alone = self.sequences.len() == self.waiting.len();
-        assert!(!alone || self.waiting.is_empty(), "sequences wait while nothing holds room");
+        let pinned = self.pool.stats().pinned > 0; // a sequence may be larger than what pins leave
+        assert!(!alone || self.waiting.is_empty() || pinned, "sequences wait while nothing holds room");
     }
 }
