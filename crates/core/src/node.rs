@@ -32,8 +32,8 @@ use crate::layout::KvLayout;
 use crate::message::{Join, Message, Peer, ReplicaAddress, Ticket};
 use crate::pool::Resident;
 use crate::transfer::gate::{Gate, Standing};
-use crate::transfer::{Span, recv, send};
-use arriving::Arriving;
+use crate::transfer::{Cells, Span, recv, send};
+use arriving::{Arriving, Received};
 use leaving::Leaving;
 use peers::Peers;
 use rates::Rates;
@@ -54,8 +54,8 @@ pub enum Input {
     UplinkUp(ReplicaId, LinkNo),
     /// A link to another node is there, whoever dialled: its name, and the incarnation that it greeted with.
     PeerUp(LinkNo, String, Epoch),
-    /// A link is gone, and why. Nothing comes from it after this.
-    Down(LinkNo, String),
+    /// A link is gone. Nothing comes from it after this.
+    Down(LinkNo),
     /// Somebody says something.
     Message(LinkNo, Box<Message>),
     /// A node that was dialled cannot be reached.
@@ -96,6 +96,10 @@ pub enum Input {
     },
     /// What stands behind the gate of an attempt, after a stream has written there or was refused.
     Standing(AttemptId, Standing),
+    /// The answer to [`Effect::ReadGate`]: [`Gate::stands`].
+    Stands(AttemptId, Cells),
+    /// A stream was refused: it named no open gate, or another generation than the gate's.
+    StreamRefused,
     /// The answer to [`Effect::Digest`]: the wrapping sum of the digests of each block's cells.
     Digested(Vec<(Resident, u64)>),
     /// An operator stops the process.
@@ -117,8 +121,8 @@ pub enum Effect {
     Close(LinkNo, &'static str),
     /// Greet with this incarnation from now on.
     Greet(NodeId, Epoch),
-    /// The replicas there are: keep a link to each.
-    Replicas(Vec<ReplicaAddress>),
+    /// A replica tells where all of them are.
+    Replicas(ReplicaId, Vec<ReplicaAddress>),
     /// Compute this step: layers and a result follow.
     Step(Step),
     /// Send these cells: [`Input::SpanSent`], unless it fails, and always [`Input::SpanDrained`] follow.
@@ -127,6 +131,10 @@ pub enum Effect {
     StopSpans(AttemptId),
     /// Let the streams of this link write through the gate.
     OpenGate(AttemptId, LinkNo, Box<Gate>),
+    /// Let the streams of this link write through the gate of an attempt, in place of those of an earlier one.
+    MoveGate(AttemptId, LinkNo),
+    /// Answer with [`Input::Stands`].
+    ReadGate(AttemptId),
     /// Close the gate of an attempt, and forget it.
     CloseGate(AttemptId),
     /// Digest these blocks before anything else is done, and answer with [`Input::Digested`]: nobody writes them now.
@@ -154,6 +162,15 @@ pub struct SpanJob {
     pub cells: Vec<(u16, u32, SlotRef, BlockHash)>,
 }
 
+/// What a node has counted since its process began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Messages and streams that named another generation or a hand-over that is over: none had an effect.
+    pub stale_frames: u64,
+    /// Hand-overs that went on after a lost link, each time.
+    pub resumes: u64,
+}
+
 /// Rows of the step in flight.
 #[derive(Clone, Copy, Debug)]
 struct Flight {
@@ -175,6 +192,8 @@ pub struct Node {
     peers: Peers,
     leaving: BTreeMap<AttemptId, Leaving>,
     arriving: BTreeMap<AttemptId, Arriving>,
+    /// Hand-overs that arrived whole lately, in the order of their ends.
+    received: VecDeque<Received>,
     upkeep: Upkeep,
     rates: Rates,
     in_flight: Option<Vec<Flight>>,
@@ -186,6 +205,7 @@ pub struct Node {
     splitting: BTreeMap<AttemptId, Ticket>,
     /// Attempts cancelled while a hand-over still reads their blocks.
     cancelled: BTreeSet<AttemptId>,
+    counts: Counts,
     /// The last that a reservation was given.
     generation: Generation,
     stopping_since: Option<Time>,
@@ -205,6 +225,7 @@ impl Node {
             peers: Peers::default(),
             leaving: BTreeMap::new(),
             arriving: BTreeMap::new(),
+            received: VecDeque::new(),
             upkeep: Upkeep::default(),
             rates: Rates::default(),
             in_flight: None,
@@ -212,6 +233,7 @@ impl Node {
             asking: BTreeMap::new(),
             splitting: BTreeMap::new(),
             cancelled: BTreeSet::new(),
+            counts: Counts::default(),
             generation: Generation(0),
             stopping_since: None,
             effects: VecDeque::new(),
@@ -224,7 +246,7 @@ impl Node {
         match input {
             Input::UplinkUp(replica, link) => self.uplinks.up(now, replica, link),
             Input::PeerUp(link, name, epoch) => self.on_peer_up(link, name, epoch),
-            Input::Down(link, reason) => self.on_down(link, &reason),
+            Input::Down(link) => self.on_down(link),
             Input::Message(link, message) => self.on_message(link, *message),
             Input::DialFailed { name, reason } => self.on_dial_failed(&name, &reason),
             Input::Layer(layer) => self.on_layer(layer),
@@ -232,6 +254,8 @@ impl Node {
             Input::SpanSent { attempt, span, digest_sum } => self.send_input(attempt, send::Input::Sent { span, digest_sum }),
             Input::SpanDrained { attempt, bytes, elapsed_us, error } => self.on_drained(attempt, bytes, elapsed_us, error),
             Input::Standing(attempt, standing) => self.recv_input(attempt, recv::Input::Standing(standing)),
+            Input::Stands(attempt, stands) => self.on_stands(attempt, &stands),
+            Input::StreamRefused => self.counts.stale_frames += 1,
             Input::Digested(blocks) => self.on_digested(blocks),
             Input::Stop => self.stop(),
             Input::Turn => self.turn(),
@@ -278,6 +302,12 @@ impl Node {
         self.uplinks.joined()
     }
 
+    /// What was counted.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
     /// What is kept for attempts, by kind: all 0 when none is left.
     #[must_use]
     pub fn kept(&self) -> [(&'static str, usize); 8] {
@@ -313,13 +343,13 @@ impl Node {
 
     // --- links -----------------------------------------------------------------------------------------------------
 
-    fn on_down(&mut self, link: LinkNo, reason: &str) {
+    fn on_down(&mut self, link: LinkNo) {
         match self.uplinks.replica(link) {
             Some(replica) => {
                 self.uplinks.down(replica);
                 self.cancel_all_of(replica);
             }
-            None => self.on_peer_down(link, reason),
+            None => self.on_peer_down(link),
         }
     }
 
@@ -352,8 +382,8 @@ impl Node {
         self.begin_step();
         self.look_on();
         self.drain_batch();
-        let (batch, rates) = (&self.batch, &self.rates);
-        self.uplinks.advance(self.now, || rates.load(batch), || batch.cached_names().collect(), &mut self.effects);
+        let (batch, rates, counts) = (&self.batch, &self.rates, self.counts);
+        self.uplinks.advance(self.now, || rates.load(batch, counts), || batch.cached_names().collect(), &mut self.effects);
         if self.stopped() {
             self.effects.push_back(Effect::Exit);
         }
@@ -362,6 +392,7 @@ impl Node {
     /// Tells every machine whose time has come.
     fn tick(&mut self) {
         let now = self.now;
+        self.forget_received();
         let due = |deadline: Option<Time>| deadline.is_some_and(|deadline| deadline <= now);
         if due(self.batch.deadline()) {
             self.batch.handle(now, batch::Input::Tick);

@@ -1,5 +1,6 @@
 //! A sender and a receiver joined by a network that delays, reorders and breaks, over many seeds: a hand-over either ends whole
-//! and equal on both sides, or both sides know that it failed; nothing hangs past the deadline.
+//! and equal on both sides, or both sides know that it failed; nothing hangs past the deadline. A link that is cut and made anew costs
+//! what was on its way, and no more.
 
 use millrace_core::ids::{BlockHash, Generation, Slot, SlotRef, Time};
 use millrace_core::message::FailKind;
@@ -23,7 +24,10 @@ impl Random {
 
 #[derive(Clone, Debug)]
 enum Wire {
+    Open,
     Granted,
+    Resume(Generation),
+    Resumed(Vec<u64>),
     Cells(Span),
     Fin(send::Output),
     Credit(u64),
@@ -44,9 +48,13 @@ struct Pair {
     sender: Sender,
     receiver: Receiver,
     gate: Gate,
+    grid: Grid,
     generation: Generation,
     have: u32,
     wire: Vec<Wire>,
+    /// Cells that the sender has put on streams, and those of them that a cut lost.
+    sent_cells: u64,
+    lost_cells: u64,
     sender_end: Option<End>,
     receiver_end: Option<End>,
 }
@@ -73,26 +81,33 @@ impl Pair {
         let cached = random.below(u64::from(grid.blocks)) as u32;
         let generation = Generation(1 + random.below(9) as u32);
         let deadline = Time(100_000);
-        let pair = Self {
+        let mut pair = Self {
             random,
             now: Time(0),
             sender: Sender::new(grid, cached, deadline),
             receiver: Receiver::new(grid, have, generation, deadline),
             gate: gate(grid, have, generation),
+            grid,
             generation,
             have,
-            wire: vec![Wire::Granted],
+            wire: vec![],
+            sent_cells: 0,
+            lost_cells: 0,
             sender_end: None,
             receiver_end: None,
         };
+        pair.sender.handle(Time(0), send::Input::Linked);
         (pair, grid)
     }
 
     fn drain(&mut self) {
         while let Some(out) = self.sender.poll() {
             match out {
+                send::Output::Open => self.wire.push(Wire::Open),
+                send::Output::Resume(generation) => self.wire.push(Wire::Resume(generation)),
                 send::Output::Cells { span, generation } => {
                     assert_eq!(generation, self.generation);
+                    self.sent_cells += span.cells();
                     self.wire.push(Wire::Cells(span));
                     let digest_sum = span.iter().fold(0u64, |sum, (l, b)| sum.wrapping_add(digest(l, b)));
                     self.sender.handle(self.now, send::Input::Sent { span, digest_sum });
@@ -105,6 +120,8 @@ impl Pair {
         }
         while let Some(out) = self.receiver.poll() {
             match out {
+                recv::Output::Granted => self.wire.push(Wire::Granted),
+                recv::Output::Resumed => self.wire.push(Wire::Resumed(self.gate.stands().words().to_vec())),
                 recv::Output::Credit(bytes) => self.wire.push(Wire::Credit(bytes)),
                 recv::Output::Complete { .. } => {
                     self.receiver_end = Some(End::Whole);
@@ -124,6 +141,12 @@ impl Pair {
         let is_cells = matches!(self.wire[at], Wire::Cells(_));
         let at = if is_cells { at } else { self.wire.iter().position(|w| !matches!(w, Wire::Cells(_))).expect("it is there") };
         match self.wire.remove(at) {
+            Wire::Open => self.receiver.handle(self.now, recv::Input::Reopened),
+            Wire::Resume(generation) => self.receiver.handle(self.now, recv::Input::Resume(generation)),
+            Wire::Resumed(stands) => {
+                let (generation, credit_bytes) = (self.generation, self.receiver.credit_bytes());
+                self.sender.handle(self.now, send::Input::Resumed { generation, credit_bytes, stands });
+            }
             Wire::Granted => {
                 let (have_blocks, generation, credit_bytes) = (self.have, self.generation, self.receiver.credit_bytes());
                 self.sender.handle(self.now, send::Input::Granted { have_blocks, generation, credit_bytes });
@@ -159,8 +182,26 @@ impl Pair {
     }
 }
 
+impl Pair {
+    /// Cuts the link and makes another; the ends notice in this order. What is on its way is lost, but that a receiver which has
+    /// everything says so again, as a node does.
+    fn cut(&mut self) {
+        let cells = |wire: &Wire| if let Wire::Cells(span) = wire { span.cells() } else { 0 };
+        self.lost_cells += self.wire.iter().map(cells).sum::<u64>();
+        self.wire.clear();
+        self.sender.handle(self.now, send::Input::LinkLost);
+        self.receiver.handle(self.now, recv::Input::LinkLost);
+        self.sender.handle(self.now, send::Input::Linked);
+        self.drain();
+        if self.receiver_end == Some(End::Whole) && self.wire.iter().any(|wire| matches!(wire, Wire::Resume(_))) {
+            self.wire = vec![Wire::Complete];
+        }
+    }
+}
+
 /// Runs one seed: compute goes layer by layer in chunks while the wire delivers in random order.
-fn run(seed: u64, fault: u64) -> Pair {
+/// `fault` ends it at that step; `cut` cuts the link three times, so many steps apart; 0 is never.
+fn run(seed: u64, fault: u64, cut: u64) -> Pair {
     let (mut pair, grid) = Pair::new(seed);
     let chunk = 1 + pair.random.below(u64::from(grid.blocks)) as u32;
     let mut work: Vec<(u16, u32)> = (0..grid.blocks.div_ceil(chunk))
@@ -174,6 +215,9 @@ fn run(seed: u64, fault: u64) -> Pair {
         if pair.sender_end.is_some() && pair.receiver_end.is_some() {
             break;
         }
+        if cut > 0 && step % cut == 0 && step / cut <= 3 {
+            pair.cut();
+        }
         if fault > 0 && step == fault {
             match fault % 3 {
                 0 => pair.sender.handle(pair.now, send::Input::Cancel(FailKind::Stopping, String::new())),
@@ -181,7 +225,7 @@ fn run(seed: u64, fault: u64) -> Pair {
                 _ => {
                     pair.wire.clear();
                     pair.sender.handle(pair.now, send::Input::PeerLost(String::new()));
-                    pair.receiver.handle(pair.now, recv::Input::PeerLost(String::new()));
+                    pair.receiver.handle(pair.now, recv::Input::LinkLost);
                 }
             }
             continue;
@@ -208,7 +252,7 @@ fn run(seed: u64, fault: u64) -> Pair {
 #[test]
 fn undisturbed_hand_overs_are_whole() {
     for seed in 0..500 {
-        let pair = run(seed, 0);
+        let pair = run(seed, 0, 0);
         assert_eq!((&pair.sender_end, &pair.receiver_end), (&Some(End::Whole), &Some(End::Whole)), "seed {seed}");
     }
 }
@@ -216,10 +260,21 @@ fn undisturbed_hand_overs_are_whole() {
 #[test]
 fn a_fault_at_any_step_ends_both_sides() {
     for seed in 0..500 {
-        let pair = run(seed, 1 + seed % 90);
+        let pair = run(seed, 1 + seed % 90, 0);
         assert!(pair.sender_end.is_some() && pair.receiver_end.is_some(), "seed {seed}");
         let whole_at_sender = pair.sender_end == Some(End::Whole);
         assert!(!whole_at_sender || pair.receiver_end == Some(End::Whole), "seed {seed}: sender believes what is not so");
+    }
+}
+
+#[test]
+fn a_cut_link_costs_what_was_on_its_way() {
+    for seed in 0..500 {
+        let pair = run(seed, 0, 1 + seed % 50);
+        assert_eq!((&pair.sender_end, &pair.receiver_end), (&Some(End::Whole), &Some(End::Whole)), "seed {seed}");
+        let moved = u64::from(pair.grid.layers) * u64::from(pair.grid.blocks - pair.have);
+        assert_eq!(pair.sent_cells, moved + pair.lost_cells, "seed {seed}: more was sent than was missing");
+        assert_eq!((pair.gate.standing().cells, pair.sender.stale_frames()), (moved, 0), "seed {seed}");
     }
 }
 
@@ -265,6 +320,8 @@ fn full_prefix_hit_sends_nothing_and_completes() {
     let grid = Grid { layers: 4, blocks: 2, cell_bytes: 64 };
     let mut sender = Sender::new(grid, 2, Time(100));
     let mut receiver = Receiver::new(grid, 2, Generation(1), Time(100));
+    sender.handle(Time(1), send::Input::Linked);
+    assert_eq!(sender.poll(), Some(send::Output::Open));
     sender
         .handle(Time(1), send::Input::Granted { have_blocks: 2, generation: Generation(1), credit_bytes: receiver.credit_bytes() });
     sender.handle(Time(2), send::Input::Computed { first_token: 9, finished: true });

@@ -141,6 +141,9 @@ impl Store {
             return Ok(());
         }
         if self.term_at(at.index) != Some(at.term) {
+            if self.hard.commit > at.index {
+                return Err(corrupt(&self.dir, 0, "the snapshot is not of this log, which has committed entries behind it"));
+            }
             // The snapshot came from the leader and the log it replaces was not dropped yet.
             self.restart_at(at)?;
         }

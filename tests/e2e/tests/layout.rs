@@ -11,7 +11,7 @@ use millrace_e2e::repository;
 /// Lines of a file.
 const LINES_MAX: usize = 600;
 /// Each member, and the members that it may depend on.
-const EDGES: [(&str, &[&str]); 12] = [
+const EDGES: [(&str, &[&str]); 13] = [
     ("millrace-core", &[]),
     ("millrace-kernels", &[]),
     ("millrace-checkpoint", &["millrace-core"]),
@@ -24,12 +24,13 @@ const EDGES: [(&str, &[&str]); 12] = [
     ("millrace-e2e", TESTED),
     ("millrace-sim", TESTED),
     ("millrace-load", TESTED),
+    ("millrace-fuzz", &["millrace-core", "millrace-checkpoint", "millrace-node", "millrace-log", "coordinator", "millrace-load"]),
 ];
 /// What the packages of tests may depend on: everything but LibTorch, which comes with the nodes.
 const TESTED: &[&str] =
     &["millrace-core", "millrace-checkpoint", "millrace-kernels", "millrace-log", "millrace-node", "coordinator"];
 /// Members that must build without LibTorch.
-const WITHOUT_LIBTORCH: [&str; 9] = [
+const WITHOUT_LIBTORCH: [&str; 10] = [
     "millrace-core",
     "millrace-kernels",
     "millrace-checkpoint",
@@ -39,6 +40,7 @@ const WITHOUT_LIBTORCH: [&str; 9] = [
     "millrace-e2e",
     "millrace-sim",
     "millrace-load",
+    "millrace-fuzz",
 ];
 
 /// The workspace as Cargo resolves it for this machine.

@@ -83,6 +83,11 @@ impl Watch {
             Message::Credit { attempt, bytes } => {
                 self.attempts.get_mut(attempt).into_iter().for_each(|seen| seen.credit_bytes = seen.credit_bytes.max(*bytes));
             }
+            // What stands is not sent again; how much of it counts as sent, only the sender knows.
+            Message::Resumed(resumed) => {
+                let seen = self.attempts.get_mut(&resumed.attempt).into_iter();
+                seen.for_each(|seen| (seen.credit_bytes, seen.sent_bytes) = (resumed.credit_bytes, 0));
+            }
             _ => {}
         }
     }

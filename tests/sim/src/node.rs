@@ -34,6 +34,8 @@ pub struct Node {
     pub memory: Memory,
     /// Gates of the hand-overs that arrive, and the link whose streams may ask.
     gates: BTreeMap<AttemptId, (LinkNo, Gate)>,
+    /// Streams that were refused and of which the machine has not been told.
+    refused: u32,
     /// The step that the engine computes, the hashes of its rows' layers so far, and when it began.
     step: Option<(Step, Vec<Vec<u64>>, Time)>,
     /// Tokens of each ticket that was assigned.
@@ -59,6 +61,7 @@ impl Node {
             machine: node::Node::new(join, plan.batch.clone()),
             memory: Memory::new(plan.model.layout.block_tokens),
             gates: BTreeMap::new(),
+            refused: 0,
             step: None,
             tokens: BTreeMap::new(),
             inbox: VecDeque::new(),
@@ -100,9 +103,13 @@ impl Node {
                 self.tell(input);
             }
         }
+        for _ in 0..std::mem::take(&mut self.refused) {
+            self.tell(Input::StreamRefused);
+        }
         self.tell(Input::Turn);
         self.machine.check();
-        let over_gone = self.halves().find(|(link, ..)| self.downs.contains(link));
+        // What arrives waits a while for the sender to come back on another link.
+        let over_gone = self.machine.sends().find(|(link, _)| self.downs.contains(&link.0));
         assert!(over_gone.is_none(), "I3: {over_gone:?} goes on over a link that is gone");
         std::mem::take(&mut self.acts)
     }
@@ -168,7 +175,7 @@ impl Node {
             NodeEvent::PeerUp(link, name, epoch) => Input::PeerUp(node::LinkNo(link), name, epoch),
             NodeEvent::Down(link) => {
                 self.downs.insert(link);
-                Input::Down(node::LinkNo(link), "the link is gone".into())
+                Input::Down(node::LinkNo(link))
             }
             NodeEvent::Message(link, message) => {
                 if let Message::Assign(ticket) = &*message {
@@ -221,6 +228,11 @@ impl Node {
             }
             Effect::StopSpans(attempt) => self.acts.push(Act::StopSpans(attempt)),
             Effect::OpenGate(attempt, link, gate) => drop(self.gates.insert(attempt, (link.0, *gate))),
+            Effect::MoveGate(attempt, link) => self.gates.get_mut(&attempt).expect("an open gate is moved").0 = link.0,
+            Effect::ReadGate(attempt) => {
+                let stands = self.gates[&attempt].1.stands().clone();
+                self.machine.handle(self.now, Input::Stands(attempt, stands));
+            }
             Effect::CloseGate(attempt) => drop(self.gates.remove(&attempt)),
             Effect::Digest(blocks) => {
                 let layers = self.layers;
@@ -228,7 +240,7 @@ impl Node {
                 self.machine.handle(self.now, Input::Digested(digested));
             }
             Effect::Note(Note::Meaningless(message)) => panic!("{} got {message:?}, which means nothing there", self.name),
-            Effect::Note(_) | Effect::Replicas(_) | Effect::Greet(..) => {}
+            Effect::Note(_) | Effect::Replicas(..) | Effect::Greet(..) => {}
             Effect::Refused(_) | Effect::Exit => self.acts.push(Act::Exit),
         }
     }

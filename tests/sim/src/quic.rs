@@ -143,7 +143,9 @@ impl World {
             QuicEvent::Datagram(from, Datagram(bytes)) => self.quic_receive(host, from, &bytes),
             QuicEvent::Timer(no) => {
                 let (now, instant) = (self.now, self.instant(host));
-                let Some(conn) = self.quic().conn(host, no).filter(|conn| conn.timer == Some(now)) else { return };
+                let Some(conn) = self.quic().conn(host, no).filter(|conn| conn.timer.is_some_and(|due| due <= now)) else {
+                    return;
+                };
                 conn.timer = None;
                 conn.quic.handle_timeout(instant);
                 self.quic_drive(host, no);

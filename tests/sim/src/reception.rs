@@ -73,7 +73,7 @@ impl Reception {
             match output {
                 Output::Complete { .. } => self.arrival = Arrival::Whole,
                 Output::Failed(..) => self.arrival = Arrival::Failed,
-                Output::Credit(_) | Output::Abort(..) => {}
+                Output::Credit(_) | Output::Granted | Output::Resumed | Output::Abort(..) => {}
             }
             if self.arrival != Arrival::Pending {
                 self.gate.close();

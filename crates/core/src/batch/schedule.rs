@@ -19,6 +19,10 @@ impl Batch {
         }
         self.admit();
         self.grow();
+        if self.running.is_empty() {
+            // Whoever found no room to grow and sent itself back finds it now, in what it gave back.
+            self.admit();
+        }
         let (flight, rows): (Vec<Flight>, Vec<Row>) = self.plan().into_iter().map(|(s, n)| self.row(now, s, n)).unzip();
         if rows.is_empty() {
             return None;

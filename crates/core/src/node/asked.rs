@@ -21,7 +21,7 @@ impl Node {
             Message::DeltaApplied { epoch, seq } => self.uplinks.on_applied(epoch, seq),
             Message::WantSnapshot { epoch } => self.uplinks.on_want_snapshot(epoch),
             Message::Ping => {}
-            Message::Replicas(list) => self.effects.push_back(Effect::Replicas(list)),
+            Message::Replicas(list) => self.effects.push_back(Effect::Replicas(replica, list)),
             other => self.note(Note::Meaningless(other.into())),
         }
     }

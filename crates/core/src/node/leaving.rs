@@ -5,7 +5,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use super::{Effect, LinkNo, Node, SpanJob};
+use super::{Effect, LinkNo, Node, Note, SpanJob};
 use crate::batch;
 use crate::ids::{AttemptId, BlockHash, Epoch, Generation, SlotRef};
 use crate::message::{FailKind, Fin, HandoverStats, Message, Open, Ticket};
@@ -41,6 +41,7 @@ impl Node {
     pub(super) fn on_admitted(&mut self, attempt: AttemptId, table: Vec<SlotRef>, names: Vec<BlockHash>, cached_blocks: u32) {
         let Some(ticket) = self.splitting.remove(&attempt) else { return };
         let Some(peer) = ticket.decode.clone() else { return };
+        self.note(Note::Admitted(attempt, cached_blocks));
         let deadline = self.now.after(ticket.budget_us);
         let machine = Sender::new(self.grid(ticket.tokens.len()), cached_blocks, deadline);
         self.leaving.insert(attempt, Leaving { machine, ticket, table, names, link: None, undrained: 0 });
@@ -78,8 +79,18 @@ impl Node {
             return self.send_input(attempt, Input::PeerLost(detail));
         }
         leaving.link = Some(link);
-        let open = Message::Open(Open { ticket: leaving.ticket.clone() });
-        self.send(link, open);
+        self.send_input(attempt, Input::Linked);
+    }
+
+    /// The link to the receiver is gone: look for another.
+    pub(super) fn leaving_lost(&mut self, attempt: AttemptId) {
+        let Some(leaving) = self.leaving.get_mut(&attempt) else { return };
+        leaving.link = None;
+        let peer = leaving.ticket.decode.clone();
+        self.send_input(attempt, Input::LinkLost);
+        if let Some(peer) = peer.filter(|_| self.leaving.get(&attempt).is_some_and(|leaving| !leaving.machine.is_over())) {
+            self.reach(attempt, peer);
+        }
     }
 
     /// Feeds the machine of an attempt, if it leaves, and does what it wants done.
@@ -94,6 +105,11 @@ impl Node {
 
     fn on_send_output(&mut self, attempt: AttemptId, output: Output) {
         match output {
+            Output::Open => {
+                let ticket = self.leaving.get(&attempt).map(|leaving| leaving.ticket.clone());
+                ticket.into_iter().for_each(|ticket| self.tell_receiver(attempt, Message::Open(Open { ticket })));
+            }
+            Output::Resume(generation) => self.tell_receiver(attempt, Message::Resume { attempt, generation }),
             Output::Cells { span, generation } => self.start_span(attempt, span, generation),
             Output::Fin { generation, cells, digest_sum, first_token, finished } => {
                 self.tell_receiver(attempt, Message::Fin(Fin { attempt, generation, cells, digest_sum, first_token, finished }));
@@ -134,7 +150,7 @@ impl Node {
         let Some(leaving) = self.leaving.get_mut(&attempt) else { return };
         leaving.undrained -= 1;
         match error {
-            Some(detail) => self.send_input(attempt, Input::PeerLost(detail)),
+            Some(detail) => self.send_input(attempt, Input::SpanLost(detail)),
             None => {
                 self.rates.sent(bytes, elapsed_us);
                 self.finish_leaving(attempt);
@@ -149,6 +165,8 @@ impl Node {
         if leaving.undrained > 0 && !planted(Bug::FreeUndrained) {
             return;
         }
+        self.counts.stale_frames += leaving.machine.stale_frames();
+        self.counts.resumes += u64::from(leaving.machine.resumes());
         self.leaving.remove(&attempt);
         self.gateways.remove(&attempt);
         let cancelled = self.cancelled.remove(&attempt);

@@ -13,6 +13,8 @@ pub enum Note {
     Joined(NodeId, Epoch),
     /// Not yet, and why.
     NotYet(String),
+    /// A sequence whose answer is decoded elsewhere has its slots; so many leading blocks were cached.
+    Admitted(AttemptId, u32),
     /// An attempt ended without its last token, and its gateway was told.
     Failed(AttemptId, FailKind, String),
     /// A message that means nothing on the link that it came on.

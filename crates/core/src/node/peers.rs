@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use super::{Effect, LinkNo, Node, Note};
 use crate::batch;
 use crate::ids::{AttemptId, Epoch};
-use crate::message::{FailKind, Granted, Message, Peer, Ticket};
+use crate::message::{FailKind, Granted, Message, Peer, Resumed, Ticket};
 use crate::planted::{Bug, planted};
 use crate::transfer::{recv, send};
 
@@ -35,6 +35,11 @@ enum Way {
 impl Peers {
     pub(super) fn contains(&self, link: LinkNo) -> bool {
         self.by_link.contains_key(&link)
+    }
+
+    /// The node at the other end of a link.
+    pub(super) fn at(&self, link: LinkNo) -> Option<&(String, Epoch)> {
+        self.by_link.get(&link)
     }
 
     pub(super) fn links(&self) -> impl Iterator<Item = LinkNo> + '_ {
@@ -75,13 +80,13 @@ impl Node {
         waiting.into_iter().for_each(|attempt| self.ask(attempt, link, epoch));
     }
 
-    pub(super) fn on_peer_down(&mut self, link: LinkNo, reason: &str) {
+    pub(super) fn on_peer_down(&mut self, link: LinkNo) {
         self.peers.down(link);
         for attempt in self.leaving_on(link).into_iter().filter(|_| !planted(Bug::LossUnheard)) {
-            self.send_input(attempt, send::Input::PeerLost(reason.into()));
+            self.leaving_lost(attempt);
         }
         for attempt in self.arriving_on(link) {
-            self.recv_input(attempt, recv::Input::PeerLost(reason.into()));
+            self.recv_input(attempt, recv::Input::LinkLost);
         }
         let asking: Vec<_> = self.asking.iter().filter(|(_, (asks, _))| *asks == link).map(|(a, _)| *a).collect();
         asking.into_iter().for_each(|attempt| self.cancel(attempt));
@@ -114,13 +119,17 @@ impl Node {
             }
             Message::Declined { attempt, kind, detail } => self.answer(link, attempt, send::Input::Declined(kind, detail)),
             Message::Credit { attempt, bytes } => self.answer(link, attempt, send::Input::Credit(bytes)),
+            Message::Resume { attempt, generation } => self.on_resume(link, attempt, generation),
+            Message::Resumed(Resumed { attempt, generation, credit_bytes, stands }) => {
+                self.answer(link, attempt, send::Input::Resumed { generation, credit_bytes, stands });
+            }
             Message::Received { attempt } => self.answer(link, attempt, send::Input::Received),
             Message::Fin(fin) if self.arrives_on(fin.attempt, link) => {
                 let (generation, cells, digest_sum) = (fin.generation, fin.cells, fin.digest_sum);
                 let (first_token, finished) = (fin.first_token, fin.finished);
                 self.recv_input(fin.attempt, recv::Input::Fin { generation, cells, digest_sum, first_token, finished });
             }
-            Message::Fin(_) => {}
+            Message::Fin(_) => self.counts.stale_frames += 1,
             Message::Abort { attempt, kind, detail } => self.on_abort(link, attempt, kind, detail),
             other => self.note(Note::Meaningless(other.into())),
         }
@@ -140,6 +149,8 @@ impl Node {
     fn answer(&mut self, link: LinkNo, attempt: AttemptId, input: send::Input) {
         if self.leaves_on(attempt, link) {
             self.send_input(attempt, input);
+        } else {
+            self.counts.stale_frames += 1;
         }
     }
 
@@ -151,8 +162,16 @@ impl Node {
             let detail = "the ticket does not name this incarnation of this node, or it is stopping".into();
             return self.send(link, Message::Declined { attempt, kind: FailKind::PeerLost, detail });
         }
+        if self.arriving.contains_key(&attempt) {
+            return self.on_reopen(link, attempt);
+        }
         if self.gateways.contains_key(&attempt) || self.asking.contains_key(&attempt) {
             return;
+        }
+        if self.uplinks.link(ticket.gateway).is_none() {
+            // Its tokens would go nowhere, and the gateway, which may hold the link for up already, would wait for them.
+            let detail = "there is no link to the gateway of the ticket".into();
+            return self.send(link, Message::Declined { attempt, kind: FailKind::PeerLost, detail });
         }
         self.asking.insert(attempt, (link, ticket.clone()));
         self.batch.handle(self.now, batch::Input::Reserve(ticket));

@@ -1,5 +1,6 @@
 //! What a node has measured of itself, for the router: smoothed, in the units that [`Load`] names.
 
+use super::Counts;
 use crate::batch::Batch;
 use crate::engine::Step;
 use crate::message::Load;
@@ -107,8 +108,10 @@ impl Rates {
     }
 
     /// The load of a batch, with what was measured.
-    pub(super) fn load(&self, batch: &Batch) -> Load {
+    pub(super) fn load(&self, batch: &Batch, counts: Counts) -> Load {
         Load {
+            stale_frames: counts.stale_frames,
+            resumes: counts.resumes,
             prefill_ns_per_token: self.prompts.ns_per_token(),
             prefill_ps_per_pair: self.prompts.ps_per_pair(),
             decode_step_us: self.decode_us.rounded(),

@@ -6,10 +6,9 @@
 
 use alloc::format;
 use alloc::string::String;
-use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Grid, Span};
+use super::{Cells, Grid, Span};
 use crate::ids::{BlockHash, Generation, Slot, SlotRef};
 use crate::planted::{Bug, planted};
 
@@ -44,8 +43,7 @@ pub struct Gate {
     have_blocks: u32,
     table: Vec<SlotRef>,
     names: Vec<BlockHash>,
-    /// One bit for each cell that may arrive, `[layers, blocks - have_blocks]`.
-    stands: Vec<u64>,
+    stands: Cells,
     standing: Standing,
     open: bool,
 }
@@ -54,11 +52,9 @@ impl Gate {
     /// An open gate before the slots `table` of the blocks `names`, of which `have_blocks` leading ones are not to be written.
     #[must_use]
     pub fn new(grid: Grid, have_blocks: u32, generation: Generation, table: Vec<SlotRef>, names: Vec<BlockHash>) -> Self {
-        assert!(have_blocks <= grid.blocks, "no more blocks than the sequence has");
         assert!(table.len() == grid.blocks as usize && names.len() == table.len(), "a slot and a name for each block");
-        let cells = grid.cells_from(have_blocks);
         let standing = Standing { generation, cells: 0, digest_sum: 0, fault: None };
-        Self { grid, have_blocks, table, names, stands: vec![0; cells.div_ceil(64) as usize], standing, open: true }
+        Self { grid, have_blocks, table, names, stands: Cells::none(grid, have_blocks), standing, open: true }
     }
 
     /// Whether a stream may write `span` under `generation`. Ask before the first byte is placed. A stream that is only late is refused and
@@ -76,11 +72,10 @@ impl Gate {
     /// What to do with this cell of a stream that was admitted under `generation`.
     #[must_use]
     pub fn place(&self, generation: Generation, layer: u16, block: u32) -> Place {
-        let inside = layer < self.grid.layers && (self.have_blocks..self.grid.blocks).contains(&block);
-        if !self.open || generation != self.standing.generation || !inside {
+        if !self.open || generation != self.standing.generation || !self.stands.covers(layer, block) {
             return Place::Closed;
         }
-        if self.has(layer, block) {
+        if self.stands.has(layer, block) {
             return Place::Stands;
         }
         Place::Write(self.table[block as usize].slot, self.names[block as usize])
@@ -91,9 +86,8 @@ impl Gate {
         if digest != expected && !planted(Bug::SkipDigest) {
             return self.fault(format!("digest mismatch in layer {layer} block {block}"));
         }
-        let (word, mask) = self.bit(layer, block);
-        assert!(self.stands[word] & mask == 0, "a cell that stands is not written again");
-        self.stands[word] |= mask;
+        assert!(!self.stands.has(layer, block), "a cell that stands is not written again");
+        self.stands.insert(layer, block);
         self.standing.cells += 1;
         self.standing.digest_sum = self.standing.digest_sum.wrapping_add(digest);
     }
@@ -104,6 +98,12 @@ impl Gate {
         &self.standing
     }
 
+    /// Which cells stand, for a sender that goes on after a lost link.
+    #[must_use]
+    pub fn stands(&self) -> &Cells {
+        &self.stands
+    }
+
     /// Nothing is written through it from now on, whoever still holds it.
     pub fn close(&mut self) {
         self.open = false;
@@ -111,24 +111,12 @@ impl Gate {
 
     /// Asserts what must always hold.
     pub fn check(&self) {
-        let bits: u64 = self.stands.iter().map(|word| u64::from(word.count_ones())).sum();
-        assert_eq!(bits, self.standing.cells, "every counted cell has its bit");
+        assert_eq!(self.stands.count(), self.standing.cells, "every counted cell has its bit");
         assert!(self.standing.fault.is_none() || !self.open, "a fault closes the gate");
     }
 
     fn fault(&mut self, what: String) {
         self.standing.fault.get_or_insert(what);
         self.open = false;
-    }
-
-    fn bit(&self, layer: u16, block: u32) -> (usize, u64) {
-        let width = u64::from(self.grid.blocks - self.have_blocks);
-        let bit = u64::from(layer) * width + u64::from(block - self.have_blocks);
-        ((bit / 64) as usize, 1 << (bit % 64))
-    }
-
-    fn has(&self, layer: u16, block: u32) -> bool {
-        let (word, mask) = self.bit(layer, block);
-        self.stands[word] & mask != 0
     }
 }

@@ -1,12 +1,12 @@
 //! The receiving half: hears what stands verified behind the [gate](super::gate), gives credit for more, and lets decoding start only
-//! when the whole grid is there and agrees with the manifest.
+//! when the whole grid is there and agrees with the manifest. When the link is lost it keeps what stands for [`RESUME_KEEP_US`].
 
 use alloc::collections::VecDeque;
 use alloc::format;
 use alloc::string::String;
 
 use super::gate::Standing;
-use super::{CREDIT_MAX, Grid};
+use super::{CREDIT_MAX, Grid, RESUME_KEEP_US};
 use crate::ids::{Generation, Time, TokenId};
 use crate::message::FailKind;
 use crate::planted::{Bug, planted};
@@ -29,10 +29,14 @@ pub enum Input {
         /// Whether the answer ends with it.
         finished: bool,
     },
+    /// The link to the sender is gone.
+    LinkLost,
+    /// The sender asks for the same slots on a new link: it has not heard of the grant.
+    Reopened,
+    /// The sender goes on with this reservation on a new link.
+    Resume(Generation),
     /// The sender gives up.
     Aborted(FailKind, String),
-    /// The link to the sender is gone.
-    PeerLost(String),
     /// This side gives up.
     Cancel(FailKind, String),
     /// Time has passed.
@@ -44,6 +48,10 @@ pub enum Input {
 pub enum Output {
     /// Let the sender send up to this many bytes in all.
     Credit(u64),
+    /// Tell the sender the grant again.
+    Granted,
+    /// Tell the sender what stands.
+    Resumed,
     /// Everything is there and verified: tell the sender, decode.
     Complete {
         /// The first token.
@@ -68,6 +76,8 @@ pub struct Receiver {
     digest_sum: u64,
     credit_bytes: u64,
     manifest: Option<(u64, u64, TokenId, bool)>,
+    /// The link is lost: given up at this time.
+    lost: Option<Time>,
     over: bool,
     stale: u64,
     outputs: VecDeque<Output>,
@@ -88,10 +98,23 @@ impl Receiver {
             digest_sum: 0,
             credit_bytes: (cells * grid.cell_bytes).min(CREDIT_MAX.max(grid.cell_bytes)),
             manifest: None,
+            lost: None,
             over: false,
             stale: 0,
             outputs: VecDeque::new(),
         }
+    }
+
+    /// Blocks that the sender need not send.
+    #[must_use]
+    pub fn have_blocks(&self) -> u32 {
+        self.have_blocks
+    }
+
+    /// The reservation's name.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
     }
 
     /// The credit to state in the grant.
@@ -108,21 +131,24 @@ impl Receiver {
         match input {
             Input::Standing(standing) => self.standing(standing),
             Input::Fin { generation, cells, digest_sum, first_token, finished } => {
-                if generation == self.generation {
-                    self.manifest = Some((cells, digest_sum, first_token, finished));
-                } else {
-                    self.stale += 1;
-                }
+                self.fin(generation, (cells, digest_sum, first_token, finished));
             }
+            Input::LinkLost => self.lost = Some(now.after(RESUME_KEEP_US)),
+            Input::Reopened => {
+                self.lost = None;
+                self.outputs.push_back(Output::Granted);
+            }
+            Input::Resume(generation) if generation == self.generation => {
+                self.lost = None;
+                self.outputs.push_back(Output::Resumed);
+            }
+            Input::Resume(_) => self.stale += 1,
             Input::Aborted(kind, detail) => self.fail(false, kind, detail),
-            Input::PeerLost(detail) => self.fail(false, FailKind::PeerLost, detail),
             Input::Cancel(kind, detail) => self.fail(true, kind, detail),
             Input::Tick => {}
         }
-        if !self.over && now >= self.deadline {
-            self.fail(true, FailKind::Deadline, String::from("hand-over not finished by the request's deadline"));
-        }
         self.conclude();
+        self.expire(now);
     }
 
     /// What to do next; drain to `None`.
@@ -139,7 +165,8 @@ impl Receiver {
     /// When to come back with a `Tick`.
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
-        (!self.over).then_some(self.deadline)
+        let first = self.lost.map_or(self.deadline, |lost| lost.min(self.deadline));
+        (!self.over).then_some(first)
     }
 
     /// Whether it is over.
@@ -148,7 +175,7 @@ impl Receiver {
         self.over
     }
 
-    /// Frames that named another generation, or came after the end.
+    /// Frames that named another generation.
     #[must_use]
     pub fn stale_frames(&self) -> u64 {
         self.stale
@@ -161,6 +188,27 @@ impl Receiver {
 
     fn expected_cells(&self) -> u64 {
         self.grid.cells_from(self.have_blocks)
+    }
+
+    fn fin(&mut self, generation: Generation, manifest: (u64, u64, TokenId, bool)) {
+        if generation != self.generation {
+            self.stale += 1;
+        } else if self.manifest.is_some_and(|before| before != manifest) {
+            self.fail(true, FailKind::Integrity, String::from("two manifests that differ"));
+        } else {
+            self.manifest = Some(manifest);
+        }
+    }
+
+    fn expire(&mut self, now: Time) {
+        if self.over {
+            return;
+        }
+        if now >= self.deadline {
+            self.fail(true, FailKind::Deadline, String::from("hand-over not finished by the request's deadline"));
+        } else if self.lost.is_some_and(|lost| now >= lost) {
+            self.fail(false, FailKind::PeerLost, String::from("the link to the sender is lost"));
+        }
     }
 
     fn standing(&mut self, standing: Standing) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use millrace_core::identity::cell_digest;
-use millrace_core::message::ReplicaAddress;
+use millrace_core::message::Message;
 use millrace_core::node::{Effect, Input, LinkNo, Node, Note};
 use millrace_core::pool::Resident;
 use millrace_kernels::slab::KvSlab;
@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use super::Clock;
 use super::compute::Compute;
 use super::event::{Event, LinkEvent};
+use super::links::ReplicasTold;
 use super::peers::Dialer;
 use super::receiving::Gates;
 use super::sending::Spans;
@@ -40,7 +41,7 @@ pub(super) struct Drive {
     pub(super) gates: Gates,
     pub(super) slab: Arc<KvSlab>,
     /// Where lists of the coordinator's replicas go.
-    pub(super) replicas: mpsc::Sender<Vec<ReplicaAddress>>,
+    pub(super) replicas: mpsc::Sender<ReplicasTold>,
     /// Everything is finished.
     pub(super) over: bool,
 }
@@ -86,7 +87,7 @@ impl Drive {
             Event::Uplink(replica, no, LinkEvent::Down(reason)) => {
                 tracing::warn!(%replica, %reason, "coordinator link down");
                 self.links.remove(&no);
-                Input::Down(no, reason)
+                Input::Down(no)
             }
             Event::Peer(no, LinkEvent::Up(link)) => {
                 let (name, epoch) = (link.peer().name.clone(), link.hello().epoch);
@@ -94,8 +95,9 @@ impl Drive {
                 Input::PeerUp(no, name, epoch)
             }
             Event::Peer(no, LinkEvent::Down(reason)) => {
-                self.links.remove(&no);
-                Input::Down(no, reason)
+                let peer = self.links.remove(&no).map(|link| link.peer().name.clone());
+                tracing::info!(?peer, %reason, "link to a node down");
+                Input::Down(no)
             }
             Event::Uplink(_, no, LinkEvent::Message(message)) | Event::Peer(no, LinkEvent::Message(message)) => {
                 Input::Message(no, message)
@@ -121,6 +123,7 @@ impl Drive {
     fn act(&mut self, effect: Effect) -> Result<()> {
         match effect {
             Effect::Send(no, message) => {
+                log_step(&message);
                 if let Some(link) = self.links.get(&no) {
                     // A closed link is told by its own event.
                     let _ = link.send(&message);
@@ -130,11 +133,18 @@ impl Drive {
             Effect::Close(no, why) => self.links.get(&no).into_iter().for_each(|link| link.close(why)),
             Effect::Greet(node, epoch) => self.dialer.greet(node, epoch),
             // One that finds no room is told again with the next link.
-            Effect::Replicas(list) => drop(self.replicas.try_send(list)),
+            // One that finds no room is told again with the next link.
+            Effect::Replicas(from, list) => drop(self.replicas.try_send((from, list))),
             Effect::Step(step) => ensure!(self.compute.begin(step), "the engine's thread is gone"),
             Effect::Span(job) => self.spans.start(self.links.get(&job.link).cloned(), job),
             Effect::StopSpans(attempt) => self.spans.stop(attempt),
             Effect::OpenGate(attempt, link, gate) => self.gates.open(attempt, link, *gate),
+            Effect::MoveGate(attempt, link) => self.gates.relink(attempt, link),
+            Effect::ReadGate(attempt) => {
+                if let Some(stands) = self.gates.stands(attempt) {
+                    self.node.handle(self.clock.now(), Input::Stands(attempt, stands));
+                }
+            }
             Effect::CloseGate(attempt) => self.gates.close(attempt),
             Effect::Digest(blocks) => {
                 let digested = blocks.into_iter().map(|block| (block, digest(&self.slab, &block))).collect();
@@ -158,6 +168,7 @@ fn log(note: Note) {
     match note {
         Note::Joined(node, epoch) => tracing::info!(%node, %epoch, "joined"),
         Note::NotYet(reason) => tracing::info!(%reason, "not a member yet"),
+        Note::Admitted(attempt, cached_blocks) => tracing::debug!(%attempt, cached_blocks, "hand-over: admitted"),
         Note::Failed(attempt, kind, detail) => tracing::warn!(%attempt, ?kind, %detail, "attempt failed"),
         Note::Meaningless(message) => tracing::debug!(?message, "message without meaning on this link"),
         Note::Pins(version, pins) => {
@@ -169,5 +180,19 @@ fn log(note: Note) {
         Note::Damaged(block, slot, dropped) => {
             tracing::error!(%block, slot = slot.0, dropped, "a cached block's bytes changed; it is dropped");
         }
+    }
+}
+
+/// The steps of a hand-over, for whoever follows one request.
+fn log_step(message: &Message) {
+    match message {
+        Message::Open(open) => tracing::debug!(attempt = %open.ticket.attempt, "hand-over: asked for slots"),
+        Message::Granted(granted) => {
+            tracing::debug!(attempt = %granted.attempt, have_blocks = granted.have_blocks, "hand-over: slots reserved");
+        }
+        Message::Resume { attempt, .. } => tracing::debug!(%attempt, "hand-over: goes on over another link"),
+        Message::Fin(fin) => tracing::debug!(attempt = %fin.attempt, cells = fin.cells, "hand-over: manifest leaves"),
+        Message::Received { attempt } => tracing::debug!(%attempt, "hand-over: all there"),
+        _ => {}
     }
 }

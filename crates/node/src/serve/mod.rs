@@ -12,6 +12,7 @@ mod links;
 mod peers;
 pub mod process;
 mod receiving;
+mod replicas;
 mod sending;
 
 use std::collections::HashMap;
@@ -43,6 +44,8 @@ pub struct NodeConfig {
     pub name: String,
     /// Where to listen; port 0 takes any.
     pub listen: SocketAddr,
+    /// Where other nodes reach it, when that is another address.
+    pub advertise: Option<SocketAddr>,
     /// Every coordinator replica: raft id and address.
     pub coordinators: Vec<(ReplicaId, SocketAddr)>,
     /// What the engine serves.
@@ -151,7 +154,7 @@ impl Node {
         Ok(Join {
             name: self.config.name.clone(),
             role: self.config.role,
-            address: self.address()?.to_string(),
+            address: self.config.advertise.map_or_else(|| self.address(), Ok)?.to_string(),
             instance: self.instance,
             pid: std::process::id(),
             model: self.config.model.clone(),

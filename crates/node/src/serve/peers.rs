@@ -7,8 +7,8 @@ use tokio::sync::{mpsc, watch};
 
 use super::event::{Event, LinkEvent};
 use super::links::{Links, read_link};
-use crate::endpoint::{Endpoint, Target};
-use crate::link::{Link, LinkReceiver};
+use crate::endpoint::{ConnectError, Endpoint, Target};
+use crate::link::{Link, LinkError, LinkReceiver};
 
 /// What it takes to dial.
 pub(super) struct Dialer {
@@ -49,6 +49,10 @@ async fn dial(endpoint: &Endpoint, hello: &Hello, peer: &Peer) -> Result<(Link, 
     let target = |role| Target { addr, role, name: Some(peer.name.clone()) };
     match Link::dial(endpoint, &target(Role::Decode), hello).await {
         Ok(dialed) => Ok(dialed),
-        Err(decode) => Link::dial(endpoint, &target(Role::Prefill), hello).await.map_err(|_| decode.to_string()),
+        Err(LinkError::Connect(ConnectError::WrongPeer { field: "role", .. })) => {
+            Link::dial(endpoint, &target(Role::Prefill), hello).await.map_err(|error| error.to_string())
+        }
+        // Nobody there: a second try would only take as long again.
+        Err(error) => Err(error.to_string()),
     }
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use millrace_core::identity::cell_digest;
 use millrace_core::ids::{AttemptId, BlockHash, Generation, Slot};
-use millrace_core::node::LinkNo;
-use millrace_core::transfer::Span;
+use millrace_core::node::{Input, LinkNo};
 use millrace_core::transfer::gate::{Gate, Place, Standing};
+use millrace_core::transfer::{Cells, Span};
 use millrace_kernels::slab::KvSlab;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -15,9 +15,8 @@ use tokio::sync::mpsc;
 use super::event::Event;
 use crate::cells::{Cell, CellsReader};
 
-/// The gate of an attempt, and the link that asked for it: no other may write. The lock is held for one cell's copy at a time and never
-/// across a wait.
-type Entry = Arc<(LinkNo, Mutex<Gate>)>;
+/// The gate of an attempt, and the link whose streams may write. The lock is held for one cell's copy at a time and never across a wait.
+type Entry = Arc<Mutex<(LinkNo, Gate)>>;
 
 /// All gates, shared between the drive loop and the stream tasks.
 #[derive(Clone, Default)]
@@ -26,19 +25,31 @@ pub(super) struct Gates(Arc<Mutex<HashMap<AttemptId, Entry>>>);
 impl Gates {
     /// Lets the streams of a link write.
     pub(super) fn open(&self, attempt: AttemptId, link: LinkNo, gate: Gate) {
-        self.0.lock().insert(attempt, Arc::new((link, Mutex::new(gate))));
+        self.0.lock().insert(attempt, Arc::new(Mutex::new((link, gate))));
     }
 
     /// Closes the gate of an attempt: streams that still hold it write no more.
     pub(super) fn close(&self, attempt: AttemptId) {
         if let Some(entry) = self.0.lock().remove(&attempt) {
-            entry.1.lock().close();
+            entry.lock().1.close();
         }
     }
 
     /// What stands behind the gate of an attempt, if it is open.
     pub(super) fn standing(&self, attempt: AttemptId) -> Option<Standing> {
-        self.get(attempt).map(|entry| entry.1.lock().standing().clone())
+        self.get(attempt).map(|entry| entry.lock().1.standing().clone())
+    }
+
+    /// Which cells stand behind the gate of an attempt, if it is open.
+    pub(super) fn stands(&self, attempt: AttemptId) -> Option<Cells> {
+        self.get(attempt).map(|entry| entry.lock().1.stands().clone())
+    }
+
+    /// Lets the streams of another link write. One of the old link that was let in goes on: what it writes is verified like any other.
+    pub(super) fn relink(&self, attempt: AttemptId, link: LinkNo) {
+        if let Some(entry) = self.get(attempt) {
+            entry.lock().0 = link;
+        }
     }
 
     fn get(&self, attempt: AttemptId) -> Option<Entry> {
@@ -67,11 +78,20 @@ async fn copy_cells(context: &StreamContext, link: LinkNo, stream: quinn::RecvSt
     let header = reader.header();
     let (attempt, generation) = (header.attempt, header.generation);
     let span = Span { layer: header.layer, layers: header.layers, block: header.block, blocks: header.blocks };
-    let entry = context.gates.get(attempt).ok_or("no hand-over under this attempt")?;
-    let result = if entry.0 == link && entry.1.lock().admit(generation, &span) {
-        copy_admitted(context, &mut reader, &entry.1, generation).await
-    } else {
-        Err("not a hand-over that this stream may write to".into())
+    let entry = context.gates.get(attempt);
+    let admits = |entry: &Entry| {
+        let (asks, gate) = &mut *entry.lock();
+        *asks == link && gate.admit(generation, &span)
+    };
+    let result = match entry.as_ref().filter(|entry| admits(entry)) {
+        Some(gate) => {
+            tracing::debug!(%attempt, ?span, "hand-over: cells arrive");
+            copy_admitted(context, &mut reader, gate, generation).await
+        }
+        None => {
+            let _ = context.events.send(Event::Node(Input::StreamRefused)).await;
+            Err("not a hand-over that this stream may write to".into())
+        }
     };
     let _ = context.events.send(Event::Arrived(attempt)).await;
     result
@@ -80,11 +100,11 @@ async fn copy_cells(context: &StreamContext, link: LinkNo, stream: quinn::RecvSt
 async fn copy_admitted(
     context: &StreamContext,
     reader: &mut CellsReader,
-    gate: &Mutex<Gate>,
+    entry: &Entry,
     generation: Generation,
 ) -> Result<(), String> {
     while let Some(cell) = reader.next_cell().await.map_err(|e| e.to_string())? {
-        let mut gate = gate.lock();
+        let (_, gate) = &mut *entry.lock();
         match gate.place(generation, cell.layer, cell.block) {
             Place::Write(slot, name) => {
                 let digest = write(&context.slab, slot, &cell, &name);

@@ -48,9 +48,10 @@ impl Node {
 
     /// A KV stream begins on a link; false when it may not write. Called by the stream, not by the drive loop.
     pub fn stream_opens(&mut self, link: LinkNo, attempt: AttemptId, generation: Generation, span: &Span) -> bool {
-        let Some((asks, gate)) = self.gates.get_mut(&attempt) else { return false };
-        let admitted = *asks == link && gate.admit(generation, span);
+        let gate = self.gates.get_mut(&attempt).filter(|(asks, _)| *asks == link);
+        let admitted = gate.is_some_and(|(_, gate)| gate.admit(generation, span));
         if !admitted {
+            self.refused += 1;
             self.inbox.push_back(NodeEvent::Arrived(attempt));
         }
         admitted
