@@ -95,7 +95,8 @@ impl Watch {
     fn token(&mut self, process: Process, node: Option<(NodeId, Epoch)>, preempts: bool, token: &TokenOut) {
         let (attempt, index) = (token.attempt, token.index);
         let Some(seen) = self.attempts.get_mut(&attempt) else { return };
-        let prefills = node.is_some_and(|(node, _)| node == seen.prefill);
+        // Work may come before a process has heard which node it is; only one that has heard is handed KV.
+        let prefills = node.is_none_or(|(node, _)| node == seen.prefill);
         let next = seen.last.get(&process).map_or(seen.first + u32::from(!prefills), |last| last + 1);
         assert!(seen.said.insert(index), "I4: {attempt}: token {index} is said twice");
         // What is drawn while no link to the gateway is there is said to nobody.

@@ -40,9 +40,11 @@ struct Finding {
 /// The invariants that a bug may break first: `I1` to `I8` as in [`crate::invariants`], or the machine whose `check()` stops.
 const fn breaks(bug: Bug) -> &'static [&'static str] {
     match bug {
-        Bug::SkipDigest | Bug::DecodeEarly | Bug::SendUncomputed | Bug::TokenOffByOne | Bug::PublishUnverified => &["I2"],
-        Bug::HashWithoutParent | Bug::HashWithoutTenant | Bug::HashWithoutSalt | Bug::DigestWithoutPlace => &["I2"],
+        Bug::SkipDigest | Bug::DecodeEarly | Bug::TokenOffByOne | Bug::PublishUnverified => &["I2"],
+        Bug::HashWithoutParent | Bug::HashWithoutSalt | Bug::DigestWithoutPlace => &["I2"],
+        Bug::HashWithoutTenant => &["I2", "I8"],
         Bug::DrawByStep | Bug::FinEarly => &["I2"],
+        Bug::SendUncomputed => &["I2", "I5"],
         Bug::SkipOneBlock => &["I2", "send.rs"],
         Bug::AbortUnsaid | Bug::DeclineUnheard | Bug::AskKept => &["I1"],
         Bug::LossUnheard => &["I1", "I3"],
