@@ -194,6 +194,7 @@ impl Handover {
         let mut sender = Sender::new(self.grid, 0, DEADLINE);
         let credit_bytes = reception.credit_bytes();
         let (have_blocks, generation) = (self.have_blocks, GENERATION);
+        sender.handle(Time(0), send::Input::Linked);
         sender.handle(Time(0), send::Input::Granted { have_blocks, generation, credit_bytes });
         let mut cells = Vec::new();
         for layer in 0..self.grid.layers {
@@ -233,6 +234,7 @@ impl Handover {
                     cells.extend(sent);
                     sender.handle(Time(1), send::Input::Sent { span, digest_sum });
                 }
+                send::Output::Open => {}
                 send::Output::Fin { cells, digest_sum, .. } => manifest = Some((cells, digest_sum)),
                 other => panic!("a hand-over that nobody disturbs gives {other:?}"),
             }

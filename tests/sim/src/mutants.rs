@@ -112,8 +112,12 @@ fn wrong(bug: Option<Bug>, seed: u64, steps: u64) -> Option<String> {
 fn reason(info: &PanicHookInfo) -> String {
     let text = info.payload_as_str().unwrap_or_default();
     let text = text.split_once("` failed: ").map_or(text, |(_, said)| said);
+    // A replica catches what stops its state and ends with the words.
+    let caught = text.split_once("Invariant(\"").map(|(_, said)| said);
+    let text = caught.unwrap_or(text);
     let named = text.starts_with('I') && text.as_bytes().get(1).is_some_and(u8::is_ascii_digit);
     let file = info.location().map_or("", |at| at.file()).rsplit('/').next().unwrap_or_default();
+    let file = if caught.is_some() { "cluster.rs" } else { file };
     let text = text.replace('\n', " ");
     if named { text } else { format!("{file}: {text}") }
 }
