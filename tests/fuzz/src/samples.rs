@@ -113,6 +113,8 @@ pub fn messages() -> Vec<Message> {
         Message::Credit { attempt, bytes: 1 << 21 },
         Message::Fin(Fin { attempt, generation, cells: 12, digest_sum: 99, first_token: 5, finished: false }),
         Message::Received { attempt },
+        Message::Resume { attempt, generation },
+        Message::Resumed(Resumed { attempt, generation, credit_bytes: 1 << 20, stands: vec![7, 0, u64::MAX] }),
         Message::Abort { attempt, kind: FailKind::PeerLost, detail: detail.clone() },
         Message::Leave { node, epoch },
         Message::Query { id: 1, json: r#"{"q":"status"}"#.into() },
