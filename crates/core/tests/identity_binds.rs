@@ -32,9 +32,12 @@ fn cell() -> Cell {
     Cell { tenant: [7; 32], model, salt: vec![], tokens: (0..11).collect(), block: 1, layer: 2, bytes }
 }
 
+/// What is changed of a cell.
+type Change = fn(&mut Cell);
+
 #[test]
 fn whatever_makes_it_another_cell_makes_it_another_digest() {
-    let changes: [(&str, fn(&mut Cell)); 17] = [
+    let changes: [(&str, Change); 17] = [
         ("nothing", |_| {}),
         ("tenant", |c| c.tenant[31] ^= 1),
         ("weights", |c| c.model.weights[0] ^= 1),
