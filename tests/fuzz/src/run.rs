@@ -228,7 +228,7 @@ impl Watch {
         loop {
             thread::sleep(LOOK);
             let now = self.turn.load(Relaxed);
-            if now != turn || now % 2 == 0 {
+            if now != turn || now.is_multiple_of(2) {
                 (turn, since) = (now, Instant::now());
             } else if since.elapsed() > INPUT_TIME_MAX {
                 eprintln!("{target}: input {} hangs", self.number.load(Relaxed));

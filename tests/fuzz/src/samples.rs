@@ -237,9 +237,9 @@ mod tests {
 
     #[test]
     fn there_is_an_example_of_everything() {
-        assert_eq!(lacking(&messages(), "message.rs", "Message"), [String::new(); 0], "add examples to `messages`");
-        assert_eq!(lacking(&commands(), "cluster/command.rs", "Command"), [String::new(); 0], "add examples to `commands`");
-        assert_eq!(lacking(&answers(), "cluster/command.rs", "Answer"), [String::new(); 0], "add examples to `answers`");
+        assert_eq!(lacking(&messages(), "message.rs", "Message"), Vec::<String>::new(), "add examples to `messages`");
+        assert_eq!(lacking(&commands(), "cluster/command.rs", "Command"), Vec::<String>::new(), "add examples to `commands`");
+        assert_eq!(lacking(&answers(), "cluster/command.rs", "Answer"), Vec::<String>::new(), "add examples to `answers`");
     }
 
     #[test]

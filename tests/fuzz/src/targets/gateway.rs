@@ -194,7 +194,7 @@ impl Live {
     /// Whether it still answers, every now and then.
     fn look(&mut self) -> Result<(), String> {
         self.inputs += 1;
-        if self.inputs % LOOK_EVERY != 0 {
+        if !self.inputs.is_multiple_of(LOOK_EVERY) {
             return Ok(());
         }
         self.ask(r#"{"q":"status","fresh":true}"#)??;
@@ -280,7 +280,7 @@ impl Live {
         let _ = node.link.send(&message);
         while let Ok(Some(_)) = self.runtime.block_on(async { timeout(Duration::ZERO, node.receiver.recv()).await }) {}
         // What was said of loads and caches shows in how prompts are placed.
-        if self.inputs % 8 == 0 {
+        if self.inputs.is_multiple_of(8) {
             let _ = self.ask(r#"{"q":"route_explain","tokens":[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]}"#)?;
             let _ = self.exchange(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", ANSWER_WAIT)?;
         }

@@ -222,7 +222,7 @@ fn node(number: u16, words: [u64; NODE_WORDS]) -> NodeView {
     };
     NodeView {
         node: NodeId(number),
-        role: if number % 2 == 0 { Role::Decode } else { Role::Prefill },
+        role: if number.is_multiple_of(2) { Role::Decode } else { Role::Prefill },
         usable: true,
         epoch: Epoch(1),
         load,
