@@ -1,8 +1,8 @@
 //! Continuous batching, one machine for prefill and decode nodes: which sequences compute what in the next step, and who gets room.
 //!
 //! One rule makes all steps: *computed tokens chase known tokens*. A prompt chunk, a prefix hit, a decoded token and the recomputation
-//! after a preemption differ only in how far the two are apart. Admission is first come, first served; a growing sequence may
-//! push out only the youngest. The machine holds block tables, never KV bytes; it does not compute, send or wait.
+//! after a preemption differ only in how far the two are apart. Who is to end first comes first, in the queue and for room; a growing
+//! sequence may push out only the one with most time left. The machine holds block tables, never KV bytes; it does not compute, send or wait.
 //! Ideas: vLLM v1's scheduler (one token budget, no phases), Sarathi-Serve (chunks beside decodes, OSDI '24).
 
 mod schedule;
@@ -130,13 +130,14 @@ pub struct BatchStats {
     pub preemptions: u64,
 }
 
-/// Arrival order of a sequence; its seniority.
-type Serial = u64;
+/// Whose turn it is: its deadline, then its arrival. With equal budgets that is first come, first served, and a request that lost its node
+/// keeps its place. Nobody starves: what comes later has, in the end, the later deadline.
+type Rank = (Time, u64);
 
 /// One row of the step in flight.
 #[derive(Clone, Copy, Debug)]
 struct Flight {
-    serial: Serial,
+    rank: Rank,
     attempt: AttemptId,
     end: u32,
     sample: bool,
@@ -147,16 +148,17 @@ struct Flight {
 pub struct Batch {
     config: BatchConfig,
     pool: Pool,
-    sequences: BTreeMap<Serial, Sequence>,
-    serials: HashMap<AttemptId, Serial>,
-    waiting: BTreeSet<Serial>,
-    running: BTreeSet<Serial>,
+    sequences: BTreeMap<Rank, Sequence>,
+    ranks: HashMap<AttemptId, Rank>,
+    waiting: BTreeSet<Rank>,
+    running: BTreeSet<Rank>,
     receiving: u32,
-    deadlines: BTreeSet<(Time, Serial)>,
+    /// Of all that a deadline can still end.
+    deadlines: BTreeSet<Rank>,
     flight: Option<Vec<Flight>>,
-    next_serial: Serial,
+    arrivals: u64,
     /// The head of the queue, when it was found not to fit and no room has been made since.
-    blocked: Option<Serial>,
+    blocked: Option<Rank>,
     outputs: VecDeque<Output>,
     preemptions: u64,
 }
@@ -173,13 +175,13 @@ impl Batch {
             pool: Pool::new(config.slots),
             config,
             sequences: BTreeMap::new(),
-            serials: HashMap::new(),
+            ranks: HashMap::new(),
             waiting: BTreeSet::new(),
             running: BTreeSet::new(),
             receiving: 0,
             deadlines: BTreeSet::new(),
             flight: None,
-            next_serial: 0,
+            arrivals: 0,
             blocked: None,
             outputs: VecDeque::new(),
             preemptions: 0,
@@ -195,14 +197,14 @@ impl Batch {
             Input::Stepped(result) => self.stepped(now, result),
             Input::Release(attempt) => {
                 let of = |phase| self.in_phase(attempt, phase);
-                if let Some(serial) = of(Phase::Held).or_else(|| of(Phase::Retired)) {
-                    self.end(serial);
+                if let Some(rank) = of(Phase::Held).or_else(|| of(Phase::Retired)) {
+                    self.end(rank);
                 }
             }
             Input::Cancel(attempt) => {
                 let ignored = planted(Bug::CancelIgnored) && self.flight.is_some();
-                if let Some(&serial) = self.serials.get(&attempt).filter(|_| !ignored) {
-                    self.end(serial);
+                if let Some(&rank) = self.ranks.get(&attempt).filter(|_| !ignored) {
+                    self.end(rank);
                 }
             }
             Input::Tick => self.expire(now),
@@ -224,7 +226,7 @@ impl Batch {
     /// Whether anything is kept for an attempt.
     #[must_use]
     pub fn knows(&self, attempt: AttemptId) -> bool {
-        self.serials.contains_key(&attempt)
+        self.ranks.contains_key(&attempt)
     }
 
     /// Whether no sequence is known and no step is in flight.
@@ -255,7 +257,7 @@ impl Batch {
     #[must_use]
     pub fn load(&self) -> Load {
         let pool = self.pool.stats();
-        let behind = |serial: &Serial| self.sequences[serial].pending();
+        let behind = |rank: &Rank| self.sequences[rank].pending();
         let decoding = self.running.iter().filter(|s| behind(s) == 1).count() as u32;
         let (mut queued_tokens, mut queued_pairs) = (0, 0u64);
         for sequence in self.waiting.iter().chain(&self.running).map(|s| &self.sequences[s]).filter(|s| s.pending() > 1) {
@@ -311,37 +313,37 @@ impl Batch {
         if let Err((kind, detail)) = self.judge(&ticket) {
             return self.refuse(attempt, kind, detail);
         }
-        let serial = self.insert(Sequence::new(now, ticket, &self.config, Phase::Waiting));
+        let rank = self.insert(Sequence::new(now, ticket, &self.config, Phase::Waiting));
         self.admit();
-        if self.waiting.contains(&serial) && self.waiting.len() > self.config.waiting_max as usize {
-            self.free(serial);
+        if self.waiting.contains(&rank) && self.waiting.len() > self.config.waiting_max as usize {
+            self.free(rank);
             self.refuse(attempt, FailKind::NoRoom, format!("{} sequences wait already", self.config.waiting_max));
         }
     }
 
-    fn insert(&mut self, sequence: Sequence) -> Serial {
-        let serial = self.next_serial;
-        self.next_serial += 1;
-        self.serials.insert(sequence.attempt, serial);
+    fn insert(&mut self, sequence: Sequence) -> Rank {
+        let rank = (sequence.deadline, self.arrivals);
+        self.arrivals += 1;
+        self.ranks.insert(sequence.attempt, rank);
         if !planted(Bug::DeadlineForgotten) {
-            self.deadlines.insert((sequence.deadline, serial));
+            self.deadlines.insert(rank);
         }
         let phase = sequence.phase;
-        self.sequences.insert(serial, sequence);
-        self.count_phase(serial, phase, true);
-        serial
+        self.sequences.insert(rank, sequence);
+        self.count_phase(rank, phase, true);
+        rank
     }
 
-    fn in_phase(&self, attempt: AttemptId, phase: Phase) -> Option<Serial> {
-        self.serials.get(&attempt).copied().filter(|serial| self.sequences[serial].phase == phase)
+    fn in_phase(&self, attempt: AttemptId, phase: Phase) -> Option<Rank> {
+        self.ranks.get(&attempt).copied().filter(|rank| self.sequences[rank].phase == phase)
     }
 
-    fn sequence(&mut self, serial: Serial) -> &mut Sequence {
-        self.sequences.get_mut(&serial).expect("serials in sets name sequences")
+    fn sequence(&mut self, rank: Rank) -> &mut Sequence {
+        self.sequences.get_mut(&rank).expect("ranks in sets name sequences")
     }
 
     /// Keeps the sets that mirror [`Sequence::phase`].
-    fn count_phase(&mut self, serial: Serial, phase: Phase, enters: bool) {
+    fn count_phase(&mut self, rank: Rank, phase: Phase, enters: bool) {
         let set = match phase {
             Phase::Waiting => &mut self.waiting,
             Phase::Running => &mut self.running,
@@ -350,22 +352,22 @@ impl Batch {
             Phase::Held | Phase::Retired | Phase::Doomed => return,
         };
         if enters {
-            set.insert(serial);
+            set.insert(rank);
         } else {
-            set.remove(&serial);
+            set.remove(&rank);
         }
     }
 
-    fn set_phase(&mut self, serial: Serial, phase: Phase) {
-        let old = core::mem::replace(&mut self.sequence(serial).phase, phase);
-        self.count_phase(serial, old, false);
-        self.count_phase(serial, phase, true);
+    fn set_phase(&mut self, rank: Rank, phase: Phase) {
+        let old = core::mem::replace(&mut self.sequence(rank).phase, phase);
+        self.count_phase(rank, old, false);
+        self.count_phase(rank, phase, true);
         self.blocked = None;
     }
 
     /// Gives back all slots of a sequence; full published blocks stay cached.
-    fn release_table(&mut self, serial: Serial) {
-        for at in core::mem::take(&mut self.sequence(serial).table).into_iter().rev() {
+    fn release_table(&mut self, rank: Rank) {
+        for at in core::mem::take(&mut self.sequence(rank).table).into_iter().rev() {
             self.pool.release(at);
             if planted(Bug::FreeTwice) {
                 self.pool.release(at);
@@ -375,75 +377,73 @@ impl Batch {
     }
 
     /// Forgets a sequence that no step uses.
-    fn free(&mut self, serial: Serial) {
+    fn free(&mut self, rank: Rank) {
         if !planted(Bug::FreeForgotten) {
-            self.release_table(serial);
+            self.release_table(rank);
         }
-        let sequence = self.sequences.remove(&serial).expect("it was just there");
-        self.count_phase(serial, sequence.phase, false);
-        self.serials.remove(&sequence.attempt);
-        self.deadlines.remove(&(sequence.deadline, serial));
+        let sequence = self.sequences.remove(&rank).expect("it was just there");
+        self.count_phase(rank, sequence.phase, false);
+        self.ranks.remove(&sequence.attempt);
+        self.deadlines.remove(&rank);
     }
 
     /// Forgets a sequence, now or, when the step in flight uses its slots, after it.
-    fn end(&mut self, serial: Serial) {
-        let computes = self.flight.as_ref().is_some_and(|rows| rows.iter().any(|row| row.serial == serial));
+    fn end(&mut self, rank: Rank) {
+        let computes = self.flight.as_ref().is_some_and(|rows| rows.iter().any(|row| row.rank == rank));
         if computes && !planted(Bug::CancelInFlight) {
-            self.set_phase(serial, Phase::Doomed);
-            let deadline = self.sequence(serial).deadline;
-            self.deadlines.remove(&(deadline, serial));
+            self.set_phase(rank, Phase::Doomed);
+            self.deadlines.remove(&rank);
         } else {
-            self.free(serial);
+            self.free(rank);
         }
     }
 
-    fn fail(&mut self, serial: Serial, kind: FailKind, detail: String) {
-        let attempt = self.sequence(serial).attempt;
+    fn fail(&mut self, rank: Rank, kind: FailKind, detail: String) {
+        let attempt = self.sequence(rank).attempt;
         self.outputs.push_back(Output::Failed(AttemptFailed { attempt, kind, detail }));
-        self.retire(serial);
+        self.retire(rank);
     }
 
     /// Ends a sequence for a reason of ours. One whose slots a sender may be reading keeps them, idle, until the shell says
     /// `Release` or `Cancel`: given out earlier, they would be read under names that are no longer theirs.
-    fn retire(&mut self, serial: Serial) {
-        let sequence = self.sequence(serial);
+    fn retire(&mut self, rank: Rank) {
+        let sequence = self.sequence(rank);
         if sequence.split && matches!(sequence.phase, Phase::Running | Phase::Held) && !planted(Bug::FreeEarly) {
-            let deadline = sequence.deadline;
-            self.deadlines.remove(&(deadline, serial));
-            self.set_phase(serial, Phase::Retired);
+            self.deadlines.remove(&rank);
+            self.set_phase(rank, Phase::Retired);
         } else {
-            self.end(serial);
+            self.end(rank);
         }
     }
 
     fn expire(&mut self, now: Time) {
-        while let Some(&(deadline, serial)) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
-            if self.sequence(serial).finished {
+        while let Some(&rank) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
+            if self.sequence(rank).finished {
                 // Its answer is complete; only the hand-over of its blocks ran out of time.
-                self.retire(serial);
+                self.retire(rank);
             } else {
-                let phase = self.sequence(serial).phase;
-                self.fail(serial, FailKind::Deadline, format!("{} us past the deadline, {phase:?}", now.since(deadline)));
+                let phase = self.sequence(rank).phase;
+                self.fail(rank, FailKind::Deadline, format!("{} us past the deadline, {phase:?}", now.since(rank.0)));
             }
         }
     }
 
     fn arrived(&mut self, attempt: AttemptId, first_token: TokenId, finished: bool) {
-        let Some(serial) = self.in_phase(attempt, Phase::Receiving) else { return };
+        let Some(rank) = self.in_phase(attempt, Phase::Receiving) else { return };
         let context_max = self.config.context_max;
-        let sequence = self.sequence(serial);
+        let sequence = self.sequence(rank);
         sequence.computed = sequence.tokens.len();
-        self.publish(serial);
+        self.publish(rank);
         if finished {
-            return self.free(serial);
+            return self.free(rank);
         }
-        let sequence = self.sequence(serial);
+        let sequence = self.sequence(rank);
         sequence.push(first_token);
         if let Some(finish) = sequence.finish(context_max) {
             // Going on would deliver past the end; ending in silence would leave the gateway waiting.
-            return self.fail(serial, FailKind::BadTicket, format!("handed over as unfinished, but at its end here: {finish:?}"));
+            return self.fail(rank, FailKind::BadTicket, format!("handed over as unfinished, but at its end here: {finish:?}"));
         }
-        self.set_phase(serial, Phase::Running);
+        self.set_phase(rank, Phase::Running);
     }
 
     fn stepped(&mut self, now: Time, result: Result<Vec<Sampled>, EngineError>) {
@@ -457,10 +457,10 @@ impl Batch {
             Ok(sampled) => self.advance(now, &rows, &sampled),
             Err(detail) => {
                 for row in rows {
-                    match self.sequence(row.serial).phase {
-                        Phase::Doomed => self.free(row.serial),
+                    match self.sequence(row.rank).phase {
+                        Phase::Doomed => self.free(row.rank),
                         Phase::Retired => {}
-                        _ => self.fail(row.serial, FailKind::Engine, detail.clone()),
+                        _ => self.fail(row.rank, FailKind::Engine, detail.clone()),
                     }
                 }
             }
@@ -471,26 +471,26 @@ impl Batch {
         let mut sampled = sampled.iter();
         for row in rows {
             let drawn = if row.sample { sampled.next() } else { None };
-            match self.sequence(row.serial).phase {
+            match self.sequence(row.rank).phase {
                 Phase::Doomed => {
-                    self.free(row.serial);
+                    self.free(row.rank);
                     continue;
                 }
                 // Retired while the step ran: what it computed belongs to nobody.
                 Phase::Retired => continue,
                 _ => {}
             }
-            self.sequence(row.serial).computed = row.end as usize;
-            self.publish(row.serial);
+            self.sequence(row.rank).computed = row.end as usize;
+            self.publish(row.rank);
             if let Some(drawn) = drawn {
-                self.deliver(now, row.serial, drawn);
+                self.deliver(now, row.rank, drawn);
             }
         }
     }
 
-    fn deliver(&mut self, now: Time, serial: Serial, drawn: &Sampled) {
+    fn deliver(&mut self, now: Time, rank: Rank, drawn: &Sampled) {
         let context_max = self.config.context_max;
-        let sequence = self.sequence(serial);
+        let sequence = self.sequence(rank);
         let index = sequence.answered();
         sequence.push(drawn.token);
         let finish: Option<Finish> = sequence.finish(context_max);
@@ -502,16 +502,16 @@ impl Batch {
         }
         self.outputs.push_back(Output::Token(token));
         if split {
-            self.set_phase(serial, Phase::Held);
+            self.set_phase(rank, Phase::Held);
         } else if finish.is_some() {
-            self.free(serial);
+            self.free(rank);
         }
     }
 
     /// Makes newly completed full blocks of a sequence findable.
-    fn publish(&mut self, serial: Serial) {
+    fn publish(&mut self, rank: Rank) {
         let block_tokens = usize::from(self.config.block_tokens);
-        let sequence = self.sequences.get_mut(&serial).expect("serials in sets name sequences");
+        let sequence = self.sequences.get_mut(&rank).expect("ranks in sets name sequences");
         sequence.publish(&mut self.pool, block_tokens);
     }
 
@@ -521,18 +521,18 @@ impl Batch {
         assert_eq!(self.pool.stats().stale_refs, 0, "a table held a reference that had passed");
         let mut refs = alloc::vec![0u32; self.config.slots as usize];
         let mut receiving = 0;
-        for (serial, sequence) in &self.sequences {
+        for (rank, sequence) in &self.sequences {
             sequence.check(usize::from(self.config.block_tokens));
             sequence.table.iter().for_each(|at| refs[at.slot.0 as usize] += 1);
-            assert_eq!(self.serials.get(&sequence.attempt), Some(serial));
-            assert_eq!(self.waiting.contains(serial), sequence.phase == Phase::Waiting);
-            assert_eq!(self.running.contains(serial), sequence.phase == Phase::Running);
-            let timed = self.deadlines.contains(&(sequence.deadline, *serial));
+            assert_eq!(self.ranks.get(&sequence.attempt), Some(rank));
+            assert_eq!(self.waiting.contains(rank), sequence.phase == Phase::Waiting);
+            assert_eq!(self.running.contains(rank), sequence.phase == Phase::Running);
+            let timed = self.deadlines.contains(rank);
             assert_eq!(timed, !matches!(sequence.phase, Phase::Retired | Phase::Doomed), "the deadline of {}", sequence.attempt);
             receiving += u32::from(sequence.phase == Phase::Receiving);
             assert!(sequence.phase != Phase::Doomed || self.flight.is_some(), "{} waits for no step", sequence.attempt);
         }
-        assert_eq!((self.serials.len(), receiving), (self.sequences.len(), self.receiving));
+        assert_eq!((self.ranks.len(), receiving), (self.sequences.len(), self.receiving));
         assert!(self.deadlines.len() <= self.sequences.len());
         assert!(self.running.len() + receiving as usize <= self.config.rows_max as usize, "more rows than a step has");
         for (slot, &count) in refs.iter().enumerate() {

@@ -8,7 +8,7 @@ use batch_common::{BLOCK, Rig, answer, attempt, config, expected, split, steady,
 use millrace_core::batch::{BatchConfig, Input, Output};
 use millrace_core::engine::EngineError;
 use millrace_core::ids::Time;
-use millrace_core::message::{BlockOp, FailKind, Finish};
+use millrace_core::message::{BlockOp, FailKind, Finish, Ticket};
 
 fn refused(outputs: &[Output]) -> Option<FailKind> {
     outputs.iter().find_map(|o| if let Output::Refused { kind, .. } = o { Some(*kind) } else { None })
@@ -213,6 +213,25 @@ fn waiting_is_bounded_and_in_order() {
 }
 
 #[test]
+fn who_is_to_end_first_comes_first_in_the_queue_and_for_room() {
+    let with_budget = |n: u128, tokens: Vec<u32>, budget_us: u64| Ticket { budget_us, ..steady(n, tokens, 15) };
+    let ends = |outputs: &[Output], n| outputs.iter().rposition(|o| matches!(o, Output::Token(t) if t.attempt == attempt(n)));
+    for (rows_max, slots, preempts) in [(1, 32, false), (4, 8, true)] {
+        let mut rig = Rig::new(BatchConfig { rows_max, headroom_blocks: 0, ..config(slots) });
+        // The third lost its node, say: it came last and has the least time left.
+        let tickets = [(1, 31, 9_000_000), (2, 51, 9_000_000), (3, 71, 5_000_000)]
+            .map(|(n, token, budget_us)| with_budget(n, (token..token + 9).collect(), budget_us));
+        let mut outputs: Vec<Output> = tickets.iter().flat_map(|t| rig.give(Input::Add(t.clone()))).collect();
+        outputs.extend(rig.run());
+        for t in &tickets {
+            assert_eq!(answer(&outputs, t.attempt, 0), (expected(t, 1000), Some(Finish::Length)), "{}", t.attempt);
+        }
+        assert!(ends(&outputs, 3) < ends(&outputs, 2), "{rows_max} rows: the third overtakes the second");
+        assert_eq!(rig.batch.stats().preemptions > 0, preempts);
+    }
+}
+
+#[test]
 fn a_shared_prefix_is_computed_once_even_at_once() {
     let mut rig = Rig::new(config(64));
     let system: Vec<u32> = (1..=24).collect();
@@ -284,7 +303,7 @@ fn a_run_whose_cached_twin_was_evicted_is_offered_again() {
 }
 
 #[test]
-fn the_youngest_gives_way_and_loses_nothing() {
+fn the_last_to_come_gives_way_and_loses_nothing() {
     let mut rig = Rig::new(BatchConfig { headroom_blocks: 0, ..config(8) });
     let tickets = [steady(1, (1..=9).collect(), 15), steady(2, (31..=39).collect(), 15)];
     tickets.iter().for_each(|t| assert_eq!(rig.give(Input::Add(t.clone())), []));

@@ -4,7 +4,7 @@ use alloc::format;
 use alloc::vec::Vec;
 
 use crate::batch::sequence::{Phase, Sequence};
-use crate::batch::{Batch, Flight, Output, Serial};
+use crate::batch::{Batch, Flight, Output, Rank};
 use crate::engine::{Row, Step};
 use crate::ids::{SlotRef, Time};
 use crate::message::{FailKind, Ticket};
@@ -31,23 +31,23 @@ impl Batch {
         Some(Step { rows })
     }
 
-    /// Admits waiting sequences in order of arrival, until one does not fit.
+    /// Admits waiting sequences by rank, until one does not fit.
     pub(super) fn admit(&mut self) {
-        while let Some(&serial) = self.waiting.first() {
-            if self.blocked == Some(serial) || self.twin_computes(serial) {
+        while let Some(&rank) = self.waiting.first() {
+            if self.blocked == Some(rank) || self.twin_computes(rank) {
                 return;
             }
-            if !self.seat(serial) {
-                self.blocked = Some(serial);
+            if !self.seat(rank) {
+                self.blocked = Some(rank);
                 return;
             }
         }
     }
 
-    /// Whether an older sequence is computing the very block that this one would compute first. Waiting for it costs nothing,
-    /// since older prompts are computed first anyway, and many prompts with one beginning, come at once, compute it once.
-    fn twin_computes(&self, serial: Serial) -> bool {
-        let (block_tokens, waits) = (usize::from(self.config.block_tokens), &self.sequences[&serial]);
+    /// Whether another sequence is computing the very block that this one would compute first. Waiting for it costs little,
+    /// and many prompts with one beginning, come at once, compute it once.
+    fn twin_computes(&self, rank: Rank) -> bool {
+        let (block_tokens, waits) = (usize::from(self.config.block_tokens), &self.sequences[&rank]);
         let hits_max = (waits.tokens.len() - 1) / block_tokens;
         let hits = self.pool.prefix(&waits.names[..hits_max]);
         let computes = |s: &Sequence| s.computed <= hits * block_tokens && s.names.get(hits) == Some(&waits.names[hits]);
@@ -62,7 +62,7 @@ impl Batch {
     /// Blocks kept free for the growth of those that decode here.
     fn kept(&self) -> usize {
         let (headroom, context_max) = (self.config.headroom_blocks as usize, self.config.context_max as usize);
-        let decoding = self.running.iter().map(|serial| &self.sequences[serial]).filter(|s| !s.split);
+        let decoding = self.running.iter().map(|rank| &self.sequences[rank]).filter(|s| !s.split);
         decoding.map(|s| s.headroom(headroom, context_max)).sum()
     }
 
@@ -82,11 +82,11 @@ impl Batch {
     }
 
     /// Gives a waiting sequence slots for all its known tokens; `false` when it must wait.
-    fn seat(&mut self, serial: Serial) -> bool {
+    fn seat(&mut self, rank: Rank) -> bool {
         if !self.has_row() {
             return false;
         }
-        let mut sequence = self.sequences.remove(&serial).expect("serials in sets name sequences");
+        let mut sequence = self.sequences.remove(&rank).expect("ranks in sets name sequences");
         // The last token is always computed: its logits are what is wanted.
         let last = usize::from(!planted(Bug::NothingToCompute));
         let hits_max = (sequence.tokens.len() - last) / usize::from(self.config.block_tokens);
@@ -103,9 +103,9 @@ impl Batch {
                 });
             }
         }
-        self.sequences.insert(serial, sequence);
+        self.sequences.insert(rank, sequence);
         if seated {
-            self.set_phase(serial, Phase::Running);
+            self.set_phase(rank, Phase::Running);
         }
         seated
     }
@@ -142,49 +142,49 @@ impl Batch {
         }
     }
 
-    /// Gives each running sequence the block that its newest token needs, oldest first, at the cost of the youngest.
+    /// Gives each running sequence the block that its newest token needs, by rank, at the cost of the last.
     fn grow(&mut self) {
-        let oldest_first: Vec<Serial> = self.running.iter().copied().collect();
-        for serial in oldest_first {
-            while self.running.contains(&serial) && self.sequences[&serial].table.len() < self.sequences[&serial].blocks() {
+        let by_rank: Vec<Rank> = self.running.iter().copied().collect();
+        for rank in by_rank {
+            while self.running.contains(&rank) && self.sequences[&rank].table.len() < self.sequences[&rank].blocks() {
                 match self.pool.alloc(1) {
-                    Ok(slots) => self.sequence(serial).table.extend(slots),
+                    Ok(slots) => self.sequence(rank).table.extend(slots),
                     Err(_) => self.preempt(),
                 }
             }
         }
     }
 
-    /// Sends the youngest sequence that may go back to the queue. Its full blocks stay cached until their room is needed.
+    /// Sends the last in rank that may go back to the queue. Its full blocks stay cached until their room is needed.
     fn preempt(&mut self) {
-        let youngest = self.running.iter().rev().copied().find(|serial| !self.sequences[serial].split || planted(Bug::PreemptSent));
-        let victim = youngest.expect("only a sequence that decodes here grows, and it may go itself");
+        let last = self.running.iter().rev().copied().find(|rank| !self.sequences[rank].split || planted(Bug::PreemptSent));
+        let victim = last.expect("only a sequence that decodes here grows, and it may go itself");
         self.release_table(victim);
         self.sequence(victim).unseat();
         self.set_phase(victim, Phase::Waiting);
         self.preemptions += 1;
     }
 
-    /// Who computes how many tokens: decoding sequences first, then prompts by age.
-    fn plan(&self) -> Vec<(Serial, usize)> {
+    /// Who computes how many tokens: decoding sequences first, then prompts by rank.
+    fn plan(&self) -> Vec<(Rank, usize)> {
         let block_tokens = usize::from(self.config.block_tokens);
-        let pending = self.running.iter().map(|serial| (*serial, self.sequences[serial].pending()));
+        let pending = self.running.iter().map(|rank| (*rank, self.sequences[rank].pending()));
         let (mut plan, prompts): (Vec<_>, Vec<_>) = pending.partition(|&(_, pending)| pending == 1);
         // However many decode, a prompt gets on by a block in each step.
         let mut left = (self.config.step_tokens_max as usize).saturating_sub(plan.len()).max(block_tokens);
-        for (serial, pending) in prompts {
-            let tokens = chunk(self.sequences[&serial].computed, pending, left, block_tokens);
+        for (rank, pending) in prompts {
+            let tokens = chunk(self.sequences[&rank].computed, pending, left, block_tokens);
             if tokens > 0 {
                 left -= tokens;
-                plan.push((serial, tokens));
+                plan.push((rank, tokens));
             }
         }
         plan
     }
 
-    fn row(&mut self, now: Time, serial: Serial, tokens: usize) -> (Flight, Row) {
+    fn row(&mut self, now: Time, rank: Rank, tokens: usize) -> (Flight, Row) {
         let block_tokens = usize::from(self.config.block_tokens);
-        let sequence = self.sequence(serial);
+        let sequence = self.sequence(rank);
         sequence.first_step.get_or_insert(now);
         let (start, end) = (sequence.computed, sequence.computed + tokens);
         let sample = end == sequence.tokens.len();
@@ -196,7 +196,7 @@ impl Batch {
             table: sequence.table[..end.div_ceil(block_tokens)].iter().map(|at| at.slot).collect(),
             sample: sample.then(|| sequence.sampling.clone()),
         };
-        (Flight { serial, attempt: sequence.attempt, end: end as u32, sample }, row)
+        (Flight { rank, attempt: sequence.attempt, end: end as u32, sample }, row)
     }
 }
 
