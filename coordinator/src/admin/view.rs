@@ -140,6 +140,8 @@ impl Admin {
             "running": load.running,
             "waiting": load.waiting,
             "queued_tokens": load.queued_tokens,
+            "preemptions": load.preemptions,
+            "resident_bytes_max": load.resident_bytes_max,
             "last_heard_ms": seen.map(|seen| seen.silent.as_millis() as u64),
         })
     }

@@ -184,6 +184,10 @@ pub struct Node {
     pub waiting: u32,
     /// Prompt tokens waiting or being computed.
     pub queued_tokens: u64,
+    /// Sequences that lost their room to others and were computed again, since its process began.
+    pub preemptions: u64,
+    /// Memory that its process had resident at most, bytes; 0 while that is not known.
+    pub resident_bytes_max: u64,
     /// Since it was last heard from, milliseconds.
     pub last_heard_ms: Option<u64>,
     /// Requests that need it, of all gateways that answer.
@@ -255,6 +259,8 @@ pub const NODES: &[Column<Node>] = &[
     column("IN USE", |n| maybe(n.blocks.in_use)),
     column("CACHED", |n| cell(n.blocks.cached)),
     column("BLOCKS", |n| cell(n.blocks.total)),
+    wide("PREEMPTED", |n| cell(n.preemptions)),
+    wide("MEMORY MIB", |n| cell(n.resident_bytes_max >> 20)),
     wide("HEARD MS AGO", |n| maybe(n.last_heard_ms)),
 ];
 
@@ -289,6 +295,11 @@ impl Answer for Node {
             .line(format_args!("heard {heard}   usable {}", if self.usable { "yes" } else { "no" }))
             .line(format_args!("requests {}   {}", self.requests, by.join("   ")))
             .line(format_args!("running {}   waiting {}   queued tokens {}", self.running, self.waiting, self.queued_tokens))
+            .line(format_args!(
+                "preempted {} so far   resident memory at most {} MiB",
+                self.preemptions,
+                self.resident_bytes_max >> 20
+            ))
             .cells(std::iter::once(cell("blocks")).chain(pool))
             .line(format_args!("cached {} blocks in the index", blocks.cached))
     }

@@ -61,6 +61,10 @@ pub const NODE_BLOCKS: &str = "millrace.node.blocks";
 pub const NODE_STALE: &str = "millrace.node.stale_frames";
 /// Hand-overs that went on after a lost link, by `node`; each side counts.
 pub const NODE_RESUMES: &str = "millrace.node.handovers_resumed";
+/// Sequences that lost their room to others and were computed again, by `node`.
+pub const NODE_PREEMPTIONS: &str = "millrace.node.preemptions";
+/// Memory that a node's process had resident at most, weights and pool included, by `node`, bytes.
+pub const NODE_RESIDENT: &str = "millrace.node.resident_bytes_max";
 
 /// Cached blocks that routing believed in, by `side`: prefill, decode.
 pub const ROUTE_BELIEF: &str = "millrace.route.belief_blocks";
@@ -186,6 +190,8 @@ fn gauges(meter: &Meter, app: &Arc<App>) {
     gauge(REPLICAS_DIFFERING, |app| app.cluster.read().audit().differing().count() as u64);
     per_node(meter, app, NODE_STALE, |load| load.stale_frames);
     per_node(meter, app, NODE_RESUMES, |load| load.resumes);
+    per_node(meter, app, NODE_PREEMPTIONS, |load| load.preemptions);
+    per_node(meter, app, NODE_RESIDENT, |load| load.resident_bytes_max);
     let app = Arc::downgrade(app);
     let blocks = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
         let Some(app) = app.upgrade() else { return };

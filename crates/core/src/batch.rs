@@ -273,6 +273,7 @@ impl Batch {
             evictable_blocks: pool.evictable,
             pinned_blocks: pool.pinned,
             total_blocks: pool.total,
+            preemptions: self.preemptions,
             ..Load::default()
         }
     }

@@ -125,6 +125,10 @@ pub struct Node {
     pub pid: u32,
     /// Sequences that run there.
     pub running: u32,
+    /// Sequences that lost their room to others.
+    pub preemptions: u64,
+    /// Memory that its process had resident at most, bytes.
+    pub resident_bytes_max: u64,
     /// Its pool.
     pub blocks: Blocks,
 }

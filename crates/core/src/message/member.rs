@@ -146,6 +146,10 @@ pub struct Load {
     pub stale_frames: u64,
     /// Counted since the process began: hand-overs that went on after a lost link.
     pub resumes: u64,
+    /// Counted since the process began: sequences that lost their room to others and were computed again.
+    pub preemptions: u64,
+    /// Memory that the process had resident at most, weights and pool included, bytes; 0 where the system does not tell.
+    pub resident_bytes_max: u64,
 }
 
 /// Replicas of which a node is told.

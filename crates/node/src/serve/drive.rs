@@ -17,6 +17,7 @@ use super::compute::Compute;
 use super::event::{Event, LinkEvent};
 use super::links::ReplicasTold;
 use super::peers::Dialer;
+use super::process::resident_bytes_max;
 use super::receiving::Gates;
 use super::sending::Spans;
 use crate::link::Link;
@@ -122,8 +123,12 @@ impl Drive {
 
     fn act(&mut self, effect: Effect) -> Result<()> {
         match effect {
-            Effect::Send(no, message) => {
+            Effect::Send(no, mut message) => {
                 log_step(&message);
+                if let Message::Heartbeat { load, .. } = &mut message {
+                    // Only the process knows.
+                    load.resident_bytes_max = resident_bytes_max();
+                }
                 if let Some(link) = self.links.get(&no) {
                     // A closed link is told by its own event.
                     let _ = link.send(&message);

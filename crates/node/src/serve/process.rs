@@ -26,6 +26,14 @@ pub struct Opened {
     pub positions: usize,
 }
 
+/// What the process had resident at most, bytes; 0 where the system does not tell. One small file is read.
+pub(super) fn resident_bytes_max() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or(0).saturating_mul(1024)
+}
+
 /// Runs a node until it is told to stop. When it serves, it prints `ready {…}` on standard output; everything else is log.
 /// The exit code is 0 after a shutdown, 1 after an error, which is printed.
 pub fn run(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened>) -> ExitCode {

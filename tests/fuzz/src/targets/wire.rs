@@ -217,8 +217,7 @@ fn node(number: u16, words: [u64; NODE_WORDS]) -> NodeView {
         send_bytes_per_s: g,
         queued_pairs: h,
         prefill_ps_per_pair: i,
-        stale_frames: 0,
-        resumes: 0,
+        ..Load::default()
     };
     NodeView {
         node: NodeId(number),

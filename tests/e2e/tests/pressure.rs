@@ -1,0 +1,55 @@
+//! More sequences at once than the pools can hold: they wait for room, or lose theirs and are computed again, and every answer is what
+//! it is without pressure.
+#![allow(clippy::unwrap_used)]
+
+use futures_util::future::join_all;
+use millrace_e2e::cluster::{Cluster, Plan};
+use millrace_e2e::stream::{Answer, End, complete};
+use serde_json::{Value, json};
+
+const STREAMS: usize = 32;
+const BLOCK_TOKENS: usize = 16;
+/// What a pool has of the blocks that all streams need at their ends.
+const POOL_PERCENT: usize = 60;
+
+/// Tokens of a stream's prompt and of its answer: short and long ones of both, in all pairs.
+fn lengths(stream: usize) -> (usize, usize) {
+    (10 + 25 * (stream % 6), 4 + 30 * (stream / 6))
+}
+
+fn body(model: &str, stream: usize, salt: &str) -> Value {
+    let (prompt, answer) = lengths(stream);
+    let prompt: Vec<usize> = (0..prompt).map(|i| 3 + (i * 7 + stream * 11) % 290).collect();
+    json!({
+        "model": model, "prompt": prompt, "max_tokens": answer, "ignore_eos": true, "temperature": 0, "return_token_ids": true,
+        "stream": true, "cache_salt": salt, "stream_options": {"include_usage": true},
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_of_three_fifths_of_what_is_needed_changes_no_answer() {
+    let blocks = |stream| {
+        let (prompt, answer) = lengths(stream);
+        (prompt + answer).div_ceil(BLOCK_TOKENS)
+    };
+    let needed: usize = (0..STREAMS).map(blocks).sum();
+    let kv_blocks = (needed * POOL_PERCENT / 100) as u32;
+    let plan = Plan { coordinators: 1, prefill: 1, decode: 1, kv_blocks, ..Plan::checksum(500) };
+    let cluster = Cluster::start(plan).await;
+    let ask = async |stream: usize, salt: &str| -> Answer {
+        complete(cluster.http, "/v1/completions", &body(&cluster.model, stream, salt)).await
+    };
+    let together = join_all((0..STREAMS).map(|stream| ask(stream, "together"))).await;
+    for (stream, answer) in together.into_iter().enumerate() {
+        let alone = ask(stream, "alone").await;
+        let (prompt, tokens) = lengths(stream);
+        assert_eq!((&answer.end, &alone.end), (&End::Whole, &End::Whole), "stream {stream}");
+        assert_eq!(answer.ids, alone.ids, "stream {stream}");
+        assert_eq!((&answer.usage["prompt_tokens"], &answer.usage["completion_tokens"]), (&json!(prompt), &json!(tokens)));
+    }
+    let status = cluster.rests().await;
+    let preempted: u64 = status.nodes.iter().map(|node| node.preemptions).sum();
+    println!("{STREAMS} streams over {kv_blocks} of {needed} blocks: {preempted} preemptions");
+    assert!(preempted > 0, "there was no pressure: {status:?}");
+    assert!(status.nodes.iter().all(|node| node.resident_bytes_max > 1 << 20), "{status:?}");
+}
