@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use millrace_core::cluster::{Cluster, Config as Settings};
 use millrace_core::identity::{Chain, TenantKey, block_names};
 use millrace_core::ids::{AttemptId, BlockHash, NodeId, TokenId};
-use millrace_core::message::{Message, Peer, Role, Ticket};
+use millrace_core::message::{Message, Peer, Ticket};
 use millrace_core::route::correct::Correction;
 use millrace_core::route::policy::{self, Policy};
-use millrace_core::route::{Ask, CostModel, Decision, NoPlace, NodeView, Slo, View, pairs};
+use millrace_core::route::{Ask, CostModel, Decision, NoPlace, NodeView, Slo, View, pairs, read_at};
 
 use super::decisions::{DecisionNo, Question};
 use super::observe::{Plan, Watch};
@@ -236,16 +236,6 @@ impl Inner {
             decision: self.decide(cluster.config(), &views, &asked, &wish),
         })
     }
-}
-
-/// The nodes as a request sees them that leaves `holder`: its KV is read there, whatever the node's state and role, and nowhere else.
-fn read_at(views: &[NodeView], holder: NodeId) -> Vec<NodeView> {
-    let seen = |view: &NodeView| match view.role {
-        _ if view.node == holder => NodeView { role: Role::Prefill, usable: true, ..*view },
-        Role::Prefill => NodeView { usable: false, ..*view },
-        _ => *view,
-    };
-    views.iter().map(seen).collect()
 }
 
 /// What a decision depends on beside the nodes and the prompt.

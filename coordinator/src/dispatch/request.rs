@@ -85,7 +85,7 @@ impl Running {
             FailKind::PeerLost => Some(other.map_or(from, |peer| peer.node)),
             FailKind::Integrity => Some(self.prefill.node),
             FailKind::Engine | FailKind::Stopping => Some(from),
-            FailKind::NoRoom | FailKind::Deadline | FailKind::BadTicket => None,
+            FailKind::NoRoom | FailKind::TooLarge | FailKind::Deadline | FailKind::BadTicket => None,
         }
     }
 }
@@ -390,11 +390,27 @@ impl Request {
                 self.stop_attempt();
                 self.unplaced(now, true, detail);
             }
+            FailKind::TooLarge => self.outgrown(now, detail),
             _ => {
                 let suspect = running.suspect(from, kind);
                 self.broken(now, suspect, &detail);
             }
         }
+    }
+
+    /// A pool of the attempt could never hold it; whose it is the sender of a hand-over does not say. Larger ones may: when all that were
+    /// asked have refused, that is the answer.
+    fn outgrown(&mut self, now: Instant, detail: String) {
+        let asked = self.running.iter().flat_map(|r| std::iter::once(&r.prefill).chain(&r.decode)).map(|peer| peer.node);
+        let asked: Vec<NodeId> = asked.collect();
+        self.failures += 1;
+        if self.failures >= ATTEMPTS_MAX || asked.iter().all(|node| self.avoid.contains(node)) {
+            return self.fail(FailureKind::TooLarge, detail);
+        }
+        self.stop_attempt();
+        self.avoid.extend(asked);
+        self.pause.retry = now;
+        self.ask_for_place();
     }
 
     /// A node of the running attempt is lost, or is not the one that the ticket means any more.

@@ -217,6 +217,21 @@ fn a_bad_ticket_is_not_tried_again() {
 }
 
 #[test]
+fn what_no_pool_can_hold_is_tried_elsewhere_and_then_refused_without_a_wait() {
+    let (mut request, t) = started();
+    let too_large = |attempt: u16| {
+        let attempt = AttemptId { request: RequestId(9), attempt };
+        AttemptFailed { attempt, kind: FailKind::TooLarge, detail: "5 blocks needed, 4 are the most".into() }
+    };
+    request.failed(t, P, too_large(0));
+    assert!(drain(&mut request).contains(&Effect::Place), "other pools may be larger");
+    assert_eq!(request.avoid().iter().copied().collect::<Vec<_>>(), [P, D]);
+    request.placed(t, peer(P), None); // there are no others
+    request.failed(t, P, too_large(1));
+    assert_eq!(failure(&drain(&mut request)), Some(FailureKind::TooLarge));
+}
+
+#[test]
 fn without_nodes_it_waits_and_then_fails() {
     let t = Instant::now();
     let mut request = Request::new(t, RequestId(9), prompt());

@@ -88,6 +88,8 @@ pub enum FailureKind {
     Attempts,
     /// A node refused it as senseless, for example too long for its context (400).
     Rejected,
+    /// No pool can hold it, with what is pinned there (400).
+    TooLarge,
     /// The client reads too slowly; its connection is of no use any more.
     SlowClient,
     /// This replica is stopping (503).

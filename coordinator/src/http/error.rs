@@ -54,6 +54,7 @@ impl ApiError {
             FailureKind::NoCapacity => (StatusCode::TOO_MANY_REQUESTS, "capacity"),
             FailureKind::Attempts => (StatusCode::BAD_GATEWAY, "attempts_failed"),
             FailureKind::Rejected => (StatusCode::BAD_REQUEST, "rejected"),
+            FailureKind::TooLarge => (StatusCode::BAD_REQUEST, "context_length_exceeded"),
             FailureKind::SlowClient => (StatusCode::REQUEST_TIMEOUT, "slow_client"),
             FailureKind::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
             FailureKind::TenantGone => (StatusCode::UNAUTHORIZED, "tenant_deleted"),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use millrace_core::cluster::Command;
+use millrace_core::cluster::{Command, NodeState};
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_core::message::{Join, Load, Message};
 use millrace_node::link::{Link, LinkReceiver};
@@ -84,7 +84,10 @@ impl Links {
             }),
             Message::CacheDigest(digest) => self.on_report(served, digest.node, Report::Digest(digest)),
             Message::Join(join) => self.on_join(served, join),
-            Message::Leave { node, epoch } => self.on_leave(served, node, epoch),
+            Message::Leave { node, epoch } => self.on_goodbye(served, node, Command::Leave { node, epoch }),
+            Message::Drain { node, epoch } if self.is_current(node, epoch) => {
+                self.on_goodbye(served, node, Command::SetState { node, state: NodeState::Draining });
+            }
             _ => debug!(node = served.who.name, "a message without meaning from a node"),
         }
     }
@@ -148,17 +151,22 @@ impl Links {
         });
     }
 
-    fn on_leave(&self, served: &Served, node: NodeId, epoch: Epoch) {
+    fn is_current(&self, node: NodeId, epoch: Epoch) -> bool {
+        self.proposer.cluster.read().current(node, epoch).is_some()
+    }
+
+    /// A node that is being stopped asks to be drained, or leaves.
+    fn on_goodbye(&self, served: &Served, node: NodeId, command: Command) {
         let Ok(permit) = self.answering.clone().try_acquire_owned() else { return };
         if !self.speaks_for_itself(served, node) {
             return;
         }
         let (proposer, name) = (self.proposer.clone(), served.who.name.clone());
         tokio::spawn(async move {
-            // If this fails, the lease ends by itself.
-            match proposer.propose(&Command::Leave { node, epoch }).await {
-                Ok(_) => info!(node = name, "node left"),
-                Err(error) => warn!(node = name, %error, "a node's leave is not in the log"),
+            // If this fails, the node finishes what it has, and its lease ends by itself.
+            match proposer.propose(&command).await {
+                Ok(_) => info!(node = name, ?command, "a node is being stopped"),
+                Err(error) => warn!(node = name, ?command, %error, "a node's goodbye is not in the log"),
             }
             drop(permit);
         });

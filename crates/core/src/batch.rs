@@ -229,6 +229,13 @@ impl Batch {
         self.ranks.contains_key(&attempt)
     }
 
+    /// Whether a sequence that is computed here and decoded elsewhere has its slots.
+    #[must_use]
+    pub fn keeps(&self, attempt: AttemptId) -> bool {
+        let sequence = self.ranks.get(&attempt).map(|rank| &self.sequences[rank]);
+        sequence.is_some_and(|s| s.split && matches!(s.phase, Phase::Running | Phase::Held | Phase::Retired))
+    }
+
     /// Whether no sequence is known and no step is in flight.
     #[must_use]
     pub fn is_idle(&self) -> bool {
@@ -294,7 +301,7 @@ impl Batch {
         }
         if tokens > self.config.context_max as usize {
             let detail = format!("{tokens} tokens, the context holds {} here", self.config.context_max);
-            return Err((FailKind::NoRoom, detail));
+            return Err((FailKind::TooLarge, detail));
         }
         if ticket.prompt_tokens as usize > tokens {
             return bad(format!("{} prompt tokens of {tokens}", ticket.prompt_tokens));
@@ -540,7 +547,6 @@ impl Batch {
             assert_eq!(count, self.pool.refs(Slot(slot as u32)), "references on slot {slot}");
         }
         let alone = self.sequences.len() == self.waiting.len();
-        let pinned = self.pool.stats().pinned > 0; // a sequence may be larger than what pins leave
-        assert!(!alone || self.waiting.is_empty() || pinned, "sequences wait while nothing holds room");
+        assert!(!alone || self.waiting.is_empty(), "sequences wait while nothing holds room");
     }
 }

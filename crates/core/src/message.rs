@@ -176,6 +176,13 @@ pub enum Message {
     },
     /// Decode goes on too.
     Resumed(Resumed),
+    /// A node that is being stopped asks to be drained: what decodes there goes on elsewhere, with its KV. [`Self::Leave`] follows.
+    Drain {
+        /// The node.
+        node: NodeId,
+        /// Its incarnation.
+        epoch: Epoch,
+    },
 }
 
 impl Message {
@@ -208,6 +215,7 @@ impl Message {
             | Self::Failed(_)
             | Self::Handover(_)
             | Self::Leave { .. }
+            | Self::Drain { .. }
             | Self::CacheReport(_)
             | Self::Abort { .. } => matches!(role, Role::Prefill | Role::Decode),
             Self::Open(_) | Self::Fin(_) | Self::Resume { .. } => matches!(role, Role::Prefill | Role::Decode),

@@ -40,8 +40,11 @@ use rates::Rates;
 use upkeep::Upkeep;
 use uplinks::Uplinks;
 
-/// A stopping node finishes what it has for at most this long.
+/// A stopping node hands over or finishes what it has for at most this long.
 pub const DRAIN_MAX_US: u64 = 20_000_000;
+/// A stopping node that had work leaves when it has had none for so long: a gateway that moves a sequence cancels it here before it asks for
+/// its KV.
+const DRAINED_QUIET_US: u64 = 300_000;
 
 /// Tells two links to the same peer apart; never given twice in a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -205,11 +208,30 @@ pub struct Node {
     splitting: BTreeMap<AttemptId, Ticket>,
     /// Attempts cancelled while a hand-over still reads their blocks.
     cancelled: BTreeSet<AttemptId>,
+    /// Attempts whose gateway has cancelled them and of which something is still here.
+    ending: BTreeSet<AttemptId>,
     counts: Counts,
     /// The last that a reservation was given.
     generation: Generation,
-    stopping_since: Option<Time>,
+    stopping: Option<Stopping>,
     effects: VecDeque<Effect>,
+}
+
+/// An operator has stopped the process.
+#[derive(Clone, Copy, Debug)]
+struct Stopping {
+    since: Time,
+    /// The last moment at which something was here, if anything was.
+    busy: Option<Time>,
+}
+
+impl Stopping {
+    /// When the node leaves if nothing changes.
+    fn deadline(&self, empty: bool) -> Time {
+        let last = self.since.after(DRAIN_MAX_US);
+        let quiet = self.busy.map_or(self.since, |busy| busy.after(DRAINED_QUIET_US));
+        if empty { quiet.min(last) } else { last }
+    }
 }
 
 impl Node {
@@ -233,9 +255,10 @@ impl Node {
             asking: BTreeMap::new(),
             splitting: BTreeMap::new(),
             cancelled: BTreeSet::new(),
+            ending: BTreeSet::new(),
             counts: Counts::default(),
             generation: Generation(0),
-            stopping_since: None,
+            stopping: None,
             effects: VecDeque::new(),
         }
     }
@@ -272,7 +295,7 @@ impl Node {
     pub fn deadline(&self) -> Time {
         let leaving = self.leaving.values().filter_map(|leaving| leaving.machine.deadline()).min();
         let arriving = self.arriving.values().filter_map(|arriving| arriving.machine.deadline()).min();
-        let stop = self.stopping_since.map(|since| since.after(DRAIN_MAX_US));
+        let stop = self.stopping.as_ref().map(|stopping| stopping.deadline(self.is_empty()));
         let all = [Some(self.uplinks.deadline()), self.batch.deadline(), leaving, arriving, stop, self.upkeep.deadline(self.now)];
         all.into_iter().flatten().min().unwrap_or(self.now)
     }
@@ -284,6 +307,7 @@ impl Node {
             leaving.machine.check();
             assert!(!self.arriving.contains_key(attempt), "{attempt} leaves and arrives");
             assert!(!self.splitting.contains_key(attempt), "{attempt} leaves before it is admitted");
+            assert!(self.batch.keeps(*attempt), "{attempt} leaves, and its slots are given away");
         }
         self.arriving.values().for_each(|arriving| arriving.machine.check());
         assert!(self.cancelled.iter().all(|attempt| self.leaving.contains_key(attempt)), "only what leaves is cancelled late");
@@ -310,7 +334,7 @@ impl Node {
 
     /// What is kept for attempts, by kind: all 0 when none is left.
     #[must_use]
-    pub fn kept(&self) -> [(&'static str, usize); 8] {
+    pub fn kept(&self) -> [(&'static str, usize); 9] {
         [
             ("sequences", usize::from(!self.batch.is_idle())),
             ("blocks in use", self.batch.pool_stats().in_use as usize),
@@ -320,6 +344,7 @@ impl Node {
             ("tickets that leave", self.splitting.len()),
             ("attempts with a gateway", self.gateways.len()),
             ("cancelled attempts", self.cancelled.len()),
+            ("attempts that end", self.ending.len()),
         ]
     }
 
@@ -384,8 +409,22 @@ impl Node {
         self.drain_batch();
         let (batch, rates, counts) = (&self.batch, &self.rates, self.counts);
         self.uplinks.advance(self.now, || rates.load(batch, counts), || batch.cached_names().collect(), &mut self.effects);
+        self.note_freed();
         if self.stopped() {
+            self.uplinks.leave(&mut self.effects);
             self.effects.push_back(Effect::Exit);
+        }
+    }
+
+    /// Says which of the cancelled attempts are over.
+    fn note_freed(&mut self) {
+        let kept = |attempt: &AttemptId| {
+            self.batch.knows(*attempt) || self.leaving.contains_key(attempt) || self.arriving.contains_key(attempt)
+        };
+        let freed: Vec<_> = self.ending.iter().filter(|attempt| !kept(attempt)).copied().collect();
+        for attempt in freed {
+            self.ending.remove(&attempt);
+            self.note(Note::Freed(attempt));
         }
     }
 
@@ -403,16 +442,26 @@ impl Node {
         arriving.into_iter().for_each(|attempt| self.recv_input(attempt, recv::Input::Tick));
     }
 
+    /// One that has nothing to do leaves at once; else it asks to be drained, hands over and finishes what it has.
     fn stop(&mut self) {
-        if self.stopping_since.is_none() {
-            self.uplinks.leave(&mut self.effects);
-            self.stopping_since = Some(self.now);
+        if self.stopping.is_none() {
+            self.stopping = Some(Stopping { since: self.now, busy: None });
+            if !self.is_empty() {
+                self.uplinks.ask_to_be_drained(&mut self.effects);
+            }
         }
     }
 
-    fn stopped(&self) -> bool {
-        let Some(since) = self.stopping_since else { return false };
-        let idle = self.batch.is_idle() && self.leaving.is_empty();
-        idle || self.now.since(since) > DRAIN_MAX_US
+    fn is_empty(&self) -> bool {
+        self.batch.is_idle() && self.leaving.is_empty()
+    }
+
+    fn stopped(&mut self) -> bool {
+        let (now, empty) = (self.now, self.is_empty());
+        let Some(stopping) = &mut self.stopping else { return false };
+        if !empty {
+            stopping.busy = Some(now);
+        }
+        now >= stopping.deadline(empty)
     }
 }

@@ -142,6 +142,11 @@ bugs! {
     DeadRoutable,
     /// A node that failed this request gets it again though others can do it.
     ExcludedChosen,
+    // The log: planted in `millrace-log`, which knows nothing of this list, by whoever opens a replica.
+    /// A read is answered without asking the quorum.
+    StaleRead,
+    /// Appends are acknowledged before they are synced.
+    EarlyAck,
 }
 
 /// Whether `bug` is planted: never in the product.

@@ -153,7 +153,7 @@ pub enum NoPlace {
     #[error("no usable node")]
     NoNodes,
     /// It fits no node's pool, even an empty one. Trying again does not help.
-    #[error("the request needs {need_blocks} blocks, the largest pool has {largest_blocks}")]
+    #[error("the request needs {need_blocks} blocks, the largest pool has {largest_blocks} that pins leave")]
     TooBig {
         /// Blocks of prompt and answer.
         need_blocks: u64,
@@ -191,6 +191,17 @@ pub fn place(view: &View, ask: &Ask) -> Result<Decision, NoPlace> {
         }
         outcome => outcome,
     }
+}
+
+/// The nodes as a request sees them that leaves `holder`: its KV is read there, whatever the node's state and role, and nowhere else.
+#[must_use]
+pub fn read_at(views: &[NodeView], holder: NodeId) -> Vec<NodeView> {
+    let seen = |view: &NodeView| match view.role {
+        _ if view.node == holder => NodeView { role: Role::Prefill, usable: true, ..*view },
+        Role::Prefill => NodeView { usable: false, ..*view },
+        _ => *view,
+    };
+    views.iter().map(seen).collect()
 }
 
 /// What each node that may be chosen would contribute.

@@ -187,7 +187,7 @@ fn tickets_that_make_no_sense_are_refused() {
         (ticket(1, vec![1], 0), FailKind::BadTicket),
         (over, FailKind::BadTicket),
         (spent, FailKind::BadTicket),
-        (ticket(1, vec![1; 33], 5), FailKind::NoRoom),
+        (ticket(1, vec![1; 33], 5), FailKind::TooLarge),
     ];
     for (t, kind) in cases {
         assert_eq!(refused(&rig.give(Input::Add(t.clone()))), Some(kind), "{t:?}");

@@ -59,6 +59,9 @@ struct World {
     passed: u64,
     tokens: BTreeMap<u32, TokenId>,
     failures: Vec<FailKind>,
+    /// Whether each node asked to be drained, and when it said goodbye first.
+    drains: [bool; 2],
+    left: [Option<Time>; 2],
 }
 
 fn node(name: &str, role: Role) -> Node {
@@ -75,6 +78,22 @@ fn node(name: &str, role: Role) -> Node {
         fingerprint: model.fingerprint(),
     };
     Node::new(Join { name: name.into(), role, address: name.into(), instance: 1, pid: 1, model, slots: 12 }, batch)
+}
+
+fn ticket() -> Ticket {
+    let sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 1, max_new: ANSWER, eos: vec![], ignore_eos: false };
+    Ticket {
+        attempt: ATTEMPT,
+        gateway: ReplicaId(1),
+        decode: Some(Peer { node: NodeId(DECODE as u16), epoch: Epoch(2), name: "d".into(), address: "d".into() }),
+        tokens: (0..PROMPT as u32).collect(),
+        prompt_tokens: PROMPT as u32,
+        sampling,
+        tenant_key: TenantKey([1; 32]),
+        cache_salt: vec![],
+        budget_us: 60_000_000,
+        trace: [0; 25],
+    }
 }
 
 impl World {
@@ -94,27 +113,15 @@ impl World {
             passed: 0,
             tokens: BTreeMap::new(),
             failures: Vec::new(),
+            drains: [false; 2],
+            left: [None; 2],
         };
         for at in [PREFILL, DECODE] {
             world.tell(at, Input::UplinkUp(ReplicaId(1), UPLINK));
             let joined = Message::Joined { node: NodeId(at as u16), epoch: Epoch(1 + at as u64) };
             world.tell(at, Input::Message(UPLINK, joined.into()));
         }
-        let sampling =
-            Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 1, max_new: ANSWER, eos: vec![], ignore_eos: false };
-        let ticket = Ticket {
-            attempt: ATTEMPT,
-            gateway: ReplicaId(1),
-            decode: Some(Peer { node: NodeId(DECODE as u16), epoch: Epoch(2), name: "d".into(), address: "d".into() }),
-            tokens: (0..PROMPT as u32).collect(),
-            prompt_tokens: PROMPT as u32,
-            sampling,
-            tenant_key: TenantKey([1; 32]),
-            cache_salt: vec![],
-            budget_us: 60_000_000,
-            trace: [0; 25],
-        };
-        world.queue.push_back(Action::Say(PREFILL, UPLINK, Message::Assign(ticket)));
+        world.queue.push_back(Action::Say(PREFILL, UPLINK, Message::Assign(ticket())));
         world
     }
 
@@ -131,6 +138,8 @@ impl World {
             Effect::Send(UPLINK, message) => match message {
                 Message::Token(token) => drop(self.tokens.insert(token.index, token.token)),
                 Message::Failed(failed) => self.failures.push(failed.kind),
+                Message::Drain { .. } => self.drains[at] = true,
+                Message::Leave { .. } => _ = self.left[at].get_or_insert(self.now),
                 _ => {}
             },
             Effect::Send(link, message) if link == self.link => self.queue.push_back(Action::Say(1 - at, link, message)),
@@ -322,6 +331,62 @@ fn a_link_that_does_not_come_back_ends_the_hand_over() {
             assert!(whole || world.failures.contains(&FailKind::PeerLost), "cut after {at} actions: {:?}", world.failures);
         }
     }
+}
+
+#[test]
+fn a_node_that_is_stopped_asks_to_be_drained_finishes_what_it_has_and_leaves_only_then() {
+    let mut drains = 0;
+    for at in 0..undisturbed() {
+        for stopped in [PREFILL, DECODE] {
+            let mut world = World::new();
+            world.run(at);
+            let had_work = !world.nodes[stopped].batch().is_idle();
+            world.tell(stopped, Input::Stop);
+            assert_eq!(world.drains[stopped], had_work, "after {at} actions");
+            world.finish();
+            let whole = world.tokens.len() == ANSWER as usize;
+            // A decode node that had granted nothing yet takes nothing more.
+            let declined = stopped == DECODE && !had_work && world.failures.contains(&FailKind::PeerLost);
+            assert!(whole || declined, "node {stopped} stopped after {at} actions: {:?}", world.failures);
+            let quiet = world.now.after(1_000_000);
+            while world.left[stopped].is_none() && world.now < quiet {
+                world.go_on();
+            }
+            assert!(world.left[stopped].is_some(), "node {stopped} stopped after {at} actions stays");
+            drains += u32::from(had_work);
+        }
+    }
+    assert!(drains > 20, "{drains} nodes had work when they were stopped");
+}
+
+#[test]
+fn a_stopping_node_hands_over_what_a_gateway_moves_and_takes_nothing_else() {
+    let mut world = World::new();
+    while world.tokens.len() < 3 {
+        world.go_on();
+    }
+    world.tell(DECODE, Input::Stop);
+    world.tell(DECODE, Input::Message(UPLINK, Message::Cancel(ATTEMPT).into()));
+    world.run(100);
+    assert_eq!(world.left[DECODE], None, "the gateway that cancelled it may ask for its KV yet");
+    let mut moved = ticket();
+    moved.attempt.attempt = 1;
+    moved.decode = Some(Peer { node: NodeId(7), epoch: Epoch(9), name: "e".into(), address: "e".into() });
+    let mut whole = moved.clone();
+    (whole.attempt.attempt, whole.decode) = (2, None);
+    world.dials = Dials::Silent;
+    world.tell(DECODE, Input::Message(UPLINK, Message::Assign(whole).into()));
+    assert_eq!(world.failures, [FailKind::Stopping]);
+    world.tell(DECODE, Input::Message(UPLINK, Message::Assign(moved.clone()).into()));
+    world.run(100);
+    assert_eq!((&world.failures[..], world.left[DECODE]), (&[FailKind::Stopping][..], None));
+    assert!(world.nodes[DECODE].is_leaving(moved.attempt), "it waits for its receiver");
+    world.tell(DECODE, Input::Message(UPLINK, Message::Cancel(moved.attempt).into()));
+    let quiet = world.now.after(1_000_000);
+    while world.left[DECODE].is_none() && world.now < quiet {
+        world.go_on();
+    }
+    assert!(world.left[DECODE].is_some());
 }
 
 #[test]

@@ -70,13 +70,14 @@ impl From<RaftFailure> for Stop {
 }
 
 /// How rarely the planted early acknowledgement syncs: longer than messages travel, or it would do no harm.
-#[cfg(test)]
+#[cfg(any(test, millrace_planted))]
 const LATE_SYNC_TICKS: u64 = 32;
 
-/// A bug that a test plants, to see that it is found.
-#[cfg(test)]
+/// A bug that a test or a simulator plants, to see that it is found.
+#[cfg(any(test, millrace_planted))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Planted {
+pub enum Planted {
+    /// None.
     #[default]
     Nothing,
     /// Reads are served from the local state without asking the quorum.
@@ -121,7 +122,7 @@ pub(super) struct Driver<M: StateMachine> {
     sends_dropped: u64,
     /// The snapshot that raft is being told of.
     pub received: Option<Received<M::State>>,
-    #[cfg(test)]
+    #[cfg(any(test, millrace_planted))]
     pub planted: Planted,
     status: watch::Sender<RaftStatus>,
 }
@@ -166,7 +167,7 @@ impl<M: StateMachine> Driver<M> {
             failed_sends: Vec::new(),
             sends_dropped: 0,
             received: None,
-            #[cfg(test)]
+            #[cfg(any(test, millrace_planted))]
             planted: Planted::default(),
             status,
             config,
@@ -210,7 +211,7 @@ impl<M: StateMachine> Driver<M> {
 
     /// One round, with all input that waits behind `first`.
     pub fn round(&mut self, first: Option<Input>, now: Instant) -> Result<(), Stop> {
-        #[cfg(test)]
+        #[cfg(any(test, millrace_planted))]
         self.sync_late()?;
         self.now = now;
         self.collect_done()?;
@@ -317,7 +318,7 @@ impl<M: StateMachine> Driver<M> {
         }
         let expires = self.ticks + self.config.election_ticks as u64;
         if let Some(context) = self.clients.begin_reads(expires) {
-            #[cfg(test)]
+            #[cfg(any(test, millrace_planted))]
             if self.planted == Planted::StaleRead {
                 return self.clients.confirm_read(&context, self.applied);
             }
@@ -377,7 +378,7 @@ impl<M: StateMachine> Driver<M> {
         while let Err(error) = self.node.mut_store().write(entries, hard) {
             self.make_room(error)?;
         }
-        #[cfg(test)]
+        #[cfg(any(test, millrace_planted))]
         if self.planted == Planted::EarlyAck {
             return Ok(());
         }
@@ -385,7 +386,7 @@ impl<M: StateMachine> Driver<M> {
     }
 
     /// What the planted early acknowledgement did not wait for.
-    #[cfg(test)]
+    #[cfg(any(test, millrace_planted))]
     fn sync_late(&mut self) -> Result<(), Stop> {
         match self.planted {
             Planted::EarlyAck if self.ticks.is_multiple_of(LATE_SYNC_TICKS) => {

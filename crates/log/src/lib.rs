@@ -47,6 +47,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use bench::{BenchError, CommitBench, bench_commits};
+#[cfg(millrace_planted)]
+pub use driver::Planted;
 pub use driver::Stop;
 pub use found::found;
 pub use handle::{RaftHandle, start};

@@ -82,6 +82,12 @@ impl<M: StateMachine> Stepped<M> {
         Ok(())
     }
 
+    /// Plants a bug of the log's own, to see that a simulator finds it.
+    #[cfg(millrace_planted)]
+    pub fn plant(&mut self, planted: crate::Planted) {
+        self.driver.planted = planted;
+    }
+
     /// A frame for a peer, in the order in which they were sent.
     pub fn next_frame(&mut self) -> Option<(u64, Vec<u8>)> {
         self.outgoing.try_recv().ok()

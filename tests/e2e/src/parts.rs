@@ -33,6 +33,9 @@ const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
 /// What processes log: beside the usual every step of a hand-over and every placement.
 const LOG: &str = "info,millrace_node::serve=debug,coordinator::dispatch=debug";
 
+/// Lines that tests wait for have one of these.
+const FOLLOWED: [&str; 4] = ["hand-over: ", ": placed attempt=", "cancelled: nothing of it is left", "link to a node down"];
+
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -178,6 +181,22 @@ impl Parts {
         self.parts[part].child = None;
         self.tell_gateways();
         status.signal().ok_or_else(|| format!("it ended by itself: {status}"))
+    }
+
+    /// Stops a process with SIGTERM, as an operator does, and waits until it has ended; gives its exit code, none when a signal ended it.
+    ///
+    /// # Errors
+    /// It did not run, or does not end in time.
+    pub async fn stop(&mut self, part: usize, wait_max: Duration) -> Result<Option<i32>, String> {
+        let pid = self.pid(part)?;
+        if !process::signal("TERM", pid) {
+            return Err(format!("no process {pid}"));
+        }
+        let child = self.parts[part].child.as_mut().ok_or("it runs")?;
+        let status = timeout(wait_max, child.wait()).await.map_err(|_| "it lives on")?.map_err(|e| e.to_string())?;
+        self.parts[part].child = None;
+        self.tell_gateways();
+        Ok(status.code())
     }
 
     /// Those that should run and do not, with how they ended.
@@ -381,7 +400,7 @@ async fn follow(part: usize, stderr: ChildStderr, log: PathBuf, followers: broad
             // A full disk costs the log, not the test.
             let _ = writeln!(file, "{text}");
         }
-        if text.contains("hand-over: ") || text.contains(": placed attempt=") {
+        if FOLLOWED.iter().any(|words| text.contains(words)) {
             // Nobody may be following.
             let _ = followers.send(Line { part, text });
         }

@@ -5,6 +5,7 @@ use millrace_core::cluster::NodeState;
 use millrace_core::ids::Time;
 use millrace_log::Role;
 
+use crate::event::Event;
 use crate::plan::Faults;
 use crate::process::{HostState, Process};
 use crate::world::World;
@@ -51,9 +52,10 @@ impl World {
         self.calm = true;
         self.outages.clear();
         self.plan.faults = Faults::NONE;
-        for host in &mut self.hosts {
-            host.paused = Time(0);
-            host.disk.free();
+        for host in 0..self.hosts.len() {
+            self.hosts[host].paused = Time(0);
+            self.hosts[host].disk.free();
+            self.schedule(0, Event::Start(host)); // one that lives is not started
         }
     }
 

@@ -94,6 +94,10 @@ pub struct Request {
     attempts: u16,
     failures: u32,
     avoid: BTreeSet<NodeId>,
+    /// A node that is drained and has the KV: the next attempt reads it there.
+    holder: Option<NodeId>,
+    /// The node that was left last in this way. One that comes back to it for want of another stays.
+    left: Option<(NodeId, Epoch)>,
     until: Time,
     pause_us: u64,
     /// How it ended.
@@ -148,6 +152,8 @@ pub struct Gateway {
     pub moved: u64,
     /// Which tenant a name belongs to: no two may share one.
     owners: BTreeMap<BlockHash, &'static str>,
+    /// Whether operators pin blocks in this world: else every sequence fits into a pool.
+    pub pins: bool,
     /// What is to be done.
     pub acts: Vec<Act>,
 }
@@ -176,6 +182,8 @@ impl Gateway {
             attempts: 0,
             failures: 0,
             avoid: BTreeSet::new(),
+            holder: None,
+            left: None,
             until,
             pause_us: PAUSE_US.0,
             end: None,
@@ -194,6 +202,7 @@ impl Gateway {
             request.running = None;
             request.early.clear();
             request.avoid.clear();
+            (request.holder, request.left) = (None, None);
             self.moved += 1;
             self.acts.push(Act::PlaceIn(FRONT_PAUSE_US, *id));
         }
@@ -232,12 +241,13 @@ impl Gateway {
         }
         let ask = request.ask(id, &tokens, plan, &avoid);
         drop(cluster);
-        let views = views(desk, plan, &names);
+        let (views, holder) = (views(desk, plan, &names), request.holder.take());
+        let views = holder.map_or(views.clone(), |holder| route::read_at(&views, holder));
         let Ok(decision) = route::place(&View { nodes: &views, costs: CostModel { handover_us: 0, ..CostModel::default() } }, &ask)
         else {
             return self.wait(id);
         };
-        check_choice(desk, &decision, &avoid);
+        check_choice(desk, &decision, &avoid, holder);
         let cluster = desk.replica.cluster();
         let peer = |node| cluster.peer(node).expect("chosen nodes are alive");
         let (prefill, decode) = (peer(decision.prefill), decision.decode.map(peer));
@@ -256,7 +266,10 @@ impl Gateway {
         request.attempts += 1;
         self.split += u64::from(decode.is_some());
         let first = request.delivered;
-        let (link, _) = desk.replica.link_of(prefill.node, prefill.epoch).expect("usable nodes are linked");
+        let Some((link, _)) = desk.replica.link_of(prefill.node, prefill.epoch) else {
+            assert_eq!(holder, Some(prefill.node), "usable nodes are linked");
+            return self.acts.push(Act::PlaceIn(0, id)); // the holder is gone, and its KV with it
+        };
         let placed = desk.local;
         request.running =
             Some(Running { id: ticket.attempt, prefill, decode, first, placed, progress: placed, handed_over: false });
@@ -305,6 +318,7 @@ impl Gateway {
         let Some(running) = request.running.as_ref().filter(|r| r.id == attempt) else { return };
         let suspect = running.suspect(from, kind);
         assert!(kind != FailKind::BadTicket, "I3: a node does not understand a ticket of this gateway: {detail}");
+        assert!(kind != FailKind::TooLarge || self.pins, "I3: {attempt}: too large where nothing is pinned: {detail}");
         let honest = kind != FailKind::Integrity || self.damaged.contains(&attempt);
         assert!(honest, "I2: {attempt}: KV that nobody damaged is refused: {detail}");
         match kind {
@@ -313,6 +327,12 @@ impl Gateway {
                 self.count("no room");
                 self.stop_attempt(id, Some(desk));
                 self.wait(id);
+            }
+            // Whose pool it is the sender of a hand-over does not say.
+            FailKind::TooLarge => {
+                let asked: Vec<NodeId> = running.peers().map(|peer| peer.node).collect();
+                request.avoid.extend(asked);
+                self.break_attempt(id, None, "too large", desk);
             }
             _ => self.break_attempt(id, suspect, &format!("{kind:?}"), desk),
         }
@@ -331,8 +351,9 @@ impl Gateway {
         running.flat_map(|running| running.needs().map(|peer| (running.id, peer.node, peer.epoch)))
     }
 
-    /// Looks for attempts of this gateway whose nodes are lost, or too slow.
+    /// Looks for attempts of this gateway whose nodes are lost, or too slow, or drained.
     pub fn sweep(&mut self, desk: Desk<'_>) {
+        self.empty_drained(desk);
         let lost = |request: &Request| {
             let running = request.running.as_ref().filter(|_| request.home == desk.host)?;
             let lost = running.needs().find(|peer| desk.replica.lost(desk.local, (peer.node, peer.epoch), running.placed));
@@ -341,6 +362,18 @@ impl Gateway {
         let lost: Vec<_> = self.live.iter().filter_map(|id| Some((*id, lost(&self.requests[id])?))).collect();
         for (id, (node, why)) in lost {
             self.break_attempt(id, Some(node), why, desk);
+        }
+    }
+
+    /// What decodes on a node that is drained goes on at another, with the KV that it has: if there is another.
+    fn empty_drained(&mut self, desk: Desk<'_>) {
+        let moves: Vec<_> = self.live.iter().filter_map(|id| Some((*id, self.requests[id].to_be_moved(desk)?))).collect();
+        for (id, from) in moves {
+            self.count("drained");
+            self.stop_attempt(id, Some(desk));
+            let Some(request) = self.requests.get_mut(&id) else { continue };
+            (request.holder, request.left) = (Some(from.0), Some(from));
+            self.acts.push(Act::PlaceIn(0, id));
         }
     }
 
@@ -407,6 +440,22 @@ impl Request {
         }
     }
 
+    /// The node that decodes, if it is drained and another can decode.
+    fn to_be_moved(&self, desk: Desk<'_>) -> Option<(NodeId, Epoch)> {
+        let running = self.running.as_ref().filter(|_| self.home == desk.host)?;
+        let decoding = match &running.decode {
+            Some(decode) => running.handed_over.then_some(decode),
+            None => (self.delivered > running.first).then_some(&running.prefill),
+        }?;
+        let at = (decoding.node, decoding.epoch);
+        let cluster = desk.replica.cluster();
+        let drained = cluster.current(at.0, at.1).is_some_and(|node| node.state == NodeState::Draining);
+        let others: Vec<_> = cluster.nodes().filter(|n| n.role == Role::Decode).map(|n| (n.node, n.epoch)).collect();
+        drop(cluster);
+        let another = || others.iter().any(|(node, epoch)| desk.replica.usable(desk.local, *node, *epoch));
+        (drained && self.left != Some(at) && another()).then_some(at)
+    }
+
     /// Who owes the next token of an attempt, if it takes too long.
     fn slow(&self, running: &Running, now: Time) -> Option<NodeId> {
         let first = self.delivered == running.first;
@@ -446,9 +495,10 @@ impl Request {
     }
 }
 
-/// A decision names nodes that may be used, and none that failed the request while others can do it.
-fn check_choice(desk: Desk<'_>, decision: &Decision, avoid: &[NodeId]) {
-    for node in std::iter::once(decision.prefill).chain(decision.decode) {
+/// A decision names nodes that may be used, and none that failed the request while others can do it. `holder` is drained.
+fn check_choice(desk: Desk<'_>, decision: &Decision, avoid: &[NodeId], holder: Option<NodeId>) {
+    let chosen = std::iter::once(decision.prefill).chain(decision.decode);
+    for node in chosen.filter(|node| Some(*node) != holder) {
         let up = desk.replica.cluster().node(node).filter(|n| n.state == NodeState::Up).map(|n| n.epoch);
         let usable = up.is_some_and(|epoch| desk.replica.usable(desk.local, node, epoch));
         assert!(usable, "I3: node {node} is routed to and not usable");

@@ -46,7 +46,8 @@ const fn breaks(bug: Bug) -> &'static [&'static str] {
         Bug::DrawByStep | Bug::FinEarly => &["I2"],
         Bug::SendUncomputed => &["I2", "I5"],
         Bug::SkipOneBlock => &["I2", "send.rs"],
-        Bug::AbortUnsaid | Bug::DeclineUnheard | Bug::AskKept => &["I1"],
+        Bug::AbortUnsaid | Bug::DeclineUnheard => &["I1"],
+        Bug::AskKept => &["I1", "arriving.rs"],
         Bug::LossUnheard => &["I1", "I3"],
         Bug::GateLeftOpen | Bug::FreeUndrained => &["I1", "I2", "I5"],
         Bug::CancelIgnored => &["I1", "I3"],
@@ -56,13 +57,13 @@ const fn breaks(bug: Bug) -> &'static [&'static str] {
         Bug::GenerationKept => &["I5"],
         Bug::SlotTwice | Bug::EvictInUse | Bug::EvictPinned | Bug::HitUnheld => &["pool.rs", "batch.rs"],
         Bug::FreeTwice | Bug::FreeForgotten | Bug::DeadlineForgotten | Bug::CancelInFlight => &["batch.rs"],
-        Bug::FreeEarly | Bug::PreemptSent => &["I2", "I5"],
+        Bug::FreeEarly | Bug::PreemptSent => &["I2", "I5", "node.rs"],
         Bug::PublishEarly | Bug::RecomputeSkipped | Bug::NothingToCompute => &["sequence.rs"],
         Bug::ResumeIndex | Bug::IndexTwice | Bug::UsageWrong | Bug::EndUnseen => &["I4"],
         Bug::EvictionUnsaid | Bug::DeltaGap | Bug::StaleSnapshot | Bug::PrefixOffByOne | Bug::AckOfAnother => &["I6"],
         Bug::DigestAlwaysSame | Bug::RestartKeepsEpoch | Bug::EpochIgnored => &["I6"],
         Bug::LeaseEndless | Bug::DeadKeepsBlocks => &["cluster.rs"],
-        Bug::SnapshotForgetsSeq => &["I6"],
+        Bug::SnapshotForgetsSeq | Bug::StaleRead | Bug::EarlyAck => &["I6"],
     }
 }
 

@@ -42,8 +42,14 @@ pub struct Node {
     tokens: BTreeMap<AttemptId, u32>,
     inbox: VecDeque<NodeEvent>,
     acts: Vec<Act>,
+    /// An operator has stopped the process: it ends by itself.
+    stops: bool,
     /// Links that were told to be gone.
     downs: BTreeSet<LinkNo>,
+    /// Hand-overs whose gate was closed in this turn, and those that their sender gave up in it, with the link.
+    closed: Vec<(LinkNo, AttemptId)>,
+    /// See `closed`.
+    aborted: BTreeSet<(LinkNo, AttemptId)>,
     /// Attempts that were cancelled in this turn while they were known, for the watcher.
     pub ended: Vec<AttemptId>,
 }
@@ -66,7 +72,10 @@ impl Node {
             tokens: BTreeMap::new(),
             inbox: VecDeque::new(),
             acts: Vec::new(),
+            stops: false,
             downs: BTreeSet::new(),
+            closed: Vec::new(),
+            aborted: BTreeSet::new(),
             ended: Vec::new(),
         }
     }
@@ -111,7 +120,21 @@ impl Node {
         // What arrives waits a while for the sender to come back on another link.
         let over_gone = self.machine.sends().find(|(link, _)| self.downs.contains(&link.0));
         assert!(over_gone.is_none(), "I3: {over_gone:?} goes on over a link that is gone");
+        self.check_last_words();
         std::mem::take(&mut self.acts)
+    }
+
+    /// Whoever receives no more says so to the sender, unless that one said so first or cannot be reached: else it waits in vain.
+    fn check_last_words(&mut self) {
+        let aborted = std::mem::take(&mut self.aborted);
+        for (link, attempt) in std::mem::take(&mut self.closed) {
+            let last = |act: &Act| {
+                let of = |message: &Message| matches!(message, Message::Received { attempt: a } | Message::Abort { attempt: a, .. } if *a == attempt);
+                matches!(act, Act::Send(to, message) if *to == link && of(message))
+            };
+            let said = self.downs.contains(&link) || aborted.contains(&(link, attempt)) || self.acts.iter().any(last);
+            assert!(said, "I1: {attempt}: {} receives no more and does not say so", self.name);
+        }
     }
 
     /// Events that wait.
@@ -165,7 +188,9 @@ impl Node {
     /// What is still there when everything should be over; `None` when the node is at rest.
     #[must_use]
     pub fn unrest(&self) -> Option<String> {
-        let kept = self.machine.kept().into_iter().chain([("lent cells", self.memory.lent()), ("open gates", self.gates.len())]);
+        let own =
+            [("lent cells", self.memory.lent()), ("open gates", self.gates.len()), ("stops under way", usize::from(self.stops))];
+        let kept = self.machine.kept().into_iter().chain(own);
         kept.filter(|(_, count)| *count > 0).map(|(what, count)| format!("I1: {}: {count} {what} are left", self.name)).next()
     }
 
@@ -180,6 +205,9 @@ impl Node {
             NodeEvent::Message(link, message) => {
                 if let Message::Assign(ticket) = &*message {
                     self.tokens.insert(ticket.attempt, ticket.tokens.len() as u32);
+                }
+                if let Message::Abort { attempt, .. } = &*message {
+                    self.aborted.insert((link, *attempt));
                 }
                 if let Message::Cancel(attempt) = &*message
                     && self.machine.batch().knows(*attempt)
@@ -200,7 +228,10 @@ impl Node {
                 Input::SpanDrained { attempt, bytes: 0, elapsed_us: 0, error: error.map(Into::into) }
             }
             NodeEvent::Arrived(attempt) => Input::Standing(attempt, self.gates.get(&attempt)?.1.standing().clone()),
-            NodeEvent::Stop => Input::Stop,
+            NodeEvent::Stop => {
+                self.stops = true;
+                Input::Stop
+            }
         })
     }
 
@@ -233,7 +264,7 @@ impl Node {
                 let stands = self.gates[&attempt].1.stands().clone();
                 self.machine.handle(self.now, Input::Stands(attempt, stands));
             }
-            Effect::CloseGate(attempt) => drop(self.gates.remove(&attempt)),
+            Effect::CloseGate(attempt) => self.closed.extend(self.gates.remove(&attempt).map(|(link, _)| (link, attempt))),
             Effect::Digest(blocks) => {
                 let layers = self.layers;
                 let digested = blocks.into_iter().map(|block| (block, self.memory.digest_block(&block, layers))).collect();

@@ -22,6 +22,8 @@ pub const REPLICAS: usize = 3;
 pub struct Faults {
     /// Mean time between two faults of processes, links and disks, microseconds; 0 for none.
     pub gap_us: u64,
+    /// The longest time that a process which crashed is missing, microseconds: in some worlds longer than a lease.
+    pub down_max_us: u64,
     /// A client that goes away before its answer is whole.
     pub client_leaves: u64,
     /// A control message that comes a second time, late.
@@ -48,6 +50,7 @@ impl Faults {
     /// Nothing goes wrong.
     pub const NONE: Self = Self {
         gap_us: 0,
+        down_max_us: 3_000_000,
         client_leaves: 0,
         repeated: 0,
         damaged: 0,
@@ -74,6 +77,8 @@ pub struct Plan {
     pub delay_us: (u64, u64),
     /// Until the task of a KV stream runs, microseconds: long where the processor is busy.
     pub task_us: (u64, u64),
+    /// How long the loop of a busy node lets an event wait, microseconds: much comes in one turn then, in whatever order.
+    pub turn_us: (u64, u64),
     /// One layer of one step, microseconds.
     pub layer_us: (u64, u64),
     /// Between two requests, microseconds.
@@ -127,7 +132,9 @@ impl Plan {
             dtype: KvDtype::F32,
         };
         let model = ModelIdentity { name: "checksum".into(), weights: [1; 32], tokenizer: [2; 32], layout };
-        let slots = random.between((10, 60)) as u32;
+        let (tight, roomy) = ((8, 16), (10, 60));
+        let slots = random.pick(&[tight, roomy, roomy]);
+        let slots = random.between(slots) as u32;
         let pool_tokens = u64::from(slots) * u64::from(layout.block_tokens);
         let answer_max = random.pick(&[1, 4, 12, 30]).min(pool_tokens / 2 - 1);
         let prompt_max = random.pick(&[8, 30, 90]).min(pool_tokens - answer_max - 1);
@@ -136,7 +143,9 @@ impl Plan {
         // Raft's heartbeats go behind its entries on one stream: over 100 ms a round trip and QUIC's slow start, a large entry costs an election.
         let slow = random.pick(if quic.is_some() { &[1, 1, 10, 10] } else { &[1, 1, 10, 100] });
         let layer_us = (10, random.pick(&[40, 400, 4000]));
-        let live_max = live_max(&batch, u64::from(layout.layers) * layer_us.1, (prompt_max, answer_max));
+        let turn_us = (0, random.pick(&[150, 150, 150, 10_000]));
+        let step_us = u64::from(layout.layers) * layer_us.1 + turn_us.1;
+        let live_max = live_max(&batch, step_us, (prompt_max, answer_max));
         let vocab = random.pick(&[32, 1000]);
         Self {
             model,
@@ -144,6 +153,7 @@ impl Plan {
             batch,
             delay_us: (20 * slow, random.pick(&[50, 500]) * slow),
             task_us: (0, random.pick(&[100, 100, 30_000])),
+            turn_us,
             layer_us,
             live_max,
             request_gap_us: (0, random.pick(&[2_000, 20_000, 200_000])),
@@ -153,10 +163,10 @@ impl Plan {
             vocab,
             eos: (3..3 + random.pick(&[0, 1, u64::from(vocab) / 4]) as TokenId).collect(),
             split_bias: random.pick(&[0, 1_000, 100_000]),
-            whole: random.pick(&[0, 0, 300]),
+            whole: random.pick(&[0, 300, 600]),
             shared: random.pick(&[0, 300, 900]),
             sampled: random.pick(&[0, 500]),
-            leaves_us: 1_000_000,
+            leaves_us: random.pick(&[10_000, 1_000_000]),
             orders_us: random.pick(&[0, 0, 50_000, 500_000]),
             sync_us: (100, random.pick(&[1_000, 10_000, 60_000])),
             skew_ppm: random.pick(&[0, 200, 20_000]),
@@ -183,6 +193,7 @@ impl Plan {
     fn faults(random: &mut Random) -> Faults {
         Faults {
             gap_us: random.pick(&[0, 100_000, 700_000, 3_000_000]),
+            down_max_us: random.pick(&[3_000_000, 3_000_000, 15_000_000]),
             client_leaves: random.pick(&[0, 50, 300]),
             repeated: random.pick(&[0, 20, 200]),
             damaged: random.pick(&[0, 0, 20]),

@@ -12,14 +12,12 @@ use crate::plan::REPLICAS;
 use crate::replica::{Replica, Setup};
 use crate::world::World;
 
-/// How long a busy loop lets an event wait, microseconds.
+/// How long a replica's loop lets an event wait, microseconds.
 const TURN_US: (u64, u64) = (0, 150);
 /// A replica whose disk had no room starts again after so long, microseconds.
 const START_AGAIN_US: u64 = 300_000;
 /// A look through a cache is due at once, as often as there are slots; whoever is due more often would spin.
 const SPINS_MAX: u32 = 100;
-/// The longest time that a process which crashed is missing, microseconds.
-const DOWN_MAX_US: u64 = 3_000_000;
 
 /// What runs on a host.
 pub(crate) enum Process {
@@ -137,7 +135,7 @@ impl World {
     }
 
     pub(crate) fn tell_node(&mut self, host: Host, life: Life, event: NodeEvent) {
-        let after_us = self.random.between(TURN_US);
+        let after_us = self.random.between(self.plan.turn_us);
         if let Some(node) = self.node(host, life) {
             node.push(event);
             self.wake(host, after_us);
@@ -219,12 +217,15 @@ impl World {
         }
     }
 
+    /// Whether a turn is not due any more: an earlier one took its place, or the process is another.
+    pub(crate) fn is_late(&self, host: Host, life: Life) -> bool {
+        let state = &self.hosts[host];
+        state.life != life || state.turn != Some(self.now)
+    }
+
     /// One turn of a process's loop, unless it stands still or waits for its disk.
     pub(crate) fn turn(&mut self, host: Host, life: Life) {
         let (now, state) = (self.now, &mut self.hosts[host]);
-        if state.life != life || state.turn != Some(now) {
-            return;
-        }
         state.turn = None;
         let free = state.paused.max(state.busy);
         if now < free {
@@ -320,7 +321,7 @@ impl World {
                 node.push(NodeEvent::Stepped(result));
             }
         }
-        let after_us = self.random.between(TURN_US);
+        let after_us = self.random.between(self.plan.turn_us);
         self.wake(host, after_us);
     }
 
@@ -403,7 +404,7 @@ impl World {
             let random = &mut self.random;
             self.gateway.move_from(host, || random.below(REPLICAS as u64) as Host);
         }
-        let after_us = self.random.below(DOWN_MAX_US);
+        let after_us = self.random.below(self.plan.faults.down_max_us);
         self.schedule(after_us, Event::Start(host));
     }
 }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
-use millrace_core::cluster::{Cluster, Command};
+use millrace_core::cluster::{Cluster, Command, NodeState};
 use millrace_core::ids::{Epoch, NodeId, ReplicaId, Time};
 use millrace_core::message::{Hello, Join, Load, Message};
 use millrace_log::testing::simdisk::SimDisk;
@@ -21,6 +21,11 @@ use applied::{Applied, Shared};
 pub use calls::{Asked, Outcome};
 use calls::{Asker, Calls};
 use reports::{Report, Reports, must_join_again};
+
+#[cfg(millrace_planted)]
+use millrace_core::planted::{Bug, planted};
+#[cfg(millrace_planted)]
+use millrace_log::Planted;
 
 use crate::callers::{TENANTS, tenant_key};
 use crate::event::{Act, LinkNo, ReplicaEvent};
@@ -66,6 +71,25 @@ pub struct Setup {
     pub ledger: Ledger,
 }
 
+/// Opens the log, with the bug of its own that is planted, if one is.
+fn opened(
+    disk: Arc<SimDisk>,
+    config: RaftConfig,
+    machine: Applied,
+    now: Instant,
+    seed: u64,
+) -> Result<Stepped<Applied>, RaftStartError> {
+    #[allow(unused_mut, reason = "only a planted bug changes it")]
+    let mut raft = Stepped::open(disk, config, machine, now, seed)?;
+    #[cfg(millrace_planted)]
+    raft.plant(match () {
+        () if planted(Bug::StaleRead) => Planted::StaleRead,
+        () if planted(Bug::EarlyAck) => Planted::EarlyAck,
+        () => Planted::Nothing,
+    });
+    Ok(raft)
+}
+
 /// One process of a replica.
 pub struct Replica {
     id: ReplicaId,
@@ -96,7 +120,7 @@ impl Replica {
         let founders = (1..=replicas).collect();
         let log = LogLimits { entries_max, entries_kept: 8, ..LogLimits::default() };
         let config = RaftConfig { log, reserve_bytes: 1 << 16, ..RaftConfig::new(id.0, founders, "/raft".into(), "sim") };
-        let raft = Stepped::open(Arc::new(disk), config, machine, base + Duration::from_micros(now.0), seed)?;
+        let raft = opened(Arc::new(disk), config, machine, base + Duration::from_micros(now.0), seed)?;
         Ok(Self {
             id,
             base,
@@ -268,6 +292,11 @@ impl Replica {
             Message::CacheDigest(digest) => self.reports.push(self.now, link, Report::Digest(digest)),
             Message::Snapshot(page) => self.reports.push(self.now, link, Report::Page(page)),
             Message::Leave { node, epoch } => self.propose(Command::Leave { node, epoch }, Asker::Nobody),
+            Message::Drain { node, epoch } => {
+                if self.cluster().current(node, epoch).is_some() {
+                    self.propose(Command::SetState { node, state: NodeState::Draining }, Asker::Nobody);
+                }
+            }
             Message::Token(_) | Message::Failed(_) | Message::Handover(_) => {
                 self.acts.extend(who.map(|(node, _)| Act::Gateway(node, message)));
             }

@@ -181,7 +181,7 @@ impl World {
             links: BTreeMap::new(),
             streams: BTreeMap::new(),
             outages: BTreeMap::new(),
-            gateway: Gateway::default(),
+            gateway: Gateway { pins: plan.orders_us > 0, ..Gateway::default() },
             operators: Operators::default(),
             audit: Audit::default(),
             watch: Watch::default(),
@@ -225,6 +225,9 @@ impl World {
         self.now = time;
         if let Some(until) = self.frozen(&event) {
             return self.schedule(until.since(time), event);
+        }
+        if matches!(event, Event::Turn(host, life) if self.is_late(host, life)) {
+            return; // nothing happens, so it is no event
         }
         self.events += 1;
         self.trace.record(time, &event);

@@ -1,6 +1,7 @@
 //! Who gets room and who computes: admission, reservation, growth with preemption, and the rows of the next step.
 
 use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::batch::sequence::{Phase, Sequence};
@@ -31,16 +32,23 @@ impl Batch {
         Some(Step { rows })
     }
 
-    /// Admits waiting sequences by rank, until one does not fit.
+    /// Admits waiting sequences by rank, until one does not fit. One that never will, because of what is pinned, ends here:
+    /// it would wait to its deadline, and everyone behind it.
     pub(super) fn admit(&mut self) {
         while let Some(&rank) = self.waiting.first() {
             if self.blocked == Some(rank) || self.twin_computes(rank) {
                 return;
             }
-            if !self.seat(rank) {
+            if self.seat(rank) {
+                continue;
+            }
+            let sequence = &self.sequences[&rank];
+            let (need, reach) = (sequence.blocks(), self.pool.reach(&sequence.names[..self.hits_max(sequence)]));
+            if need <= reach {
                 self.blocked = Some(rank);
                 return;
             }
+            self.fail(rank, FailKind::TooLarge, too_large(need, reach));
         }
     }
 
@@ -81,15 +89,19 @@ impl Batch {
         Ok((table, cached))
     }
 
+    /// Leading blocks that may be taken from the cache. The last token is always computed: its logits are what is wanted.
+    fn hits_max(&self, sequence: &Sequence) -> usize {
+        let last = usize::from(!planted(Bug::NothingToCompute));
+        (sequence.tokens.len() - last) / usize::from(self.config.block_tokens)
+    }
+
     /// Gives a waiting sequence slots for all its known tokens; `false` when it must wait.
     fn seat(&mut self, rank: Rank) -> bool {
         if !self.has_row() {
             return false;
         }
         let mut sequence = self.sequences.remove(&rank).expect("ranks in sets name sequences");
-        // The last token is always computed: its logits are what is wanted.
-        let last = usize::from(!planted(Bug::NothingToCompute));
-        let hits_max = (sequence.tokens.len() - last) / usize::from(self.config.block_tokens);
+        let hits_max = self.hits_max(&sequence);
         let seats = self.seats(&sequence, hits_max, sequence.blocks());
         let seated = seats.is_ok();
         if let Ok((table, cached)) = seats {
@@ -117,13 +129,17 @@ impl Batch {
         if let Err((kind, detail)) = self.judge(&ticket) {
             return self.refuse(attempt, kind, detail);
         }
+        let mut sequence = Sequence::new(now, ticket, &self.config, Phase::Receiving);
+        let (blocks, reach) = (sequence.blocks(), self.pool.reach(&sequence.names));
+        if blocks > reach {
+            return self.refuse(attempt, FailKind::TooLarge, too_large(blocks, reach));
+        }
         if self.blocked.is_some() || !self.has_row() {
             let detail = format!("{} waiting, {} running, {} receiving", self.waiting.len(), self.running.len(), self.receiving);
             return self.refuse(attempt, FailKind::NoRoom, detail);
         }
-        let mut sequence = Sequence::new(now, ticket, &self.config, Phase::Receiving);
-        let headroom = sequence.headroom(self.config.headroom_blocks as usize, self.config.context_max as usize);
-        let blocks = sequence.blocks();
+        let headroom =
+            sequence.headroom(self.config.headroom_blocks as usize, self.config.context_max as usize).min(reach - blocks);
         match self.seats(&sequence, sequence.names.len(), blocks + headroom) {
             Ok((table, cached)) => {
                 sequence.seat(table, cached);
@@ -198,6 +214,10 @@ impl Batch {
         };
         (Flight { rank, attempt: sequence.attempt, end: end as u32, sample }, row)
     }
+}
+
+fn too_large(need: usize, reach: usize) -> String {
+    format!("{need} blocks needed, {reach} are the most that pins leave of the pool")
 }
 
 /// Tokens of the next chunk of a prompt of which `start` are computed and `pending` are not: all, if `left` allows; else up to a block boundary.

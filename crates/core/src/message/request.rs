@@ -120,7 +120,7 @@ pub struct HandoverStats {
 /// Why a node gives up on an attempt. The gateway makes a new ticket for the kinds that another node may do better.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailKind {
-    /// The pool has no room, now or ever.
+    /// The pool has no room now.
     NoRoom,
     /// The other node of the ticket is lost or not the one that the ticket means.
     PeerLost,
@@ -134,6 +134,8 @@ pub enum FailKind {
     BadTicket,
     /// The node is draining or stopping.
     Stopping,
+    /// The sequence is over what its pool or its context could ever hold for it, with what pins keep. Waiting does not help.
+    TooLarge,
 }
 
 /// An attempt that ended without its last token.

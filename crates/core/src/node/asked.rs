@@ -47,7 +47,8 @@ impl Node {
 
     fn on_assign(&mut self, replica: ReplicaId, ticket: Ticket) {
         let attempt = ticket.attempt;
-        if self.stopping_since.is_some() {
+        // Of a node that is drained gateways ask the KV of what they move.
+        if self.stopping.is_some() && ticket.decode.is_none() {
             let detail = "the node is stopping".into();
             return self.tell(replica, Message::Failed(AttemptFailed { attempt, kind: FailKind::Stopping, detail }));
         }
@@ -71,6 +72,9 @@ impl Node {
     pub(super) fn cancel(&mut self, attempt: AttemptId) {
         self.gateways.remove(&attempt);
         self.splitting.remove(&attempt);
+        if self.batch.knows(attempt) || self.leaving.contains_key(&attempt) {
+            self.ending.insert(attempt);
+        }
         if !planted(Bug::AskKept) {
             self.asking.remove(&attempt);
         }

@@ -17,6 +17,8 @@ pub enum Note {
     Admitted(AttemptId, u32),
     /// An attempt ended without its last token, and its gateway was told.
     Failed(AttemptId, FailKind, String),
+    /// An attempt was cancelled, and nothing of it is left here: no slot, no stream, no row of a step.
+    Freed(AttemptId),
     /// A message that means nothing on the link that it came on.
     Meaningless(Box<Message>),
     /// Pins are set: version, and how they stand.

@@ -158,7 +158,7 @@ impl Node {
     fn on_open(&mut self, link: LinkNo, ticket: Ticket) {
         let attempt = ticket.attempt;
         let meant = ticket.decode.as_ref().map(|peer| (peer.node, peer.epoch));
-        if meant.is_none() || meant != self.joined() || self.stopping_since.is_some() {
+        if meant.is_none() || meant != self.joined() || self.stopping.is_some() {
             let detail = "the ticket does not name this incarnation of this node, or it is stopping".into();
             return self.send(link, Message::Declined { attempt, kind: FailKind::PeerLost, detail });
         }

@@ -149,11 +149,20 @@ impl Uplinks {
         publisher.map_or(own, |deadline| deadline.min(own))
     }
 
+    /// Asks that what decodes here go on elsewhere, and that nothing new be sent.
+    pub(super) fn ask_to_be_drained(&self, effects: &mut VecDeque<Effect>) {
+        self.tell_home(effects, |node, epoch| Message::Drain { node, epoch });
+    }
+
     /// Says goodbye, so that nothing more is sent here.
     pub(super) fn leave(&self, effects: &mut VecDeque<Effect>) {
+        self.tell_home(effects, |node, epoch| Message::Leave { node, epoch });
+    }
+
+    fn tell_home(&self, effects: &mut VecDeque<Effect>, message: impl FnOnce(NodeId, Epoch) -> Message) {
         let home = self.home.and_then(|home| self.link(home));
         if let (Some((node, epoch)), Some(link)) = (self.joined, home) {
-            effects.push_back(Effect::Send(link, Message::Leave { node, epoch }));
+            effects.push_back(Effect::Send(link, message(node, epoch)));
         }
     }
 

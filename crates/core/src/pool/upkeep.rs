@@ -57,6 +57,16 @@ impl Pool {
         PinCount { held, absent, over: named.saturating_sub(held + absent) }
     }
 
+    /// Slots that a sequence with these leading blocks could have if nobody used any other: all but those that pins keep from it. O(names).
+    #[must_use]
+    pub fn reach(&self, names: &[BlockHash]) -> usize {
+        let pinned = |name: &&BlockHash| {
+            let slot = self.by_name.get(*name);
+            slot.is_some_and(|slot| self.entries[*slot as usize].block.is_some_and(|block| block.pinned))
+        };
+        self.entries.len() - self.pinned as usize + names.iter().take_while(pinned).count()
+    }
+
     /// Whether a block that is about to be cached behind `parent` is pinned from the start.
     pub(super) fn born_pinned(&self, parent: Option<u32>, name: &BlockHash) -> bool {
         let behind = parent.is_none_or(|parent| self.entries[parent as usize].block.is_some_and(|block| block.pinned));

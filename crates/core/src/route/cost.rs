@@ -37,7 +37,7 @@
 //! more than the plan does.
 
 use crate::ids::NodeId;
-use crate::message::Role;
+use crate::message::{Load, Role};
 
 use super::hot::Hot;
 use super::speed::{CostModel, Speed, percent, term};
@@ -145,7 +145,7 @@ pub(super) struct Terms {
     pub role: Role,
     /// Leading full blocks of the prompt that it has.
     pub cached_blocks: u32,
-    /// Slots of its pool; 0 when not known.
+    /// Slots of its pool that pins leave for the request; 0 when not known.
     pub total_blocks: u64,
     /// Blocks of prompt and answer.
     pub need_blocks: u64,
@@ -167,6 +167,13 @@ pub(super) struct Terms {
     pub one_ends_us: u64,
     missing_bytes: u64,
     slo_percent: u32,
+}
+
+/// Slots of a node's pool that a request could have if it were alone there. Which of the blocks that it finds cached are pinned is not known
+/// here: all that may be count as its own, and the node, which knows, refuses what does not fit.
+fn reach_blocks(load: &Load, cached_blocks: u64) -> u64 {
+    let pinned = u64::from(load.pinned_blocks);
+    u64::from(load.total_blocks).saturating_sub(pinned.saturating_sub(cached_blocks)).max(u64::from(load.total_blocks > 0))
 }
 
 /// Computing a prompt at a node, and what that does to those who decode there.
@@ -203,7 +210,7 @@ impl Terms {
             node: view.node,
             role: view.role,
             cached_blocks: cached_blocks as u32, // at most the prompt's, a u32
-            total_blocks: u64::from(load.total_blocks),
+            total_blocks: reach_blocks(load, cached_blocks),
             need_blocks: (tokens + u64::from(ask.max_new.max(1)) - 1).div_ceil(block_tokens),
             speed,
             prompt_blocks,

@@ -138,10 +138,12 @@ impl Drive {
             Effect::Close(no, why) => self.links.get(&no).into_iter().for_each(|link| link.close(why)),
             Effect::Greet(node, epoch) => self.dialer.greet(node, epoch),
             // One that finds no room is told again with the next link.
-            // One that finds no room is told again with the next link.
             Effect::Replicas(from, list) => drop(self.replicas.try_send((from, list))),
             Effect::Step(step) => ensure!(self.compute.begin(step), "the engine's thread is gone"),
-            Effect::Span(job) => self.spans.start(self.links.get(&job.link).cloned(), job),
+            Effect::Span(job) => {
+                tracing::debug!(attempt = %job.attempt, cells = job.span.cells(), "hand-over: cells leave");
+                self.spans.start(self.links.get(&job.link).cloned(), job);
+            }
             Effect::StopSpans(attempt) => self.spans.stop(attempt),
             Effect::OpenGate(attempt, link, gate) => self.gates.open(attempt, link, *gate),
             Effect::MoveGate(attempt, link) => self.gates.relink(attempt, link),
@@ -174,6 +176,7 @@ fn log(note: Note) {
         Note::Joined(node, epoch) => tracing::info!(%node, %epoch, "joined"),
         Note::NotYet(reason) => tracing::info!(%reason, "not a member yet"),
         Note::Admitted(attempt, cached_blocks) => tracing::debug!(%attempt, cached_blocks, "hand-over: admitted"),
+        Note::Freed(attempt) => tracing::debug!(%attempt, "cancelled: nothing of it is left"),
         Note::Failed(attempt, kind, detail) => tracing::warn!(%attempt, ?kind, %detail, "attempt failed"),
         Note::Meaningless(message) => tracing::debug!(?message, "message without meaning on this link"),
         Note::Pins(version, pins) => {
@@ -194,6 +197,10 @@ fn log_step(message: &Message) {
         Message::Open(open) => tracing::debug!(attempt = %open.ticket.attempt, "hand-over: asked for slots"),
         Message::Granted(granted) => {
             tracing::debug!(attempt = %granted.attempt, have_blocks = granted.have_blocks, "hand-over: slots reserved");
+        }
+        Message::Resumed(resumed) => {
+            let cells: u32 = resumed.stands.iter().map(|word| word.count_ones()).sum();
+            tracing::debug!(attempt = %resumed.attempt, cells, "hand-over: what stands");
         }
         Message::Resume { attempt, .. } => tracing::debug!(%attempt, "hand-over: goes on over another link"),
         Message::Fin(fin) => tracing::debug!(attempt = %fin.attempt, cells = fin.cells, "hand-over: manifest leaves"),
