@@ -153,12 +153,18 @@ pub struct Gateway {
     /// Which tenant a name belongs to: no two may share one.
     owners: BTreeMap<BlockHash, &'static str>,
     /// Whether operators pin blocks in this world: else every sequence fits into a pool.
-    pub pins: bool,
+    pins: bool,
     /// What is to be done.
     pub acts: Vec<Act>,
 }
 
 impl Gateway {
+    /// No requests yet; whether operators pin blocks.
+    #[must_use]
+    pub fn new(pins: bool) -> Self {
+        Self { pins, ..Self::default() }
+    }
+
     /// A client's request at a gateway; it wants a place at once.
     pub fn open(
         &mut self,

@@ -168,6 +168,7 @@ impl World {
         let hosts = kinds.into_iter().flat_map(|(role, count)| (0..count).map(move |n| host(role, n)));
         let hosts: Vec<_> = hosts.collect();
         let quic = plan.quic.map(|window| Quic::new(hosts.len(), window));
+        let gateway = Gateway::new(plan.orders_us > 0);
         let mut world = Self {
             quic,
             hosts,
@@ -181,7 +182,7 @@ impl World {
             links: BTreeMap::new(),
             streams: BTreeMap::new(),
             outages: BTreeMap::new(),
-            gateway: Gateway { pins: plan.orders_us > 0, ..Gateway::default() },
+            gateway,
             operators: Operators::default(),
             audit: Audit::default(),
             watch: Watch::default(),
