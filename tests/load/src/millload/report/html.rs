@@ -13,8 +13,8 @@ use super::text::{TIMES, cells, ms, percent, verdict};
 const WINDOWS: usize = 60;
 
 const STYLE: &str = "
-:root{--ink:#1d2733;--soft:#66727f;--line:#e3e7eb;--card:#fff;--back:#f4f6f8;--c0:#2667c9;--c1:#e0762f;--c2:#2c9a6b;--c3:#9a5bc4;--c4:#0f8a9d;--c5:#d1a413;--c6:#7a6a58;--c7:#b9c2cc;--bad:#c4392f}
-@media(prefers-color-scheme:dark){:root{--ink:#e6ebf0;--soft:#93a0ad;--line:#2c3640;--card:#1a222a;--back:#12181e;--c0:#6ea5f5;--c1:#f0985c;--c2:#5cc596;--c3:#c08ee6;--c4:#4fc3d4;--c5:#e6c34d;--c6:#b7a48e;--c7:#4b5866;--bad:#ef7468}}
+:root{--ink:#1d2733;--soft:#66727f;--line:#e3e7eb;--card:#fff;--back:#f4f6f8;--c0:#2667c9;--c1:#e0762f;--c2:#2c9a6b;--c3:#9a5bc4;--c4:#0f8a9d;--c5:#d1a413;--c6:#c2527f;--c7:#b9c2cc;--bad:#c4392f}
+@media(prefers-color-scheme:dark){:root{--ink:#e6ebf0;--soft:#93a0ad;--line:#2c3640;--card:#1a222a;--back:#12181e;--c0:#6ea5f5;--c1:#f0985c;--c2:#5cc596;--c3:#c08ee6;--c4:#4fc3d4;--c5:#e6c34d;--c6:#e58aad;--c7:#4b5866;--bad:#ef7468}}
 *{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1380px;margin:0 auto;padding:28px 20px 60px}h1{font-size:24px;margin:0 0 2px}h2{font-size:15px;margin:0 0 8px}
 p{margin:0 0 10px;color:var(--soft)}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr));gap:16px;margin-top:16px}
