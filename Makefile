@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim matrix fuzz bench bench-load clean clean-cache
+.PHONY: help setup demo test check sim matrix fuzz bench bench-load bench-routing clean clean-cache
 
 cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
@@ -65,10 +65,17 @@ bench: setup ## measure a local cluster under load (BENCH_ARGS=...)
 	cargo build --release
 	"$(target_dir)/release/millbench" $(BENCH_ARGS)
 
-bench-load: ## the load harness itself: its figures against known delays, and its own ceiling (a quiet machine; no cluster, no LibTorch)
+bench-load: ## the load harness itself: its figures against known delays, and its own ceiling; PEERS=1: against AIPerf and hey, too (a quiet machine; no cluster)
 	cargo build --release -p millrace-load
 	"$(target_dir)/release/millload" check
 	"$(target_dir)/release/millload" ceiling $(CEILING_ARGS)
+ifdef PEERS
+	python3 -B tests/load/peers/agree.py --millload "$(target_dir)/release/millload" --model '$(model)' --cache '$(cache)/peers' $(PEERS_ARGS)
+endif
+
+bench-routing: setup ## ways of placing requests against each other on the traces in the folder TRACES= (REQUESTS=, EXPERIMENT_ARGS=...)
+	cargo build --release
+	tests/load/routing.sh "$(target_dir)/release" '$(model)' '$(TRACES)' "$(target_dir)/routing" $(EXPERIMENT_ARGS)
 
 clean: ## remove what was built, and local clusters; the cache stays
 	cargo clean

@@ -119,6 +119,7 @@ pub fn order(mut gateways: Vec<Gateway>, turn: usize) -> Vec<Gateway> {
 }
 
 async fn carry(State(front): State<Front>, request: Request) -> Response {
+    let arrived = Instant::now();
     let (parts, body) = request.into_parts();
     let body = match read(&parts.headers, body).await {
         Ok(body) => body,
@@ -128,11 +129,12 @@ async fn carry(State(front): State<Front>, request: Request) -> Response {
     keep_end_to_end(&mut headers);
     let created_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let order = Order { id: rand::random(), created_s, seed: rand::random(), resume_bytes: 0 };
-    front.answer(Wanted { method: parts.method, uri: parts.uri, headers, body, order }).await
+    front.answer(Wanted { arrived, method: parts.method, uri: parts.uri, headers, body, order }).await
 }
 
 /// A request that can be sent again.
 struct Wanted {
+    arrived: Instant,
     method: Method,
     uri: Uri,
     headers: HeaderMap,
@@ -215,7 +217,7 @@ impl Front {
 
     fn stream(&self, mut wanted: Wanted, gateway: Gateway, response: Response<Incoming>) -> Response {
         let noted = response.headers().get(&HEADER) == Some(&NOTED);
-        let kept = noted.then(|| Kept::new(&self.0.room, wanted.body.len())).flatten();
+        let kept = noted.then(|| Kept::new(&self.0.room, wanted.body.len(), wanted.arrived)).flatten();
         if kept.is_none() {
             wanted.body = Bytes::new();
         }

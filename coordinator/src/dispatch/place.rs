@@ -104,6 +104,7 @@ impl Inner {
         self.watch(now, no, &question, decision, (&prefill, decode.as_ref().unwrap_or(&prefill)));
         let (name, epoch) = (prefill.name.clone(), prefill.epoch);
         request.placed(now, prefill, decode);
+        request.leaves(Instant::now());
         if !self.nodes.send(&name, epoch, Message::Assign(ticket)) {
             request.unsent(now);
         }

@@ -276,6 +276,13 @@ impl Request {
         self.running = Some(Running { id, prefill, decode, first, placed: now, progress: now, handed_over: false });
     }
 
+    /// The ticket leaves.
+    pub fn leaves(&mut self, now: Instant) {
+        if self.delivered() == 0 {
+            self.usage.timings.route_us = self.elapsed_us(now);
+        }
+    }
+
     /// There is no place now.
     pub fn unplaced(&mut self, now: Instant, full: bool, detail: String) {
         let (since, wait_max, kind) = match full {

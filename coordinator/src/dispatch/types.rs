@@ -124,6 +124,8 @@ pub struct Timings {
     pub attempts: u16,
     /// Tokens of later tickets whose KV was nowhere to be had and was computed again.
     pub recomputed_tokens: u32,
+    /// From submission until the ticket that brought the first token left, microseconds.
+    pub route_us: u64,
     /// From submission to the first token, microseconds; 0 without one.
     pub ttft_us: u64,
     /// From submission to the end, microseconds.

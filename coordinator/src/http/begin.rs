@@ -7,12 +7,13 @@ use millrace_checkpoint::Checkpoint;
 use millrace_core::ids::TokenId;
 
 use super::answer::{Choice, Transcript};
+use super::clock::Clock;
 use super::error::ApiError;
 use super::front::{Given, Order, Resume};
 use super::limits::Permit;
 use super::metrics::TenantMeter;
 use super::request::{REQUEST_BUDGET, Wanted};
-use super::respond::{Choices, Envelope, add};
+use super::respond::{Choices, Count, Envelope, add};
 use crate::App;
 use crate::dispatch::{Delivered, Prompt, Usage};
 
@@ -32,6 +33,7 @@ pub(super) struct Context<'a> {
     pub trace: [u8; 25],
     pub meter: TenantMeter,
     pub permit: Permit,
+    pub clock: Clock,
 }
 
 /// Takes what a front hands over off the beginning of `body`.
@@ -91,7 +93,7 @@ impl Begin {
     /// The first choice that is refused; nothing runs then.
     pub(super) fn start(self, app: &App, context: Context) -> Result<(Envelope, Choices), ApiError> {
         let Wanted { prompts, sampling, cache_salt, shape, .. } = self.wanted;
-        let Context { tenant, ttft_max, trace, meter, permit } = context;
+        let Context { tenant, ttft_max, trace, meter, permit, clock } = context;
         // The first token of what is resumed came long ago.
         let ttft_max = ttft_max.filter(|_| !self.resumed);
         let mut choices = Choices { resumed: self.resumed, ..Choices::default() };
@@ -114,9 +116,10 @@ impl Begin {
             choices.open.push((index, Choice::new(running, transcript)));
         }
         let model = &app.model.name;
+        let count = Count { meter, permit, clock };
         let envelope = match &self.order {
-            Some(order) => Envelope::carried(order, model, shape, meter, permit),
-            None => Envelope::new(first.unwrap_or_default(), model, shape, meter, permit),
+            Some(order) => Envelope::carried(order, model, shape, count),
+            None => Envelope::new(first.unwrap_or_default(), model, shape, count),
         };
         Ok((envelope, choices))
     }

@@ -66,10 +66,12 @@ pub enum Note {
         /// As in [`Given`].
         cached_tokens: u32,
     },
-    /// The event ends this choice: `: e <choice>`.
+    /// The event ends this choice: `: e <choice>`, or `: e <choice> timed`.
     End {
         /// Which.
         choice: usize,
+        /// It says where the time went, and the front adds its own.
+        timed: bool,
     },
     /// The event has the usage; only the end mark follows: `: c`.
     Close,
@@ -119,7 +121,7 @@ impl Resume {
     #[must_use]
     pub fn note(&mut self, note: Note, choices_max: usize) -> bool {
         let choice = match note {
-            Note::Token { choice, .. } | Note::End { choice } => choice,
+            Note::Token { choice, .. } | Note::End { choice, .. } => choice,
             Note::Close | Note::Elsewhere => return true,
         };
         if choice >= choices_max {
@@ -150,7 +152,8 @@ impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Token { choice, token, cached_tokens } => write!(f, ": t {choice} {token} {cached_tokens}"),
-            Self::End { choice } => write!(f, ": e {choice}"),
+            Self::End { choice, timed: false } => write!(f, ": e {choice}"),
+            Self::End { choice, timed: true } => write!(f, ": e {choice} timed"),
             Self::Close => write!(f, ": c"),
             Self::Elsewhere => write!(f, ": elsewhere"),
         }
@@ -167,7 +170,8 @@ impl Note {
                 let (choice, token) = (choice.parse().ok()?, token.parse().ok()?);
                 Some(Self::Token { choice, token, cached_tokens: cached.parse().ok()? })
             }
-            ["e", choice] => Some(Self::End { choice: choice.parse().ok()? }),
+            ["e", choice] => Some(Self::End { choice: choice.parse().ok()?, timed: false }),
+            ["e", choice, "timed"] => Some(Self::End { choice: choice.parse().ok()?, timed: true }),
             ["c"] => Some(Self::Close),
             ["elsewhere"] => Some(Self::Elsewhere),
             _ => None,
@@ -186,8 +190,8 @@ mod tests {
         assert_eq!(Order::of(&headers).unwrap(), None);
         headers.insert(HEADER, order.value());
         assert_eq!(Order::of(&headers).unwrap(), Some(order));
-        for note in [Note::Token { choice: 31, token: 9, cached_tokens: 4 }, Note::End { choice: 0 }, Note::Close, Note::Elsewhere]
-        {
+        let ends = [false, true].map(|timed| Note::End { choice: 0, timed });
+        for note in [Note::Token { choice: 31, token: 9, cached_tokens: 4 }, ends[0], ends[1], Note::Close, Note::Elsewhere] {
             assert_eq!(Note::parse(&note.to_string()), Some(note));
         }
         assert_eq!((Note::parse(": ping"), Note::parse("data: t 0 1 2"), Note::parse(": t 0 -1 2")), (None, None, None));
@@ -206,7 +210,7 @@ mod tests {
     fn notes_add_up_within_their_bounds() {
         let token = |choice, token| Note::Token { choice, token, cached_tokens: 16 };
         let mut resume = Resume::default();
-        for note in [token(1, 5), token(1, 6), Note::End { choice: 1 }, Note::Elsewhere] {
+        for note in [token(1, 5), token(1, 6), Note::End { choice: 1, timed: false }, Note::Elsewhere] {
             assert!(resume.note(note, 2));
         }
         let second = Given { tokens: vec![5, 6], cached_tokens: 16, ended: true };

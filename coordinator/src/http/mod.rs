@@ -2,11 +2,13 @@
 //!
 //! `auth` says who asks, `limits` how much they may have at a time, `request` what may be asked, `answer` turns tokens to text, `stop`
 //! finds stop strings, `respond` writes JSON and events, `front` is what a front adds to a request and reads beside its answer, `begin`
-//! starts or resumes the choices of a request, `error` shapes errors, `metrics` counts. Where a request goes is the dispatcher's business.
+//! starts or resumes the choices of a request, `error` shapes errors, `clock` times, `metrics` counts. Where a request goes is the
+//! dispatcher's business.
 
 pub mod answer;
 pub mod auth;
 mod begin;
+pub mod clock;
 pub mod error;
 pub mod front;
 pub mod limits;
@@ -23,6 +25,7 @@ use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::ListenerExt;
 use axum::{Json, Router};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -30,6 +33,7 @@ use tokio::net::TcpListener;
 
 use self::auth::{Caller, authenticate};
 use self::begin::{Begin, Context};
+use self::clock::Clock;
 use self::error::ApiError;
 use self::front::Order;
 use self::limits::Limiter;
@@ -60,6 +64,8 @@ pub async fn serve(app: Arc<App>, listener: TcpListener) -> std::io::Result<()> 
     let shutdown = app.shutdown.clone();
     let metrics = Metrics::new(&app).map_err(std::io::Error::other)?;
     let router = router(Gateway { app, metrics, limiter: Arc::default() });
+    // A token must not wait until the one before it is acknowledged.
+    let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
     axum::serve(listener, router).with_graceful_shutdown(async move { drop(shutdown.wait().await) }).await
 }
 
@@ -119,8 +125,10 @@ impl Gateway {
         body: Body,
         check: impl FnOnce(&Rules, T) -> Result<Wanted, ApiError> + Send + 'static,
     ) -> Result<Response, ApiError> {
+        let mut clock = Clock::start();
         let (caller, order) = (self.caller(headers)?, Order::of(headers)?);
         let mut bytes = read(headers, body, order.map_or(0, |order| order.resume_bytes)).await?;
+        clock.read();
         let app = self.app.clone();
         // Parsing and tokenizing megabytes takes tens of milliseconds: not on a thread that carries everybody's tokens.
         let answer_max = caller.limits.answer_tokens_max;
@@ -131,22 +139,18 @@ impl Gateway {
             Begin::new(&app.checkpoint, wanted, order, resume)
         };
         let begin = tokio::task::spawn_blocking(parse).await.map_err(|_| crashed())??;
-        self.submit(caller, begin, ttft_max(headers)?, trace(headers)).await
+        clock.parsed();
+        self.submit(caller, begin, headers, clock).await
     }
 
-    async fn submit(
-        &self,
-        caller: Caller,
-        begin: Begin,
-        ttft_max: Option<Duration>,
-        trace: [u8; 25],
-    ) -> Result<Response, ApiError> {
+    async fn submit(&self, caller: Caller, begin: Begin, headers: &HeaderMap, clock: Clock) -> Result<Response, ApiError> {
+        let (ttft_max, trace) = (ttft_max(headers)?, trace(headers));
         // What is resumed counts like anything else: a front's word is anybody's.
         let (requests, prompt_tokens) = begin.size();
         let permit = self.limiter.admit(&caller, requests, prompt_tokens)?;
         let tokens_left = permit.tokens;
         let meter = self.metrics.of_tenant(&caller.tenant);
-        let context = Context { tenant: &caller.tenant, ttft_max, trace, meter, permit };
+        let context = Context { tenant: &caller.tenant, ttft_max, trace, meter, permit, clock };
         let (envelope, choices) = begin.start(&self.app, context)?;
         let mut response =
             if envelope.shape.stream { respond::streamed(envelope, choices) } else { respond::whole(envelope, choices).await? };

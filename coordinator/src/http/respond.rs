@@ -15,6 +15,7 @@ use millrace_core::ids::TokenId;
 use serde_json::{Value, json};
 
 use super::answer::{Choice, Piece};
+use super::clock::Clock;
 use super::error::ApiError;
 use super::front::{HEADER, NOTED, Note, Order};
 use super::limits::Permit;
@@ -33,11 +34,19 @@ pub struct Envelope {
     /// How to write.
     pub shape: Shape,
     /// Where to count.
-    pub meter: TenantMeter,
+    pub count: Count,
     /// A front carries the answer and reads notes.
     pub noted: bool,
-    /// The place among the tenant's requests, for as long as the response lasts.
-    _permit: Permit,
+}
+
+/// Where a response is counted, for as long as it lasts.
+pub struct Count {
+    /// For the tenant.
+    pub meter: TenantMeter,
+    /// Its place among the tenant's requests.
+    pub permit: Permit,
+    /// Its times here.
+    pub clock: Clock,
 }
 
 /// The choices of an answer.
@@ -54,24 +63,16 @@ pub struct Choices {
 impl Envelope {
     /// For a request that was just accepted.
     #[must_use]
-    pub fn new(request: u128, model: &str, shape: Shape, meter: TenantMeter, permit: Permit) -> Self {
+    pub fn new(request: u128, model: &str, shape: Shape, count: Count) -> Self {
         let prefix = if shape.chat { "chatcmpl" } else { "cmpl" };
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self {
-            id: format!("{prefix}-{request:032x}"),
-            model: model.to_owned(),
-            created,
-            shape,
-            meter,
-            noted: false,
-            _permit: permit,
-        }
+        Self { id: format!("{prefix}-{request:032x}"), model: model.to_owned(), created, shape, count, noted: false }
     }
 
     /// For an answer that a front carries.
     #[must_use]
-    pub fn carried(order: &Order, model: &str, shape: Shape, meter: TenantMeter, permit: Permit) -> Self {
-        Self { created: order.created_s, noted: true, ..Self::new(order.id, model, shape, meter, permit) }
+    pub fn carried(order: &Order, model: &str, shape: Shape, count: Count) -> Self {
+        Self { created: order.created_s, noted: true, ..Self::new(order.id, model, shape, count) }
     }
 
     fn object(&self) -> &'static str {
@@ -103,14 +104,14 @@ pub async fn whole(envelope: Envelope, choices: Choices) -> Result<Response, Api
     let mut body = envelope.wrap(Value::Array(written));
     body["usage"] = usage_json(&total);
     if let (true, Some(usage)) = (envelope.shape.timings, last) {
-        body["millrace"] = timings_json(&usage);
+        body["millrace"] = timings_json(&usage, &envelope.count.clock);
     }
     Ok(Json(body).into_response())
 }
 
 async fn collect(envelope: &Envelope, index: usize, mut choice: Choice) -> Result<(Value, Usage), ApiError> {
     let (mut content, mut ids): (String, Vec<TokenId>) = Default::default();
-    let mut watch = Watch::start(&envelope.meter);
+    let mut watch = Watch::start(&envelope.count.meter);
     while let Some(piece) = choice.next().await {
         match piece {
             Piece::Token { token, text } => {
@@ -148,8 +149,8 @@ pub fn streamed(envelope: Envelope, choices: Choices) -> Response {
     let opening = if choices.resumed { Vec::new() } else { opening(&envelope, choices.open.len()) };
     let each = choices.open.into_iter().map(|(index, choice)| chunks(envelope.clone(), index, choice).boxed());
     let tokens = stream::select_all(each);
-    let state = (tokens, choices.ended, false, envelope);
-    let body = stream::unfold(Some(state), |state| async move {
+    let (state, resumed) = ((tokens, choices.ended, false, envelope), choices.resumed);
+    let body = stream::unfold(Some(state), move |state| async move {
         let (mut tokens, mut total, mut failed, envelope) = state?;
         let Some(chunk) = tokens.next().await else { return Some((closing(&envelope, &total, failed), None)) };
         match chunk.end {
@@ -158,6 +159,10 @@ pub fn streamed(envelope: Envelope, choices: Choices) -> Response {
             None => {}
         }
         let event = noted_event(chunk.note.filter(|_| envelope.noted), &chunk.value);
+        // The first token of what is resumed was another gateway's.
+        if !resumed && matches!(chunk.note, Some(Note::Token { .. })) {
+            envelope.count.clock.token();
+        }
         Some((event, Some((tokens, total, failed, envelope))))
     });
     let body = stream::iter(opening).chain(body).map(Ok::<_, Infallible>);
@@ -176,7 +181,7 @@ struct Chunk {
 }
 
 fn chunks(envelope: Arc<Envelope>, index: usize, choice: Choice) -> impl Stream<Item = Chunk> + Send {
-    let watch = Watch::start(&envelope.meter);
+    let watch = Watch::start(&envelope.count.meter);
     stream::unfold((choice, watch, envelope), move |(mut choice, mut watch, envelope)| async move {
         let chunk = match choice.next().await? {
             Piece::Token { token, text } => {
@@ -187,7 +192,8 @@ fn chunks(envelope: Arc<Envelope>, index: usize, choice: Choice) -> impl Stream<
             Piece::End { text, reason, usage } => {
                 watch.end(&usage);
                 let value = end_chunk(&envelope, index, &text, reason, &usage);
-                Chunk { value, note: Some(Note::End { choice: index }), end: Some(Ok(usage)) }
+                let note = Note::End { choice: index, timed: envelope.shape.timings };
+                Chunk { value, note: Some(note), end: Some(Ok(usage)) }
             }
             Piece::Failed(error) => {
                 watch.failed(error.code);
@@ -231,7 +237,7 @@ fn end_chunk(envelope: &Envelope, index: usize, text: &str, reason: &str, usage:
     }
     let mut chunk = with_usage_field(envelope, json!([choice]));
     if envelope.shape.timings {
-        chunk["millrace"] = timings_json(usage);
+        chunk["millrace"] = timings_json(usage, &envelope.count.clock);
     }
     chunk
 }
@@ -288,7 +294,7 @@ fn usage_json(usage: &Usage) -> Value {
 }
 
 /// Where the time of a request went; all times in microseconds.
-fn timings_json(usage: &Usage) -> Value {
+fn timings_json(usage: &Usage, clock: &Clock) -> Value {
     let timings = &usage.timings;
     let prefill = timings
         .prefill
@@ -302,7 +308,7 @@ fn timings_json(usage: &Usage) -> Value {
     });
     json!({
         "prefill": prefill, "handover": handover, "decode_node": timings.decode_node, "attempts": timings.attempts,
-        "recomputed_tokens": timings.recomputed_tokens,
+        "recomputed_tokens": timings.recomputed_tokens, "gateway": clock.json(timings),
         "ttft_us": timings.ttft_us, "total_us": timings.total_us,
     })
 }

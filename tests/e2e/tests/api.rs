@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::time::Instant;
 
 use millrace_e2e::cluster::{Cluster, Plan};
-use millrace_e2e::stream::{Answer, End, Events, complete};
+use millrace_e2e::stream::{Answer, End, Event, Events, complete};
 use millrace_e2e::{WAIT_MAX, eventually, http, real_model, tiny_model};
 use serde_json::{Value, json};
 
@@ -212,4 +214,46 @@ async fn a_client_that_goes_away_leaves_no_block_in_use() {
         if cancelled == 6.0 { Ok(()) } else { Err(format!("{cancelled} of 6")) }
     })
     .await;
+}
+
+/// A streamed answer, asked for at `at`: its chunk with the times, and what the client measured until its first token.
+async fn timed(cluster: &Cluster, at: SocketAddr, first: usize) -> (Value, u64) {
+    let prompt: Vec<usize> = (0..12).map(|i| 3 + (first * 31 + i * 7) % 290).collect();
+    let body = json!({
+        "model": cluster.model, "prompt": prompt, "max_tokens": 4, "ignore_eos": true, "stream": true, "millrace_timings": true,
+    });
+    let asked = Instant::now();
+    let mut events = Events::open(at, COMPLETIONS, &body).await.unwrap();
+    let Some(Event::Chunk(token)) = events.next().await.unwrap() else { panic!("no token") };
+    let first_us = asked.elapsed().as_micros() as u64;
+    assert!(token.get("millrace").is_none() && token.get("millrace_front").is_none(), "{token}");
+    let answer = events.collect(Answer::default()).await;
+    assert_eq!(answer.end, End::Whole);
+    let mut said = answer.chunks.into_iter().filter(|chunk| chunk.get("millrace").is_some());
+    let chunk = said.next().expect("a chunk says it");
+    assert!(said.next().is_none() && chunk["choices"][0]["finish_reason"] == "length", "{chunk}");
+    (chunk, first_us)
+}
+
+/// Each clock measures a part of what the next one around it measures: node, gateway, front, client.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_says_where_the_time_to_its_first_token_went() {
+    let cluster = Cluster::start(Plan::checksum(500)).await;
+    let gateway = cluster.status().await.unwrap().members[0].http.unwrap();
+    for n in 0..20 {
+        let through_front = n % 2 == 0;
+        let (chunk, client_us) = timed(&cluster, if through_front { cluster.http } else { gateway }, n).await;
+        let us = |path: &str| chunk.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{path}: {chunk}"));
+        let node = us("/millrace/prefill/queue_us") + us("/millrace/prefill/compute_us");
+        let submitted = us("/millrace/ttft_us");
+        assert!(us("/millrace/gateway/route_us") + node <= submitted, "{chunk}");
+        let own = us("/millrace/gateway/read_us") + us("/millrace/gateway/parse_us") + us("/millrace/gateway/write_us");
+        let gateway_us = us("/millrace/gateway/ttft_us");
+        // Each part is cut to whole microseconds.
+        assert!(own + submitted <= gateway_us && gateway_us <= own + submitted + 5, "{chunk}");
+        let known = if through_front { us("/millrace_front/ttft_us") } else { gateway_us };
+        assert!(gateway_us <= known && known <= client_us, "client {client_us}: {chunk}");
+        assert_eq!(chunk.get("millrace_front").is_some(), through_front);
+    }
+    cluster.rests().await;
 }

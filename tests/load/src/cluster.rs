@@ -1,10 +1,10 @@
-//! A local cluster for the time of a measurement, started with `millctl local up` and reached through its HTTP door.
+//! One prefill and one decode node for the time of a measurement, reached through their HTTP door.
 
+use std::ffi::OsString;
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
@@ -12,19 +12,17 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+
+use crate::local::Local;
 
 /// Token ids of prompts: in the middle of any real vocabulary, where no id is special.
 const IDS: (u32, u32) = (1_000, 30_000);
 
 /// A running cluster.
 pub struct Cluster {
-    millctl: Child,
-    url: String,
+    local: Local,
     client: Client<HttpConnector, Full<Bytes>>,
     model: String,
-    _dir: tempfile::TempDir,
 }
 
 /// What one request took.
@@ -50,29 +48,14 @@ impl Cluster {
     /// # Errors
     /// It does not come up; what it said is in the error.
     pub async fn start(model: &Path, dtype: &str, coordinators: u16) -> Result<Self> {
-        let bin = std::env::current_exe()?.with_file_name("millctl");
-        let dir = tempfile::tempdir()?;
-        let (home, log) = (dir.path().join("cluster"), dir.path().join("log"));
         let replicas = coordinators.to_string();
-        let mut millctl = Command::new(&bin)
-            .args(["local", "up", "--coordinators", &replicas, "--prefill", "1", "--decode", "1"])
-            .args(["--http", "127.0.0.1:0", "--dtype", dtype, "--exit-with-parent", "--model"])
-            .arg(model)
-            .arg("--dir")
-            .arg(home)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(std::fs::File::create(&log)?)
-            .spawn()
-            .with_context(|| format!("starting {}; build it: cargo build --release", bin.display()))?;
-        let stdout = millctl.stdout.take().context("stdout is a pipe")?;
-        let line = BufReader::new(stdout).lines().next_line().await?;
-        let Some(url) = line.as_deref().and_then(|line| line.strip_prefix("ready ")) else {
-            bail!("the cluster does not serve: {}", std::fs::read_to_string(&log)?);
-        };
+        let mut arguments: Vec<OsString> =
+            ["--coordinators", &replicas, "--prefill", "1", "--decode", "1", "--dtype", dtype, "--model"].map(Into::into).into();
+        arguments.push(model.into());
+        let local = Local::start(arguments).await?;
         let client = Client::builder(TokioExecutor::new()).build_http();
-        let mut cluster = Self { millctl, url: url.to_owned(), client, model: String::new(), _dir: dir };
-        let models = cluster.request(Request::get(format!("{url}/v1/models")), String::new()).await?;
+        let mut cluster = Self { local, client, model: String::new() };
+        let models = cluster.request(Request::get(format!("{}/v1/models", cluster.local.url())), String::new()).await?;
         cluster.model = models["data"][0]["id"].as_str().context("a model")?.to_owned();
         Ok(cluster)
     }
@@ -96,7 +79,7 @@ impl Cluster {
             "model": self.model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true, "temperature": 0,
             "millrace_timings": true,
         });
-        let answer = self.request(Request::post(format!("{}/v1/completions", self.url)), body.to_string()).await?;
+        let answer = self.request(Request::post(format!("{}/v1/completions", self.local.url())), body.to_string()).await?;
         let tokens = answer["usage"]["completion_tokens"].as_f64().unwrap_or(0.0);
         Ok(Answer { timings: answer["millrace"].clone(), tokens })
     }
@@ -105,10 +88,8 @@ impl Cluster {
     ///
     /// # Errors
     /// It cannot be waited for.
-    pub async fn stop(mut self) -> Result<()> {
-        drop(self.millctl.stdin.take());
-        self.millctl.wait().await?;
-        Ok(())
+    pub async fn stop(self) -> Result<()> {
+        self.local.stop().await
     }
 }
 

@@ -2,28 +2,24 @@
 //! leader, what clients notice, and whether what is cached is still found.
 //!
 //! A round: traffic with beginnings that its requests share (`traffic`), the fault, whose effect is proven, a new leader as every
-//! survivor says (`watch`), more traffic, and the fault undone. Cuts need a network namespace (`net`). Requests that fail, hang or have
+//! survivor says (`watch`), more traffic, and the fault undone. Cuts need a network namespace (`network`). Requests that fail, hang or have
 //! a wrong token make the whole measurement fail; times are printed and judged by whoever reads them.
 
-pub mod net;
 mod traffic;
 mod watch;
 
-use std::path::Path;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use coordinator::ctl::ask::Asker;
 use coordinator::ctl::cluster_file::{ClusterFile, CoordinatorEntry};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
 
-use self::net::Direction;
 use self::traffic::{Outcome, Request, Traffic};
 use self::watch::Watch;
+use crate::local::Local;
+use crate::millload::network::{self, Cut};
 use crate::report::Row;
 
 /// Engine time of a token, microseconds.
@@ -42,7 +38,7 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 enum Fault {
     Kill,
     Stop,
-    Cut(Direction),
+    Cut(Cut),
 }
 
 impl Fault {
@@ -50,8 +46,9 @@ impl Fault {
         match self {
             Self::Kill => "leader killed",
             Self::Stop => "leader stopped for 3 s",
-            Self::Cut(Direction::From) => "leader not heard for 6 s",
-            Self::Cut(Direction::To) => "leader hears nobody for 6 s",
+            Self::Cut(Cut::Mute) => "leader not heard for 6 s",
+            Self::Cut(Cut::Deafen) => "leader hears nobody for 6 s",
+            Self::Cut(Cut::Partition) => "leader cut off for 6 s",
         }
     }
 }
@@ -70,14 +67,14 @@ struct Round {
 /// # Errors
 /// A request failed, hung or was wrong; a fault had no effect; the cluster did not come up or become whole again.
 pub async fn measure(quick: bool, print: &dyn Fn(Row)) -> Result<()> {
-    let cut = net::inside();
+    let cut = network::inside();
     if !cut {
         println!("(no network namespace can be had here: the leader is not cut off)");
     }
     let (kills, stops, cuts) = if quick { (3, 1, 1) } else { (100, 100, 100) };
     let mut plan = vec![(Fault::Kill, kills), (Fault::Stop, stops)];
     if cut {
-        plan.extend([(Fault::Cut(Direction::From), cuts), (Fault::Cut(Direction::To), cuts)]);
+        plan.extend([(Fault::Cut(Cut::Mute), cuts), (Fault::Cut(Cut::Deafen), cuts)]);
     }
     let cluster = Cluster::start().await?;
     let traffic = Traffic::start(cluster.file()?.http.context("it serves")?).await?;
@@ -136,42 +133,21 @@ fn hit_rate(requests: &[&Request]) -> f64 {
 
 /// A cluster of three replicas and two nodes of each kind, with the checksum engine.
 struct Cluster {
-    millctl: Child,
-    dir: tempfile::TempDir,
+    local: Local,
     watch: Watch,
 }
 
 impl Cluster {
     async fn start() -> Result<Self> {
-        let bin = std::env::current_exe()?.with_file_name("millctl");
-        let dir = tempfile::tempdir()?;
-        let log = dir.path().join("log");
-        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/tiny-llama-gqa-tied");
-        let mut millctl = Command::new(&bin)
-            .args(["local", "up", "--http", "127.0.0.1:0", "--dtype", "f32", "--kv-blocks", "4096", "--exit-with-parent"])
-            .args(["--checksum-engine", &TOKEN_US.to_string(), "--model"])
-            .arg(model)
-            .arg("--dir")
-            .arg(dir.path().join("cluster"))
-            // A cluster notes that it runs: keep that away from the user's own.
-            .env("XDG_STATE_HOME", dir.path().join("state"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(std::fs::File::create(&log)?)
-            .spawn()
-            .with_context(|| format!("starting {}; build it: cargo build --release", bin.display()))?;
-        let stdout = millctl.stdout.take().context("stdout is a pipe")?;
-        let line = BufReader::new(stdout).lines().next_line().await?;
-        if !line.is_some_and(|line| line.starts_with("ready ")) {
-            bail!("the cluster does not serve: {}", std::fs::read_to_string(&log)?);
-        }
-        let home = dir.path().join("cluster");
-        let watch = Watch::start(&home, &ClusterFile::load(&home)?)?;
-        Ok(Self { millctl, dir, watch })
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/tiny-llama-gqa-tied");
+        let engine = ["--dtype", "f32", "--kv-blocks", "4096", "--checksum-engine", &TOKEN_US.to_string(), "--model", model];
+        let local = Local::start(engine).await?;
+        let watch = Watch::start(&local.dir(), &ClusterFile::load(&local.dir())?)?;
+        Ok(Self { local, watch })
     }
 
     fn file(&self) -> Result<ClusterFile> {
-        ClusterFile::load(&self.dir.path().join("cluster"))
+        ClusterFile::load(&self.local.dir())
     }
 
     /// Loses the leader once.
@@ -216,8 +192,8 @@ impl Cluster {
                 };
                 ensure!(timeout(WAIT_MAX, stopped).await.is_ok(), "the leader was not stopped");
             }
-            Fault::Cut(direction) => {
-                net::cut(direction, victim.quic.port())?;
+            Fault::Cut(cut) => {
+                network::cut(pid.into(), cut).await?;
                 let asked = Instant::now();
                 ensure!(timeout(WAIT_MAX, self.watch.falls_silent(victim.id, asked)).await.is_ok(), "the leader was not cut off");
             }
@@ -236,7 +212,7 @@ impl Cluster {
             }
             Fault::Cut(_) => {
                 rest(CUT_FOR).await;
-                net::heal()?;
+                network::heal().await?;
             }
         }
         Ok(())
@@ -263,8 +239,7 @@ impl Cluster {
     }
 
     async fn until(&self, what: &str, fits: impl Fn(&Value) -> bool) -> Result<()> {
-        let home = self.dir.path().join("cluster");
-        let mut asker = Asker::new(&home, &self.file()?)?;
+        let mut asker = Asker::new(&self.local.dir(), &self.file()?)?;
         let (began, mut last) = (Instant::now(), Value::Null);
         while began.elapsed() < WAIT_MAX {
             if let Ok(Ok(status)) = timeout(Duration::from_secs(2), asker.ask(&json!({"q": "status"}))).await {
@@ -280,10 +255,8 @@ impl Cluster {
         bail!("the cluster is not {what} after {} s: {last}", WAIT_MAX.as_secs())
     }
 
-    async fn stop(mut self) -> Result<()> {
-        drop(self.millctl.stdin.take());
-        self.millctl.wait().await?;
-        Ok(())
+    async fn stop(self) -> Result<()> {
+        self.local.stop().await
     }
 }
 

@@ -2,8 +2,8 @@
 //! can be pasted into `docs/benchmarks.md`. It judges nothing and writes no file of its own.
 //!
 //! `engine` and `handover` start a whole local cluster and measure it through its HTTP door; `stream`, `route`, `raft` (with `rebuild`) and
-//! `index` measure one part each, in this process; `faults` loses a cluster's leader under load. LibTorch is not linked: engines are reached
-//! as users reach them.
+//! `index` measure one part each, in this process; `faults` loses a cluster's leader under load. `millload` is the load harness. LibTorch is not
+//! linked: engines are reached as users reach them.
 
 pub mod cluster;
 pub mod engine;
@@ -11,6 +11,7 @@ pub mod events;
 pub mod faults;
 pub mod handover;
 pub mod index;
+pub mod local;
 pub mod machine;
 pub mod millload;
 pub mod raft;

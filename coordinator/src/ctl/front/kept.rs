@@ -1,12 +1,15 @@
 //! What the front keeps of an answer, so that another gateway can go on with it: the request, and the tokens that went through.
 //!
 //! It takes the gateway's notes out of the events and remembers them. All answers together may keep [`KEPT_BYTES_MAX`]; one that
-//! finds no room, or grows past its own bound, is carried all the same, but ends with its gateway.
+//! finds no room, or grows past its own bound, is carried all the same, but ends with its gateway. Where a gateway says what time it
+//! took, the front's own is added.
 
+use std::fmt::Write;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
 use crate::http::front::{Note, Resume};
 use crate::http::request::PROMPTS_MAX;
@@ -36,6 +39,9 @@ pub struct Kept {
     tokens_max: usize,
     given: Resume,
     stage: Stage,
+    arrived: Instant,
+    /// From then to the first token.
+    first_us: Option<u128>,
 }
 
 /// How far the client is.
@@ -63,11 +69,12 @@ pub enum Taken {
 }
 
 impl Kept {
-    /// Room for a request of so many bytes; `None` when there is none.
+    /// Room for a request of so many bytes that `arrived` then; `None` when there is none.
     #[must_use]
-    pub fn new(room: &Room, bytes: usize) -> Option<Self> {
+    pub fn new(room: &Room, bytes: usize, arrived: Instant) -> Option<Self> {
         let taken = room.0.clone().try_acquire_many_owned(u32::try_from(bytes).ok()?).ok()?;
-        Some(Self { room: room.clone(), taken, tokens_max: 0, given: Resume::default(), stage: Stage::Nothing })
+        let (given, stage) = (Resume::default(), Stage::Nothing);
+        Some(Self { room: room.clone(), taken, tokens_max: 0, given, stage, arrived, first_us: None })
     }
 
     /// How far the client is.
@@ -97,13 +104,26 @@ impl Kept {
                 None => out.extend_from_slice(event),
                 Some(Note::Elsewhere) => return Taken::Elsewhere(out.freeze()),
                 Some(note) => {
-                    out.extend_from_slice(&event[first.len() + 1..]);
+                    self.write(note, &event[first.len() + 1..], &mut out);
                     kept &= self.note(note);
                 }
             }
             out.extend_from_slice(b"\n\n");
         }
         if kept { Taken::Pass(out.freeze()) } else { Taken::PassAndForget(out.freeze()) }
+    }
+
+    /// The event's data, and what the front took until the first token.
+    fn write(&mut self, note: Note, data: &[u8], out: &mut BytesMut) {
+        let first_us = *self.first_us.get_or_insert_with(|| self.arrived.elapsed().as_micros());
+        match (note, data.strip_suffix(b"}")) {
+            (Note::End { timed: true, .. }, Some(open)) => {
+                out.extend_from_slice(open);
+                // Writing to memory cannot fail.
+                let _ = write!(out, r#","millrace_front":{{"ttft_us":{first_us}}}}}"#);
+            }
+            _ => out.extend_from_slice(data),
+        }
     }
 
     fn note(&mut self, note: Note) -> bool {
@@ -170,7 +190,7 @@ mod tests {
     use super::*;
 
     fn kept() -> Kept {
-        Kept::new(&Room::default(), 10).unwrap()
+        Kept::new(&Room::default(), 10, Instant::now()).unwrap()
     }
 
     #[test]
@@ -184,6 +204,19 @@ mod tests {
         let given = kept.given().unwrap();
         assert_eq!((given.choices[0].tokens.as_slice(), given.choices[0].ended), (&[7, 8][..], true));
         assert_eq!(kept.stage(), Stage::Over);
+    }
+
+    #[test]
+    fn the_time_to_the_first_token_is_added_where_the_gateway_says_its_own() {
+        let mut kept = kept();
+        kept.arrived -= std::time::Duration::from_millis(40);
+        assert_eq!(kept.take(b": t 0 7 16\ndata: {\"a\":{}}\n\n"), Taken::Pass("data: {\"a\":{}}\n\n".into()));
+        kept.arrived -= std::time::Duration::from_secs(1000);
+        let Taken::Pass(out) = kept.take(b": e 0 timed\ndata: {\"a\":{}}\n\n") else { panic!("it is kept") };
+        let value: serde_json::Value = serde_json::from_slice(out.strip_prefix(b"data: ").unwrap()).unwrap();
+        let us = value["millrace_front"]["ttft_us"].as_u64().unwrap();
+        assert!((40_000..1_000_000_000).contains(&us) && value["a"].is_object(), "{us}");
+        assert!(kept.given().unwrap().choices[0].ended);
     }
 
     #[test]
@@ -209,9 +242,10 @@ mod tests {
     #[test]
     fn the_room_is_bounded_and_given_back() {
         let room = Room::default();
-        let all = Kept::new(&room, KEPT_BYTES_MAX - 5000).unwrap();
-        assert!(Kept::new(&room, 6000).is_none());
-        let mut small = Kept::new(&room, 1).unwrap();
+        let new = |bytes| Kept::new(&room, bytes, Instant::now());
+        let all = new(KEPT_BYTES_MAX - 5000).unwrap();
+        assert!(new(6000).is_none());
+        let mut small = new(1).unwrap();
         let event = b": t 0 1 0\ndata: x\n\n";
         assert!((0..TOKENS_STEP).all(|_| matches!(small.take(event), Taken::Pass(_))));
         assert_eq!(small.take(event), Taken::PassAndForget("data: x\n\n".into()), "there is no room for a second piece");

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
+use millrace_load::millload::network;
 use millrace_load::report::{HEAD, Row};
 use millrace_load::{engine, events, faults, handover, index, machine, raft, route, stream};
 
@@ -35,9 +36,9 @@ enum Section {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if arguments.only == [Section::Faults] && !faults::net::inside() {
+    if arguments.only == [Section::Faults] && !network::inside() {
         let words: &[&str] = if arguments.quick { &["--only", "faults", "--quick"] } else { &["--only", "faults"] };
-        if let Some(went_well) = faults::net::run_inside(words)? {
+        if let Some(went_well) = network::run_inside(words)? {
             anyhow::ensure!(went_well, "the leader's loss was noticed");
             return Ok(());
         }

@@ -13,7 +13,7 @@ use tokio::process::Command;
 
 use super::clock::until;
 use super::network::{self, Cut};
-use super::plan::millis;
+use super::plan::{Slo, millis};
 use super::record::{Outcome, Record};
 use super::summary::{About, good};
 
@@ -170,7 +170,11 @@ pub fn judge(done: &mut [Done], about: &About, records: &[Record]) {
     let mut usual: Vec<f64> = records.iter().filter(|r| r.ok()).filter(before).filter_map(Record::ttft_ms).collect();
     usual.sort_by(f64::total_cmp);
     let slow_ms = usual.get(usual.len() / 2).map_or(f64::INFINITY, |median| median * SLOW_FACTOR);
-    let bad = |record: &Record| !good(record, &about.slo(record.class)) || record.ttft_ms().is_some_and(|ttft| ttft > slow_ms);
+    let bad = |record: &Record| {
+        let slo = about.slo(record.class);
+        let slow = slo == Slo::default() && record.ttft_ms().is_some_and(|ttft| ttft > slow_ms);
+        !good(record, &slo) || slow
+    };
     for (at, act) in done.iter_mut().enumerate() {
         let next = times.get(at + 1).copied().unwrap_or(f64::INFINITY);
         let touched = |record: &&Record| {
@@ -221,6 +225,9 @@ mod tests {
         judge(&mut done, &about, &records);
         assert_eq!((done[0].failed, done[0].bad), (2, 3));
         assert!((done[0].recovery_s - 1.2).abs() < 1e-9, "{}", done[0].recovery_s);
+        let forgiving = About { slo: Slo { ttft_ms: Some(2000.0), ..Slo::default() }, ..about.clone() };
+        judge(&mut done, &forgiving, &records);
+        assert_eq!((done[0].failed, done[0].bad), (2, 2), "who has an objective is judged by it alone");
         judge(&mut done, &about, &records[34..]);
         assert_eq!((done[0].bad, done[0].recovery_s), (0, 0.0));
     }

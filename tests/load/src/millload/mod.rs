@@ -1,9 +1,9 @@
 //! The load harness: a plan first, then its execution, then figures that count from the moment a request was due.
 //!
 //! `plan` and the files it uses (`rng`, `arrivals`, `lengths`, `workload`, `trace`) decide what is asked and when; `verify` and `cache` say
-//! what a plan promises. `run` executes a plan through `client`; `record` is what it notes of each request. `summary`, `figures`, `golden`
-//! and `compare` make figures of records; `report` and `screen` show them. `faults` harms a local cluster on time (`network` cuts it); `server` is a server
-//! whose truth is known.
+//! what a plan promises. `run` executes a plan through `client`; `record` is what it notes of each request. `summary`, `figures`, `golden`,
+//! `compare` and `experiment` make figures of records; `report` and `screen` show them. `faults` harms a local cluster on time (`network`
+//! cuts it); `server` is a server whose truth is known.
 
 pub mod arrivals;
 pub mod cache;
@@ -11,6 +11,7 @@ pub mod client;
 pub mod clock;
 pub mod command;
 pub mod compare;
+pub mod experiment;
 pub mod faults;
 pub mod figures;
 pub mod golden;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::process::Command;
@@ -11,6 +11,8 @@ use tokio::process::Command;
 /// How to come into a namespace where cuts are possible.
 pub const RECIPE: &str =
     "unshare -rn sh -c 'ip link set lo up; ip rule add pref 100 lookup local; ip rule del pref 0; exec \"$@\"' - COMMAND";
+/// Set for a run that [`run_inside`] started.
+const MARK: &str = "MILLRACE_NETWORK_NAMESPACE";
 /// The rules that drop come before the one that finds local addresses.
 const CUT_PREFERENCE: &str = "10";
 
@@ -33,6 +35,33 @@ impl Cut {
             Self::Partition => &["sport", "dport"],
         }
     }
+}
+
+/// Whether this process was started by [`run_inside`].
+#[must_use]
+pub fn inside() -> bool {
+    std::env::var_os(MARK).is_some()
+}
+
+/// Runs this very program in a namespace of its own; `None` when none can be had, else whether it went well.
+///
+/// # Errors
+/// The program cannot be started.
+pub fn run_inside(arguments: &[&str]) -> Result<Option<bool>> {
+    let setup = "ip link set lo up && ip rule add pref 100 lookup local && ip rule del pref 0";
+    let namespace = |script: &str| {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-rn", "sh", "-c", script]);
+        command
+    };
+    let possible = namespace(setup).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if !possible.is_ok_and(|status| status.success()) {
+        return Ok(None);
+    }
+    let program = std::env::current_exe()?;
+    let mut command = namespace(&format!("{setup} && exec \"$0\" \"$@\""));
+    let status = command.arg(program).args(arguments).env(MARK, "1").status().context("starting in a network namespace")?;
+    Ok(Some(status.success()))
 }
 
 /// Drops packets of process `pid`.

@@ -58,6 +58,24 @@ pub struct ServerTimes {
     pub compute_us: u64,
     /// From submission in the gateway to the first token there, microseconds.
     pub ttft_us: u64,
+    /// Reading the request's body, in the gateway, microseconds.
+    #[serde(default)]
+    pub read_us: u64,
+    /// Checking and tokenizing it, microseconds.
+    #[serde(default)]
+    pub parse_us: u64,
+    /// From submission until the ticket left, microseconds.
+    #[serde(default)]
+    pub route_us: u64,
+    /// From the first token's arrival in the gateway until it was handed to HTTP, and admission, microseconds.
+    #[serde(default)]
+    pub write_us: u64,
+    /// From the request's head to the first token handed to HTTP, in the gateway, microseconds; `ttft_us` where it does not say.
+    #[serde(default)]
+    pub gateway_us: u64,
+    /// The same in the front before it, microseconds; 0 without one.
+    #[serde(default)]
+    pub front_us: u64,
     /// From submission to the end, microseconds.
     pub total_us: u64,
     /// The hand-over's time that computing did not hide, microseconds.
@@ -74,6 +92,21 @@ pub struct ServerTimes {
     pub decode: String,
 }
 
+impl ServerTimes {
+    /// From the ticket's leaving to the first token's arrival in the gateway, without what the node did: the ways there and back, and the
+    /// waits at their ends. Two clocks, each of which measured its own part.
+    #[must_use]
+    pub fn links_us(&self) -> u64 {
+        self.ttft_us.saturating_sub(self.route_us + self.queue_us + self.compute_us)
+    }
+
+    /// All of the time to the first token that the server measured.
+    #[must_use]
+    pub fn known_us(&self) -> u64 {
+        self.gateway_us.max(self.front_us)
+    }
+}
+
 /// One request.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -85,6 +118,9 @@ pub struct Record {
     pub due_ns: u64,
     /// When the generator took it up; connecting, if it must, comes after.
     pub sent_ns: u64,
+    /// When it had a connection; 0 without one.
+    #[serde(default)]
+    pub connected_ns: u64,
     /// When the first token was there; 0 without one.
     #[serde(default)]
     pub first_ns: u64,
@@ -163,11 +199,10 @@ impl Record {
         (self.output_tokens > 1 && self.first_ns > 0).then(|| span / f64::from(self.output_tokens - 1))
     }
 
-    /// Client's time to the first token that no span of the server accounts for, milliseconds: everything but lag, queue and compute.
+    /// From sending to a connection, milliseconds.
     #[must_use]
-    pub fn unexplained_ms(&self) -> Option<f64> {
-        let server = self.server.as_ref()?;
-        Some(self.ttft_sent_ms()? - (server.queue_us + server.compute_us) as f64 / 1e3)
+    pub fn connect_ms(&self) -> f64 {
+        self.connected_ns.saturating_sub(self.sent_ns) as f64 / MILLION
     }
 }
 

@@ -78,14 +78,21 @@ pub struct Server {
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
+/// How a request came.
+#[derive(Clone, Copy)]
+struct Came {
+    head: Instant,
+    trace: u64,
+    number: u64,
+}
+
 /// A request, as far as the server reads it.
 struct Ask {
+    came: Came,
     chat: bool,
     prompt_tokens: u32,
     seed: u64,
     out: u32,
-    trace: u64,
-    number: u64,
 }
 
 impl Server {
@@ -120,7 +127,7 @@ impl Server {
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
-        let (path, trace) = (request.uri().path().to_owned(), trace(&request));
+        let (path, mut came) = (request.uri().path().to_owned(), Came { head: Instant::now(), trace: trace(&request), number: 0 });
         match path.as_str() {
             "/v1/models" => json(StatusCode::OK, format!(r#"{{"object":"list","data":[{{"id":"{MODEL}","object":"model"}}]}}"#)),
             "/health" => json(StatusCode::OK, "{}".into()),
@@ -128,8 +135,8 @@ impl Server {
                 let Ok(body) = http_body_util::Limited::new(request.into_body(), BODY_BYTES_MAX).collect().await else {
                     return json(StatusCode::PAYLOAD_TOO_LARGE, "{}".into());
                 };
-                let number = self.count.fetch_add(1, Relaxed) + 1;
-                self.complete(ask(&body.to_bytes(), path.contains("chat"), trace, number)).await
+                came.number = self.count.fetch_add(1, Relaxed) + 1;
+                self.complete(ask(&body.to_bytes(), path.contains("chat"), came)).await
             }
             _ => json(StatusCode::NOT_FOUND, "{}".into()),
         }
@@ -137,7 +144,7 @@ impl Server {
 
     async fn complete(self: Arc<Self>, ask: Ask) -> Response<Body> {
         let (arrived, script) = (Instant::now(), &self.script);
-        let every = |n: Option<u64>| n.is_some_and(|n| n > 0 && ask.number.is_multiple_of(n));
+        let every = |n: Option<u64>| n.is_some_and(|n| n > 0 && ask.came.number.is_multiple_of(n));
         if every(script.refuse_every) {
             return json(StatusCode::TOO_MANY_REQUESTS, r#"{"error":{"message":"full","code":"capacity"}}"#.into());
         }
@@ -152,7 +159,7 @@ impl Server {
         let itl = Duration::from_secs_f64(script.itl_ms / 1e3);
         let immediate = compute.is_zero() && itl.is_zero() && self.slots.is_none();
         if immediate && fault == Fault::None && self.served.is_none() {
-            let times = Times { arrived, began: arrived, compute, itl };
+            let times = Times { arrived, began: arrived, compute, itl, first: Some(arrived) };
             let whole: Vec<u8> = (0..=ask.out).flat_map(|j| event(&ask, script, &times, j)).collect();
             return stream_of(Full::from(whole).boxed_unsync());
         }
@@ -160,7 +167,7 @@ impl Server {
             Some(slots) => slots.clone().acquire_owned().await.ok(),
             None => None,
         };
-        let times = Times { arrived, began: Instant::now(), compute, itl };
+        let times = Times { arrived, began: Instant::now(), compute, itl, first: None };
         let state = Saying { server: self, ask, times, fault, next: 0, _permit: permit };
         let events = stream::unfold(state, |mut state| async move { Some((Ok(Frame::data(state.next().await?)), state)) });
         stream_of(BodyExt::boxed_unsync(StreamBody::new(events)))
@@ -170,7 +177,7 @@ impl Server {
         let Some(served) = &self.served else { return };
         let now = Instant::now();
         let mut served = served.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = served.entry(ask.trace).or_insert(Served { arrived: times.arrived, first: now, last: now });
+        let entry = served.entry(ask.came.trace).or_insert(Served { arrived: times.arrived, first: now, last: now });
         if j < ask.out {
             entry.last = now;
         }
@@ -189,6 +196,7 @@ struct Times {
     began: Instant,
     compute: Duration,
     itl: Duration,
+    first: Option<Instant>,
 }
 
 /// An answer being said, one token after the other, at instants that do not depend on how late the one before was.
@@ -216,6 +224,7 @@ impl Saying {
         if j < self.ask.out {
             until(self.times.began + self.times.compute + self.times.itl * j).await;
         }
+        self.times.first.get_or_insert_with(Instant::now);
         self.server.note(&self.ask, &self.times, j);
         Some(event(&self.ask, &self.server.script, &self.times, j).into())
     }
@@ -224,7 +233,7 @@ impl Saying {
 /// The j-th event: a token, or the end with the counts.
 fn event(ask: &Ask, script: &Script, times: &Times, j: u32) -> Vec<u8> {
     let object = if ask.chat { "chat.completion.chunk" } else { "text_completion" };
-    let head = format!(r#"data: {{"id":"scripted-{}","object":"{object}","created":0,"model":"{MODEL}","#, ask.number);
+    let head = format!(r#"data: {{"id":"scripted-{}","object":"{object}","created":0,"model":"{MODEL}","#, ask.came.number);
     if j < ask.out {
         let token = 1000 + mix(ask.seed.wrapping_add(u64::from(j))) % 29_000;
         let text = if ask.chat { r#""delta":{"content":" x"}"# } else { r#""text":" x""# };
@@ -233,12 +242,14 @@ fn event(ask: &Ask, script: &Script, times: &Times, j: u32) -> Vec<u8> {
     }
     let queue_us = (times.began - times.arrived).as_micros();
     let (compute_us, ttft_us) = (times.compute.as_micros(), (times.began + times.compute - times.arrived).as_micros());
+    let read_us = (times.arrived - ask.came.head).as_micros();
+    let gateway_us = times.first.map_or(0, |first| (first - ask.came.head).as_micros());
     let total_us = ttft_us + times.itl.as_micros() * u128::from(ask.out.saturating_sub(1));
     let (prompt, out) = (ask.prompt_tokens, ask.out);
     let cached = (f64::from(prompt) * script.cached_share) as u32;
     let empty = if ask.chat { r#""delta":{}"# } else { r#""text":"""# };
     let end = format!(
-        r#""choices":[{{"index":0,{empty},"finish_reason":"length"}}],"millrace":{{"prefill":{{"node":"scripted","cached_tokens":{cached},"queue_us":{queue_us},"compute_us":{compute_us}}},"handover":null,"decode_node":"scripted","attempts":1,"ttft_us":{ttft_us},"total_us":{total_us}}}"#
+        r#""choices":[{{"index":0,{empty},"finish_reason":"length"}}],"millrace":{{"prefill":{{"node":"scripted","cached_tokens":{cached},"queue_us":{queue_us},"compute_us":{compute_us}}},"handover":null,"gateway":{{"read_us":{read_us},"ttft_us":{gateway_us}}},"decode_node":"scripted","attempts":1,"ttft_us":{ttft_us},"total_us":{total_us}}}"#
     );
     let counts = format!(
         r#""choices":[],"usage":{{"prompt_tokens":{prompt},"completion_tokens":{out},"total_tokens":{},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}"#,
@@ -267,7 +278,7 @@ fn trace(request: &Request<Incoming>) -> u64 {
 }
 
 /// Reads what matters without parsing all of the JSON: the null server must be cheaper than what it measures.
-fn ask(body: &[u8], chat: bool, trace: u64, number: u64) -> Ask {
+fn ask(body: &[u8], chat: bool, came: Came) -> Ask {
     let out = number_after(body, b"\"max_tokens\":").or_else(|| number_after(body, b"\"max_completion_tokens\":")).unwrap_or(16);
     let prompt = find(body, b"\"prompt\":[").map(|at| &body[at..]);
     let prompt = prompt.map(|rest| &rest[..find(rest, b"]").unwrap_or(rest.len())]);
@@ -277,7 +288,7 @@ fn ask(body: &[u8], chat: bool, trace: u64, number: u64) -> Ask {
     };
     let text = prompt.unwrap_or(body);
     let seed = text.chunks(8).fold(7, |hash, chunk| prf(hash, chunk.iter().fold(0, |word, byte| word << 8 | u64::from(*byte)), 0));
-    Ask { chat, prompt_tokens, seed, out, trace, number }
+    Ask { came, chat, prompt_tokens, seed, out }
 }
 
 fn find(text: &[u8], what: &[u8]) -> Option<usize> {

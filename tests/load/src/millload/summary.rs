@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::cache::reuse;
 use super::figures::{Dist, wilson};
 use super::plan::{Class, Plan, Slo};
-use super::record::{Outcome, Record};
+use super::record::{Outcome, Record, ServerTimes};
 
 /// The version of `result.json`; another is refused.
 pub const VERSION: u32 = 1;
@@ -104,23 +104,48 @@ pub struct Reused {
     pub mean_of_requests: f64,
 }
 
-/// Where the time to the first token went, means in milliseconds.
+/// Where the time to the first token went, means in milliseconds. Each part was measured by one clock, but for `links` and `front`, which are
+/// what one process measured around what another did; together they are the time to the first token since it was due.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Phases {
     /// Requests.
     pub n: u64,
     /// Due, not sent.
     pub lag: f64,
+    /// Connecting.
+    pub connect: f64,
+    /// In the front before the gateway, and between the two.
+    pub front: f64,
+    /// In the gateway: reading, checking and tokenizing, placing, and writing the first token.
+    pub gateway: f64,
+    /// Between gateway and node, there and back.
+    pub links: f64,
     /// Waiting at the prefill node.
     pub queue: f64,
     /// Computing the prompt.
     pub compute: f64,
-    /// The rest of what the gateway measured: routing and the way there and back.
-    pub gateway: f64,
-    /// Outside of what the gateway measured: connecting, HTTP, reading the body.
+    /// What nobody measured: kernel and way between the generator and the server, there and back.
     pub outside: f64,
-    /// `gateway` and `outside` over the time to the first token since sending.
+    /// `outside` over the time to the first token since sending.
     pub unexplained: f64,
+}
+
+impl Phases {
+    /// The parts in the order in which a request meets them; `outside` lies at both ends.
+    #[must_use]
+    pub fn parts(&self) -> [(&'static str, f64); 8] {
+        [
+            ("late here", self.lag),
+            ("connect", self.connect),
+            ("front", self.front),
+            ("gateway", self.gateway),
+            ("links", self.links),
+            ("queue", self.queue),
+            ("compute", self.compute),
+            ("outside", self.outside),
+        ]
+    }
 }
 
 /// All of it.
@@ -300,20 +325,29 @@ fn phases(whole: &[&Record]) -> Option<(Phases, Phases)> {
 
 fn mean_phases(records: &[&Record]) -> Phases {
     let mean = |each: &dyn Fn(&Record) -> f64| records.iter().map(|record| each(record)).sum::<f64>() / records.len() as f64;
-    let server = |each: fn(&super::record::ServerTimes) -> u64| {
+    let server = |each: fn(&ServerTimes) -> u64| {
         mean(&|record: &Record| record.server.as_ref().map_or(0.0, |server| each(server) as f64 / 1e3))
     };
-    let (queue, compute) = (server(|s| s.queue_us), server(|s| s.compute_us));
-    let (known, sent) = (server(|s| s.ttft_us), mean(&|record: &Record| record.ttft_sent_ms().unwrap_or(0.0)));
-    let unexplained = if sent > 0.0 { (sent - queue - compute) / sent } else { 0.0 };
-    let (lag, n) = (mean(&Record::lag_ms), records.len() as u64);
-    Phases { n, lag, queue, compute, gateway: known - queue - compute, outside: sent - known, unexplained }
+    let (sent, connect) = (mean(&|record: &Record| record.ttft_sent_ms().unwrap_or(0.0)), mean(&Record::connect_ms));
+    let known = server(ServerTimes::known_us);
+    let outside = sent - connect - known;
+    Phases {
+        n: records.len() as u64,
+        lag: mean(&Record::lag_ms),
+        connect,
+        front: known - server(|s| s.gateway_us),
+        gateway: server(|s| s.gateway_us) - server(|s| s.links_us() + s.queue_us + s.compute_us),
+        links: server(ServerTimes::links_us),
+        queue: server(|s| s.queue_us),
+        compute: server(|s| s.compute_us),
+        outside,
+        unexplained: if sent > 0.0 { outside / sent } else { 0.0 },
+    }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::super::plan::tests::{header, planned};
-    use super::super::record::ServerTimes;
     use super::*;
 
     /// A plan of `n` requests, ten a second, and what became of them: request i was sent 1 ms late, had its first token 100 + i ms after
@@ -324,11 +358,20 @@ pub(super) mod tests {
         let record = |i: u32| {
             let due_ns = u64::from(i) * 100_000_000;
             let first_ns = due_ns + 100_000_000 + u64::from(i) * 1_000_000;
-            let server = ServerTimes { queue_us: 10_000, compute_us: 80_000, ttft_us: 95_000, ..ServerTimes::default() };
+            let server = ServerTimes {
+                queue_us: 10_000,
+                compute_us: 80_000,
+                route_us: 1_000,
+                ttft_us: 94_000,
+                gateway_us: 96_000,
+                front_us: 97_500,
+                ..ServerTimes::default()
+            };
             Record {
                 i,
                 due_ns,
                 sent_ns: due_ns + 1_000_000,
+                connected_ns: due_ns + 1_250_000,
                 first_ns,
                 last_ns: first_ns + 80_000_000,
                 end_ns: first_ns + 81_000_000,
@@ -364,8 +407,10 @@ pub(super) mod tests {
         let reuse = summary.reuse.unwrap();
         assert_eq!((reuse.measured, reuse.infinite, reuse.lru), (0.495, 0.495, Some(0.0 + 0.495)));
         let (all, slow) = summary.phases.unwrap();
-        assert_eq!((all.lag, all.queue, all.compute, all.gateway), (1.0, 10.0, 80.0, 5.0));
-        assert!((all.unexplained - 58.5 / 148.5).abs() < 1e-9 && slow.n == 10 && slow.outside == 193.5 - 95.0);
+        let parts = all.parts().map(|(_, ms)| ms);
+        assert_eq!(parts, [1.0, 0.25, 1.5, 3.0, 3.0, 10.0, 80.0, 50.75]);
+        assert_eq!(parts.iter().sum::<f64>(), time("ttft").mean, "no part is missing");
+        assert!((all.unexplained - 50.75 / 148.5).abs() < 1e-9 && slow.n == 10 && slow.outside == 193.5 - 97.75);
         assert_eq!(summary.validity, Validity::Valid);
     }
 

@@ -12,7 +12,7 @@ use hyper::{Request, Response, StatusCode};
 
 use self::pool::Pool;
 use self::sse::{Chunk, Events, Malformed};
-use super::record::{Digest, Outcome, Record};
+use super::record::{Digest, Outcome, Record, ServerTimes};
 
 /// What a session needs of an answer, and its digest.
 #[derive(Debug, Default)]
@@ -51,6 +51,7 @@ pub async fn exchange(
     answer: &mut Answer,
 ) -> Outcome {
     let Ok(mut sender) = pool.take().await else { return Outcome::Connect };
+    record.connected_ns = how.now_ns();
     let response = match sender.try_send_request(request).await {
         Ok(response) => response,
         // A kept connection that the server closed meanwhile gives the request back: it was not sent.
@@ -58,6 +59,7 @@ pub async fn exchange(
             Some(request) => match pool.connect().await {
                 Ok(fresh) => {
                     sender = fresh;
+                    record.connected_ns = how.now_ns();
                     match sender.send_request(request).await {
                         Ok(response) => response,
                         Err(_) => return Outcome::Closed,
@@ -118,7 +120,8 @@ impl Listener<'_> {
             self.record.cached_tokens = usage.prompt_tokens_details.and_then(|details| details.cached_tokens);
         }
         if let Some(timings) = chunk.millrace {
-            self.record.server = Some(timings.into());
+            let front_us = chunk.millrace_front.map_or(0, |front| front.ttft_us);
+            self.record.server = Some(ServerTimes { front_us, ..timings.into() });
         }
         for choice in chunk.choices {
             let text = choice.text.or(choice.delta.and_then(|delta| delta.content)).unwrap_or_default();

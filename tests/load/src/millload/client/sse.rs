@@ -66,6 +66,8 @@ pub struct Chunk {
     pub error: Option<Failure>,
     /// Where the server's time went.
     pub millrace: Option<Timings>,
+    /// The same of a front before it.
+    pub millrace_front: Option<Front>,
 }
 
 /// A choice of a chunk.
@@ -121,6 +123,7 @@ pub struct Failure {
 pub struct Timings {
     prefill: Option<Prefill>,
     handover: Option<Handover>,
+    gateway: Option<Gateway>,
     decode_node: Option<String>,
     #[serde(default)]
     attempts: u16,
@@ -141,6 +144,26 @@ struct Prefill {
 }
 
 #[derive(Debug, Default, Deserialize)]
+struct Gateway {
+    #[serde(default)]
+    read_us: u64,
+    #[serde(default)]
+    parse_us: u64,
+    #[serde(default)]
+    route_us: u64,
+    write_us: Option<u64>,
+    ttft_us: Option<u64>,
+}
+
+/// The `millrace_front` object.
+#[derive(Debug, Default, Deserialize)]
+pub struct Front {
+    /// From the request's head to the first token.
+    #[serde(default)]
+    pub ttft_us: u64,
+}
+
+#[derive(Debug, Default, Deserialize)]
 struct Handover {
     #[serde(default)]
     bytes: u64,
@@ -152,7 +175,14 @@ impl From<Timings> for ServerTimes {
     fn from(timings: Timings) -> Self {
         let prefill = timings.prefill.unwrap_or_default();
         let handover = timings.handover.unwrap_or_default();
+        let gateway = timings.gateway.unwrap_or_default();
         Self {
+            read_us: gateway.read_us,
+            parse_us: gateway.parse_us,
+            route_us: gateway.route_us,
+            write_us: gateway.write_us.unwrap_or(0),
+            gateway_us: gateway.ttft_us.unwrap_or(timings.ttft_us),
+            front_us: 0,
             queue_us: prefill.queue_us,
             compute_us: prefill.compute_us,
             ttft_us: timings.ttft_us,
@@ -203,10 +233,12 @@ mod tests {
     #[test]
     fn chunks_of_ours_and_of_others_are_read() {
         let ours = r#"{"choices":[{"index":0,"text":"a","token_ids":[5],"finish_reason":"length"}],"usage":null,
-            "millrace":{"prefill":{"node":"p-1","queue_us":3,"compute_us":4,"cached_tokens":0},"handover":null,"decode_node":"d-1","attempts":1,"ttft_us":9,"total_us":20}}"#;
+            "millrace":{"prefill":{"node":"p-1","queue_us":3,"compute_us":4,"cached_tokens":0},"handover":null,"gateway":{"read_us":1,"parse_us":2,"route_us":1,"write_us":1,"ttft_us":13},"decode_node":"d-1","attempts":1,"ttft_us":9,"total_us":20},"millrace_front":{"ttft_us":15}}"#;
         let chunk: Chunk = serde_json::from_str(ours).unwrap();
         assert_eq!(chunk.choices[0].token_ids.as_deref(), Some(&[5][..]));
+        assert_eq!(chunk.millrace_front.unwrap().ttft_us, 15);
         let times = ServerTimes::from(chunk.millrace.unwrap());
+        assert_eq!((times.gateway_us, times.links_us()), (13, 1));
         assert_eq!((times.queue_us, times.compute_us, times.ttft_us, times.prefill.as_str()), (3, 4, 9, "p-1"));
         let usage =
             r#"{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":4}}}"#;

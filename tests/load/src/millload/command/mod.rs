@@ -4,6 +4,7 @@
 mod calibrate;
 mod compare;
 pub mod execute;
+mod experiment;
 mod plan;
 mod run;
 mod search;
@@ -31,6 +32,8 @@ enum Command {
     Report(run::ReportArgs),
     /// Is B better than A? Pairs requests of the same plan
     Compare(compare::CompareArgs),
+    /// Which way of placing is better? Runs plans on fresh local clusters
+    Experiment(Box<experiment::ExperimentArgs>),
     /// Find the highest rate that meets an objective
     Search(Box<search::SearchArgs>),
     /// Measure several rates
@@ -68,6 +71,7 @@ pub fn main(arguments: &Arguments) -> Result<Verdict> {
         Command::Run(args) => run::main(args),
         Command::Report(args) => run::report(args),
         Command::Compare(args) => compare::main(args),
+        Command::Experiment(args) => experiment::main(args),
         Command::Search(args) => search::search(args),
         Command::Sweep(args) => search::sweep(args),
         Command::Serve(args) => calibrate::serve(args),

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::super::figures::PERCENTILES;
 use super::super::record::Record;
-use super::super::summary::{Summary, Validity, good};
+use super::super::summary::{Phases, Summary, Validity, good};
 use super::Results;
 use super::svg::{Plot, Scale, Series, bars, escape};
 use super::text::{TIMES, cells, ms, percent, verdict};
@@ -13,8 +13,8 @@ use super::text::{TIMES, cells, ms, percent, verdict};
 const WINDOWS: usize = 60;
 
 const STYLE: &str = "
-:root{--ink:#1d2733;--soft:#66727f;--line:#e3e7eb;--card:#fff;--back:#f4f6f8;--c0:#2667c9;--c1:#e0762f;--c2:#2c9a6b;--c3:#9a5bc4;--c4:#b9c2cc;--bad:#c4392f}
-@media(prefers-color-scheme:dark){:root{--ink:#e6ebf0;--soft:#93a0ad;--line:#2c3640;--card:#1a222a;--back:#12181e;--c0:#6ea5f5;--c1:#f0985c;--c2:#5cc596;--c3:#c08ee6;--c4:#4b5866;--bad:#ef7468}}
+:root{--ink:#1d2733;--soft:#66727f;--line:#e3e7eb;--card:#fff;--back:#f4f6f8;--c0:#2667c9;--c1:#e0762f;--c2:#2c9a6b;--c3:#9a5bc4;--c4:#0f8a9d;--c5:#d1a413;--c6:#c2527f;--c7:#b9c2cc;--bad:#c4392f}
+@media(prefers-color-scheme:dark){:root{--ink:#e6ebf0;--soft:#93a0ad;--line:#2c3640;--card:#1a222a;--back:#12181e;--c0:#6ea5f5;--c1:#f0985c;--c2:#5cc596;--c3:#c08ee6;--c4:#4fc3d4;--c5:#e6c34d;--c6:#e58aad;--c7:#4b5866;--bad:#ef7468}}
 *{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1380px;margin:0 auto;padding:28px 20px 60px}h1{font-size:24px;margin:0 0 2px}h2{font-size:15px;margin:0 0 8px}
 p{margin:0 0 10px;color:var(--soft)}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr));gap:16px;margin-top:16px}
@@ -26,7 +26,7 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,t
 svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);font:11px system-ui,sans-serif}svg .tick{fill:var(--soft)}svg .mark{fill:var(--bad)}
 svg .grid{stroke:var(--line)}svg .axis{stroke:var(--soft)}svg .limit{stroke:var(--bad);stroke-dasharray:4 3}
 svg polyline{fill:none;stroke-width:1.8}.line0{stroke:var(--c0)}.line1{stroke:var(--c1)}.line2{stroke:var(--c2)}.line3{stroke:var(--c3)}
-.fill0{fill:var(--c0)}.fill1{fill:var(--c1)}.fill2{fill:var(--c2)}.fill3{fill:var(--c3)}.fill4{fill:var(--c4)}circle{opacity:.6}
+.fill0{fill:var(--c0)}.fill1{fill:var(--c1)}.fill2{fill:var(--c2)}.fill3{fill:var(--c3)}.fill4{fill:var(--c4)}.fill5{fill:var(--c5)}.fill6{fill:var(--c6)}.fill7{fill:var(--c7)}circle{opacity:.6}
 ";
 
 /// The page.
@@ -78,7 +78,7 @@ pub fn page(results: &Results) -> String {
         card(
             &mut out,
             "Where the time to the first token went",
-            "Means, as the server reports them; gateway and outside are what its spans do not explain.",
+            "Means, measured by the generator, the server's front and gateway, and its nodes; outside is what none of them saw.",
             &phases(summary),
         );
     }
@@ -208,15 +208,11 @@ fn load(records: &[&Record]) -> String {
 
 fn phases(summary: &Summary) -> String {
     let Some((all, slow)) = &summary.phases else { return String::new() };
-    let row =
-        |name: &str, p: &super::super::summary::Phases| (name.to_owned(), vec![p.lag, p.queue, p.compute, p.gateway, p.outside]);
+    let row = |name: &str, p: &Phases| (name.to_owned(), p.parts().map(|(_, ms)| ms).to_vec());
     let rows = [row("all requests", all), row("slowest tenth", slow)];
-    let note = format!(
-        "<p>Unexplained by spans: {} of all, {} of the slowest tenth.</p>",
-        percent(all.unexplained),
-        percent(slow.unexplained)
-    );
-    bars(&["late here", "queue", "compute", "gateway", "outside"], &rows, "ms") + &note
+    let note =
+        format!("<p>Unexplained: {} of all, {} of the slowest tenth.</p>", percent(all.unexplained), percent(slow.unexplained));
+    bars(&all.parts().map(|(name, _)| name), &rows, "ms") + &note
 }
 
 fn reuse(summary: &Summary) -> String {

@@ -22,7 +22,7 @@ pub struct Results {
     pub records: Vec<Record>,
 }
 
-const CSV_HEAD: &str = "request,class,due_s,sent_s,ttft_ms,ttft_sent_ms,tpot_ms,gap_max_ms,e2e_ms,prompt_tokens,output_tokens,cached_tokens,outcome,good,queue_us,compute_us,prefill,decode,attempts";
+const CSV_HEAD: &str = "request,class,due_s,sent_s,ttft_ms,ttft_sent_ms,tpot_ms,gap_max_ms,e2e_ms,prompt_tokens,output_tokens,cached_tokens,outcome,good,connect_ms,front_us,gateway_us,queue_us,compute_us,prefill,decode,attempts";
 
 impl Results {
     /// Writes the folder's files.
@@ -85,6 +85,9 @@ impl Results {
                 r.cached_tokens.map_or(String::new(), |tokens| tokens.to_string()),
                 r.outcome.word().replace([',', '"', '\n'], " "),
                 u8::from(good(r, &about.slo(r.class))).to_string(),
+                format!("{:.3}", r.connect_ms()),
+                server.front_us.to_string(),
+                server.gateway_us.to_string(),
                 server.queue_us.to_string(),
                 server.compute_us.to_string(),
                 server.prefill,

@@ -225,7 +225,7 @@ pub fn bars(parts: &[&str], bars: &[(String, Vec<f64>)], unit: &str) -> String {
     let most = bars.iter().map(|(_, values)| values.iter().map(|v| v.max(0.0)).sum::<f64>()).fold(1e-9, f64::max);
     let (left, width) = (150.0, WIDTH - 150.0 - 90.0);
     let mut out = format!(r#"<svg viewBox="0 0 {WIDTH} {height}" role="img">"#);
-    let mut x = left;
+    let mut x = 10.0;
     for (at, part) in parts.iter().enumerate() {
         let _ = write!(out, r#"<rect class="fill{at}" x="{x}" y="6" width="10" height="10" rx="2"/>"#);
         let _ = write!(out, r#"<text class="tick" x="{}" y="15">{}</text>"#, x + 14.0, escape(part));

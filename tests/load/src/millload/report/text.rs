@@ -103,16 +103,8 @@ pub fn report(summary: &Summary) -> String {
     }
     if let Some((all, slow)) = &summary.phases {
         for (name, p) in [("TTFT, all", all), ("TTFT, slowest tenth", slow)] {
-            let _ = writeln!(
-                out,
-                "{name:<22} lag {} + queue {} + compute {} + gateway {} + outside {} ms; unexplained {}",
-                ms(p.lag),
-                ms(p.queue),
-                ms(p.compute),
-                ms(p.gateway),
-                ms(p.outside),
-                percent(p.unexplained)
-            );
+            let parts = p.parts().map(|(part, value)| format!("{part} {}", ms(value))).join(" + ");
+            let _ = writeln!(out, "{name:<22} {parts} ms; unexplained {}", percent(p.unexplained));
         }
     }
     incidents(&mut out, summary);
