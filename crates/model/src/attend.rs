@@ -1,12 +1,16 @@
 //! Attention of a step over paged KV: stores the new keys and values, then attends row by row.
 //!
-//! A row of one token runs the paged kernel on the cells in place. A longer row gathers its keys and values into one tensor
-//! and calls LibTorch's scaled dot product attention. Both read only what stands in the cells.
+//! A row of one token runs the paged kernel on the cells in place, its context cut into parts that threads share. A longer row gathers its keys and
+//! values into one tensor and calls LibTorch's scaled dot product attention; in batch-invariant mode it goes token by token through the paged
+//! kernel too, because LibTorch's order of sums depends on the chunk. Both read only what stands in the cells.
+
+use std::ops::Range;
+use std::sync::OnceLock;
 
 use millrace_checkpoint::ModelConfig;
 use millrace_core::engine::{Row, Step};
 use millrace_core::layout::{KvDtype, KvLayout};
-use millrace_kernels::{DecodeShape, Element, Isa, KvSlab, convert, paged_decode};
+use millrace_kernels::{AttentionError, DecodeShape, Element, Isa, KvSlab, Team, convert, merge_parts, paged_part};
 use tch::{Device, Kind, Tensor};
 
 use crate::ModelError;
@@ -18,11 +22,17 @@ pub(crate) struct Attention {
     layout: KvLayout,
     kind: Kind,
     device: Device,
+    /// Chunks go token by token.
+    batch_invariant: bool,
 }
 
 /// A step's rows with what all layers share.
 pub(crate) struct Batch<'a> {
     rows: Vec<Placed<'a>>,
+    /// Tokens that the paged kernel attends for, in the order of the batch.
+    singles: Vec<Single<'a>>,
+    /// Parts of their contexts: which single, and its first block.
+    parts: Vec<(usize, usize)>,
     tokens: usize,
 }
 
@@ -33,24 +43,48 @@ struct Placed<'a> {
     first: usize,
     /// `[tokens, context]`, minus infinity above the diagonal; only for a chunk that is not at the start of its sequence.
     mask: Option<Tensor>,
+    /// Whether its tokens are singles.
+    single: bool,
+}
+
+/// One token that attends alone.
+struct Single<'a> {
+    row: &'a Row,
+    /// Index in the batch.
+    token: usize,
+    /// Tokens it sees, itself included.
+    context: usize,
+    /// Its parts.
+    parts: Range<usize>,
 }
 
 impl<'a> Batch<'a> {
-    /// Places the rows one after the other and makes the masks.
+    /// Places the rows one after the other, cuts contexts into parts and makes the masks.
     pub(crate) fn new(step: &'a Step, attention: &Attention) -> Result<Self, ModelError> {
-        let mut tokens = 0;
-        let mut rows = Vec::with_capacity(step.rows.len());
+        let mut batch = Self { rows: Vec::with_capacity(step.rows.len()), singles: Vec::new(), parts: Vec::new(), tokens: 0 };
         for row in &step.rows {
-            let mask = if row.tokens.len() > 1 && row.start > 0 { Some(attention.mask(row)?) } else { None };
-            rows.push(Placed { row, first: tokens, mask });
-            tokens += row.tokens.len();
+            let (first, single) = (batch.tokens, row.tokens.len() == 1 || attention.batch_invariant);
+            let mask = if !single && row.start > 0 { Some(attention.mask(row)?) } else { None };
+            if single {
+                (0..row.tokens.len()).for_each(|index| batch.add_single(row, index, attention));
+            }
+            batch.rows.push(Placed { row, first, mask, single });
+            batch.tokens += row.tokens.len();
         }
-        Ok(Self { rows, tokens })
+        Ok(batch)
+    }
+
+    /// The token `index` of `row`, whose first token is the batch's next.
+    fn add_single(&mut self, row: &'a Row, index: usize, attention: &Attention) {
+        let (context, begin) = (row.start as usize + index + 1, self.parts.len());
+        let (single, blocks) = (self.singles.len(), attention.layout.blocks(context));
+        self.parts.extend((0..blocks).step_by(attention.shape.part_blocks()).map(|block| (single, block)));
+        self.singles.push(Single { row, token: self.tokens + index, context, parts: begin..self.parts.len() });
     }
 }
 
 impl Attention {
-    pub(crate) fn new(config: &ModelConfig, layout: KvLayout, device: Device) -> Self {
+    pub(crate) fn new(config: &ModelConfig, layout: KvLayout, device: Device, batch_invariant: bool) -> Self {
         let shape = DecodeShape {
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -62,7 +96,7 @@ impl Attention {
             },
             scale: 1.0 / (config.head_dim as f32).sqrt(),
         };
-        Self { shape, layout, kind: tensors::kind(layout.dtype), device }
+        Self { shape, layout, kind: tensors::kind(layout.dtype), device, batch_invariant }
     }
 
     /// Heads of one token's queries, keys and values together.
@@ -105,40 +139,54 @@ impl Attention {
         }
     }
 
-    /// Attention of every row, `[tokens, heads * head_dim]`.
-    pub(crate) fn attend(&self, batch: &Batch<'_>, qkv: &[f32], slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
-        let DecodeShape { heads, head_dim, .. } = self.shape;
-        let mut parts = Vec::new();
-        let mut rest = &batch.rows[..];
-        while let Some(placed) = rest.first() {
-            let singles = rest.iter().take_while(|placed| placed.row.tokens.len() == 1).count();
-            let part = match singles {
-                0 => self.chunk(placed, qkv, slab, layer)?,
-                _ => {
-                    let out = self.decode(&rest[..singles], qkv, slab, layer)?;
-                    tensors::from_f32(&out, &[singles as i64, (heads * head_dim) as i64], self.kind, self.device)?
-                }
-            };
-            parts.push(part);
-            rest = &rest[singles.max(1)..];
+    /// Attention of every row over the cells of `(slab, layer)`; `out`: `[tokens, heads * head_dim]`.
+    pub(crate) fn attend(
+        &self,
+        batch: &Batch<'_>,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+        team: &Team,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let width = self.shape.heads * self.shape.head_dim;
+        assert_eq!((qkv.len(), out.len()), (batch.tokens * self.qkv_heads() * self.shape.head_dim, batch.tokens * width));
+        for placed in batch.rows.iter().filter(|placed| !placed.single) {
+            let attended = tensors::to_f32(&self.chunk(placed, qkv, slab, layer)?)?;
+            out[placed.first * width..][..attended.len()].copy_from_slice(&attended);
         }
-        debug_assert_eq!(qkv.len(), batch.tokens * self.qkv_heads() * head_dim);
-        if parts.len() > 1 { Ok(Tensor::f_cat(&parts, 0)?) } else { parts.pop().ok_or(self.nothing()) }
+        self.singles(batch, qkv, (slab, layer), team, out)
     }
 
-    /// Rows of one token each: `[rows, heads * head_dim]`.
-    fn decode(&self, rows: &[Placed<'_>], qkv: &[f32], slab: &KvSlab, layer: usize) -> Result<Vec<f32>, ModelError> {
-        let dim = self.shape.head_dim;
-        let (width, out_width) = (self.qkv_heads() * dim, self.shape.heads * dim);
-        let mut out = vec![0.0; rows.len() * out_width];
-        for (placed, out) in rows.iter().zip(out.chunks_exact_mut(out_width)) {
-            let context = placed.row.end() as usize;
-            let table = &placed.row.table[..self.layout.blocks(context)];
-            let cells: Vec<_> = table.iter().map(|slot| slab.read(slot.0 as usize, layer)).collect();
-            let query = &qkv[placed.first * width..][..out_width];
-            paged_decode(Isa::best(), &self.shape, query, &cells, context, out)?;
+    /// The tokens that attend alone: each part of a context by whoever is free, then each token's parts merged in order.
+    fn singles(
+        &self,
+        batch: &Batch<'_>,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+        team: &Team,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let (shape, isa) = (&self.shape, Isa::best());
+        let (width, out_width) = (self.qkv_heads() * shape.head_dim, shape.heads * shape.head_dim);
+        let (numbers, blocks) = (shape.part_numbers(), shape.part_blocks());
+        let failed: OnceLock<AttentionError> = OnceLock::new();
+        let note = |result: Result<(), AttentionError>| result.unwrap_or_else(|error| drop(failed.set(error)));
+        // The batch as a whole holds tensors, which stay on one thread.
+        let (places, singles) = (&batch.parts, &batch.singles);
+        let mut parts = vec![0.0; places.len() * numbers];
+        team.chunks(&mut parts, numbers, 1, |index, part| {
+            let (single, first) = places[index];
+            let single = &singles[single];
+            let last = self.layout.blocks(single.context).min(first + blocks);
+            let cells: Vec<_> = single.row.table[first..last].iter().map(|slot| slab.read(slot.0 as usize, layer)).collect();
+            let context = (single.context - first * shape.block_tokens).min(cells.len() * shape.block_tokens);
+            note(paged_part(isa, shape, &qkv[single.token * width..][..out_width], &cells, context, part));
+        });
+        for single in singles {
+            let out = &mut out[single.token * out_width..][..out_width];
+            note(merge_parts(isa, shape, &parts[single.parts.start * numbers..single.parts.end * numbers], out));
         }
-        Ok(out)
+        failed.into_inner().map_or(Ok(()), |error| Err(error.into()))
     }
 
     /// One row of several tokens: `[tokens, heads * head_dim]`.
@@ -178,9 +226,5 @@ impl Attention {
     fn mask(&self, row: &Row) -> Result<Tensor, ModelError> {
         let size = [row.tokens.len() as i64, i64::from(row.end())];
         Ok(Tensor::f_full(size, f64::NEG_INFINITY, (self.kind, self.device))?.f_triu(i64::from(row.start) + 1)?)
-    }
-
-    fn nothing(&self) -> ModelError {
-        ModelError::Row { row: 0, what: "a step without rows".into() }
     }
 }

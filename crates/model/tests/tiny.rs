@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use millrace_checkpoint::Checkpoint;
 use millrace_core::engine::{Engine, Step};
 use millrace_core::ids::Slot;
-use millrace_model::{Dtype, LlamaEngine};
+use millrace_model::{Compute, Dtype, LlamaEngine};
 use support::{Golden, Sequence, Slots, read_golden, repository, run};
 
 const SLOTS: usize = 256;
@@ -31,7 +31,7 @@ fn models() -> Vec<PathBuf> {
 
 fn load(model: &std::path::Path, dtype: Dtype) -> (LlamaEngine, Vec<Golden>) {
     let checkpoint = Checkpoint::open(model).unwrap();
-    let (engine, slab, layout) = LlamaEngine::load(&checkpoint, dtype, SLOTS, 16, 1).unwrap();
+    let (engine, slab, layout) = LlamaEngine::load(&checkpoint, dtype, SLOTS, 16, Compute::fixed(2)).unwrap();
     assert_eq!((slab.cell_bytes(), slab.slots()), (layout.cell_bytes(), SLOTS));
     (engine, read_golden(&model.join("golden.jsonl")))
 }
@@ -129,7 +129,7 @@ fn wrong_steps_are_errors_and_the_engine_lives_on() {
 #[test]
 fn settings_that_do_not_fit_are_refused() {
     let checkpoint = Checkpoint::open(&models()[0]).unwrap();
-    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 0, 16, 1).is_err());
-    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 4, 24, 1).is_err());
-    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, usize::MAX, 16, 1).is_err());
+    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 0, 16, Compute::fixed(1)).is_err());
+    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 4, 24, Compute::fixed(1)).is_err());
+    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, usize::MAX, 16, Compute::fixed(1)).is_err());
 }
