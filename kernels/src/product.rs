@@ -296,10 +296,10 @@ impl Item<'_> {
     #[inline(always)]
     fn halves<S: Simd>(&self, s: S, panels: [&[Line]; 2]) {
         #[cfg(target_arch = "x86_64")]
-        if self.call.isa == Isa::Amx {
-            if let Some(tiles) = crate::tiles::Tiles::take() {
-                return self.in_tiles(s, &tiles, panels);
-            }
+        if self.call.isa == Isa::Amx
+            && let Some(tiles) = crate::tiles::Tiles::take()
+        {
+            return self.in_tiles(s, &tiles, panels);
         }
         self.sweep(s, Halves { rows: self.call.rows, panels });
     }
@@ -430,25 +430,23 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
         let panels: [&[[Line; LINES]]; 2] =
             std::array::from_fn(|p| &pair.parts[p].panel(pair.panels[p]).as_chunks::<LINES>().0[..steps]);
         let scales: [&[[u16; LANES]]; 2] = std::array::from_fn(|p| &pair.parts[p].panel_scales(pair.panels[p])[..steps * sets]);
-        let x: [(&[[u32; 8]], &[[f32; 2]]); R] = std::array::from_fn(|r| {
-            let (bytes, scales) = self.rows.bytes(row + r);
-            (&bytes[..steps], &scales[..steps])
-        });
+        let x: [&[[u32; BLOCK / 4]]; R] = std::array::from_fn(|r| &self.rows.bytes(row + r)[..steps]);
+        let x_scales: [&[[f32; 2]]; R] = std::array::from_fn(|r| &self.rows.scales(row + r)[..steps]);
         let mut sums = [[s.splat(0.0); 2]; R];
         for step in 0..steps {
             let mut dots = [[s.no_words(); 2]; R];
-            for i in 0..LINES {
-                for p in 0..2 {
-                    let words = s.words(&panels[p][step][i].0);
+            for (i, lines) in panels[0][step].iter().zip(&panels[1][step]).enumerate() {
+                for (p, line) in [lines.0, lines.1].into_iter().enumerate() {
+                    let words = s.words(&line.0);
                     if LINES == 8 {
                         for r in 0..R {
-                            dots[r][p] = s.dot_bytes(dots[r][p], words, x[r].0[step][i]);
+                            dots[r][p] = s.dot_bytes(dots[r][p], words, x[r][step][i]);
                         }
                     } else {
                         let (low, high) = (s.low_nibbles(words), s.high_nibbles(words));
                         for r in 0..R {
-                            dots[r][p] = s.dot_bytes(dots[r][p], low, x[r].0[step][i]);
-                            dots[r][p] = s.dot_bytes(dots[r][p], high, x[r].0[step][i + 4]);
+                            dots[r][p] = s.dot_bytes(dots[r][p], low, x[r][step][i]);
+                            dots[r][p] = s.dot_bytes(dots[r][p], high, x[r][step][i + 4]);
                         }
                     }
                 }
@@ -456,7 +454,7 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
             for p in 0..2 {
                 let scale = s.load_f16(&scales[p][step * sets]);
                 for r in 0..R {
-                    let [d, shift] = x[r].1[step];
+                    let [d, shift] = x_scales[r][step];
                     let dot = s.floats(dots[r][p]);
                     if MIN {
                         let min = s.load_f16(&scales[p][step * sets + 1]);

@@ -95,9 +95,16 @@ impl Rows {
         &self.halves[tile * lines..][..lines]
     }
 
-    pub(crate) fn bytes(&self, row: usize) -> (&[[u32; BLOCK / 4]], &[[f32; 2]]) {
+    /// `[steps]` blocks of bytes.
+    pub(crate) fn bytes(&self, row: usize) -> &[[u32; BLOCK / 4]] {
         let steps = self.steps();
-        (&self.bytes[row * steps..][..steps], &self.scales[row * steps..][..steps])
+        &self.bytes[row * steps..][..steps]
+    }
+
+    /// `[steps]`: scale, and scale times sum.
+    pub(crate) fn scales(&self, row: usize) -> &[[f32; 2]] {
+        let steps = self.steps();
+        &self.scales[row * steps..][..steps]
     }
 }
 

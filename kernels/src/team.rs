@@ -210,13 +210,17 @@ impl<'a, T> Parts<'a, T> {
 mod tests {
     use super::*;
 
+    fn one_more(count: &AtomicUsize) {
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
     #[test]
     fn every_member_is_called_once_for_each_call() {
         for threads in [0, 1, 2, 5] {
             let team = Team::new(threads);
             let counts: Vec<AtomicUsize> = (0..team.threads()).map(|_| AtomicUsize::new(0)).collect();
             for _ in 0..1000 {
-                team.run(&|member| drop(counts[member].fetch_add(1, Ordering::Relaxed)));
+                team.run(&|member| one_more(&counts[member]));
             }
             assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1000));
         }
@@ -243,7 +247,7 @@ mod tests {
                 thread::yield_now(); // longer than a member spins
             }
             let count = AtomicUsize::new(0);
-            team.run(&|_| drop(count.fetch_add(1, Ordering::Relaxed)));
+            team.run(&|_| one_more(&count));
             assert_eq!(count.into_inner(), 2);
         }
     }
@@ -252,7 +256,7 @@ mod tests {
     fn a_call_inside_a_call_is_done_by_its_caller() {
         let team = Team::new(2);
         let count = AtomicUsize::new(0);
-        team.run(&|_| team.each(10, 1, |_| drop(count.fetch_add(1, Ordering::Relaxed))));
+        team.run(&|_| team.each(10, 1, |_| one_more(&count)));
         assert_eq!(count.into_inner(), 20);
     }
 
@@ -264,7 +268,7 @@ mod tests {
             assert!(catch_unwind(AssertUnwindSafe(call)).is_err());
         }
         let count = AtomicUsize::new(0);
-        team.run(&|_| drop(count.fetch_add(1, Ordering::Relaxed)));
+        team.run(&|_| one_more(&count));
         assert_eq!(count.into_inner(), 2);
     }
 }
