@@ -1,7 +1,8 @@
 //! Attention of a step over paged KV: stores the new keys and values, then attends row by row.
 //!
-//! A row of one token runs the paged kernel on the cells in place, its context cut into parts that threads share. A longer row gathers its keys and
-//! values into one tensor and calls LibTorch's scaled dot product attention; in batch-invariant mode it goes token by token through the paged
+//! A row of one token runs the paged kernel on the cells in place, its context cut into parts that threads share. A longer row gathers keys and
+//! values of a KV head into one tensor and calls LibTorch's scaled dot product attention, heads shared by our threads: LibTorch's own spin long
+//! after their work is done, on the processors that the next product needs. In batch-invariant mode it goes token by token through the paged
 //! kernel too, because LibTorch's order of sums depends on the chunk. Both read only what stands in the cells.
 
 use std::ops::Range;
@@ -24,6 +25,8 @@ pub(crate) struct Attention {
     device: Device,
     /// Chunks go token by token.
     batch_invariant: bool,
+    /// LibTorch has threads of its own here, because it multiplies too.
+    pub(crate) libtorch_threads: bool,
 }
 
 /// A step's rows with what all layers share.
@@ -41,8 +44,8 @@ struct Placed<'a> {
     row: &'a Row,
     /// Index of its first token in the batch.
     first: usize,
-    /// `[tokens, context]`, minus infinity above the diagonal; only for a chunk that is not at the start of its sequence.
-    mask: Option<Tensor>,
+    /// `[tokens, context]` in the type of the KV, minus infinity above the diagonal; only for a chunk that is not at the start of its sequence.
+    mask: Option<Vec<u8>>,
     /// Whether its tokens are singles.
     single: bool,
 }
@@ -60,18 +63,18 @@ struct Single<'a> {
 
 impl<'a> Batch<'a> {
     /// Places the rows one after the other, cuts contexts into parts and makes the masks.
-    pub(crate) fn new(step: &'a Step, attention: &Attention) -> Result<Self, ModelError> {
+    pub(crate) fn new(step: &'a Step, attention: &Attention) -> Self {
         let mut batch = Self { rows: Vec::with_capacity(step.rows.len()), singles: Vec::new(), parts: Vec::new(), tokens: 0 };
         for row in &step.rows {
             let (first, single) = (batch.tokens, row.tokens.len() == 1 || attention.batch_invariant);
-            let mask = if !single && row.start > 0 { Some(attention.mask(row)?) } else { None };
+            let mask = (!single && row.start > 0).then(|| attention.mask(row));
             if single {
                 (0..row.tokens.len()).for_each(|index| batch.add_single(row, index, attention));
             }
             batch.rows.push(Placed { row, first, mask, single });
             batch.tokens += row.tokens.len();
         }
-        Ok(batch)
+        batch
     }
 
     /// The token `index` of `row`, whose first token is the batch's next.
@@ -96,7 +99,7 @@ impl Attention {
             },
             scale: 1.0 / (config.head_dim as f32).sqrt(),
         };
-        Self { shape, layout, kind: tensors::kind(layout.dtype), device, batch_invariant }
+        Self { shape, layout, kind: tensors::kind(layout.dtype), device, batch_invariant, libtorch_threads: true }
     }
 
     /// Heads of one token's queries, keys and values together.
@@ -150,11 +153,37 @@ impl Attention {
     ) -> Result<(), ModelError> {
         let width = self.shape.heads * self.shape.head_dim;
         assert_eq!((qkv.len(), out.len()), (batch.tokens * self.qkv_heads() * self.shape.head_dim, batch.tokens * width));
-        for placed in batch.rows.iter().filter(|placed| !placed.single) {
-            let attended = tensors::to_f32(&self.chunk(placed, qkv, slab, layer)?)?;
-            out[placed.first * width..][..attended.len()].copy_from_slice(&attended);
-        }
+        self.chunks(batch, qkv, (slab, layer), team, out)?;
         self.singles(batch, qkv, (slab, layer), team, out)
+    }
+
+    /// The rows of several tokens: each KV head of each by whoever is free.
+    fn chunks(
+        &self,
+        batch: &Batch<'_>,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+        team: &Team,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let DecodeShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let chunks = batch.rows.iter().filter(|placed| !placed.single);
+        let items: Vec<_> = chunks.flat_map(|placed| (0..kv_heads).map(move |head| (placed, head))).collect();
+        let mut attended: Vec<Result<Vec<f32>, ModelError>> = Vec::new();
+        attended.resize_with(items.len(), || Ok(Vec::new()));
+        let grain = if self.libtorch_threads { items.len() } else { 1 };
+        team.chunks(&mut attended, 1, grain, |index, attended| {
+            let (placed, kv_head) = items[index];
+            attended[0] = self.chunk(placed, kv_head, qkv, (slab, layer));
+        });
+        for ((placed, kv_head), attended) in items.iter().zip(attended) {
+            let (attended, tokens) = (attended?, placed.row.tokens.len());
+            for (index, values) in attended.chunks_exact(head_dim).enumerate() {
+                let (head, token) = (kv_head * (heads / kv_heads) + index / tokens, placed.first + index % tokens);
+                out[(token * heads + head) * head_dim..][..head_dim].copy_from_slice(values);
+            }
+        }
+        Ok(())
     }
 
     /// The tokens that attend alone: each part of a context by whoever is free, then each token's parts merged in order.
@@ -171,60 +200,70 @@ impl Attention {
         let (numbers, blocks) = (shape.part_numbers(), shape.part_blocks());
         let failed: OnceLock<AttentionError> = OnceLock::new();
         let note = |result: Result<(), AttentionError>| result.unwrap_or_else(|error| drop(failed.set(error)));
-        // The batch as a whole holds tensors, which stay on one thread.
-        let (places, singles) = (&batch.parts, &batch.singles);
-        let mut parts = vec![0.0; places.len() * numbers];
+        let mut parts = vec![0.0; batch.parts.len() * numbers];
         team.chunks(&mut parts, numbers, 1, |index, part| {
-            let (single, first) = places[index];
-            let single = &singles[single];
+            let (single, first) = batch.parts[index];
+            let single = &batch.singles[single];
             let last = self.layout.blocks(single.context).min(first + blocks);
             let cells: Vec<_> = single.row.table[first..last].iter().map(|slot| slab.read(slot.0 as usize, layer)).collect();
             let context = (single.context - first * shape.block_tokens).min(cells.len() * shape.block_tokens);
             note(paged_part(isa, shape, &qkv[single.token * width..][..out_width], &cells, context, part));
         });
-        for single in singles {
+        for single in &batch.singles {
             let out = &mut out[single.token * out_width..][..out_width];
             note(merge_parts(isa, shape, &parts[single.parts.start * numbers..single.parts.end * numbers], out));
         }
         failed.into_inner().map_or(Ok(()), |error| Err(error.into()))
     }
 
-    /// One row of several tokens: `[tokens, heads * head_dim]`.
-    fn chunk(&self, placed: &Placed<'_>, qkv: &[f32], slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
+    /// The query heads of one KV head for one row of several tokens: `[group, tokens, head_dim]`.
+    fn chunk(
+        &self,
+        placed: &Placed<'_>,
+        kv_head: usize,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+    ) -> Result<Vec<f32>, ModelError> {
+        let _no_grad = tch::no_grad_guard(); // of this thread
         let DecodeShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let (width, tokens) = (self.qkv_heads() * head_dim, placed.row.tokens.len());
-        let shape = [tokens as i64, self.qkv_heads() as i64, head_dim as i64];
-        let qkv = &qkv[placed.first * width..][..tokens * width];
-        let query = tensors::from_f32(qkv, &shape, self.kind, self.device)?.f_narrow(1, 0, heads as i64)?;
-        let query = query.f_transpose(0, 1)?.f_unsqueeze(0)?;
-        let kv = self.gather(placed.row, slab, layer)?;
+        let (width, tokens, group) = (self.qkv_heads() * head_dim, placed.row.tokens.len(), heads / kv_heads);
+        let rows = &qkv[placed.first * width..][..tokens * width];
+        let of_head = |head: usize| rows.chunks_exact(width).flat_map(move |token| &token[head * head_dim..][..head_dim]);
+        let query: Vec<f32> = (kv_head * group..(kv_head + 1) * group).flat_map(of_head).copied().collect();
+        let query = tensors::from_f32(&query, &[1, group as i64, tokens as i64, head_dim as i64], self.kind, self.device)?;
+        let kv = self.gather(placed.row, kv_head, slab, layer)?;
         let (keys, values) = (kv.f_narrow(0, 0, 1)?, kv.f_narrow(0, 1, 1)?);
-        let (mask, grouped) = (placed.mask.as_ref(), heads != kv_heads);
-        let out = Tensor::f_scaled_dot_product_attention(&query, &keys, &values, mask, 0.0, mask.is_none(), None, grouped)?;
-        Ok(out.f_squeeze_dim(0)?.f_transpose(0, 1)?.f_reshape([tokens as i64, (heads * head_dim) as i64])?)
+        let sides = [tokens as i64, i64::from(placed.row.end())];
+        let mask = placed.mask.as_ref().map(|mask| tensors::from_bytes(mask, &sides, self.kind, self.device)).transpose()?;
+        let (causal, grouped) = (mask.is_none(), group > 1);
+        tensors::to_f32(&Tensor::f_scaled_dot_product_attention(&query, &keys, &values, mask, 0.0, causal, None, grouped)?)
     }
 
-    /// Keys and values of a row's whole context as it stands in the cells: `[2, kv_heads, context, head_dim]`.
-    fn gather(&self, row: &Row, slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
+    /// Keys and values of one KV head over a row's whole context as it stands in the cells: `[2, 1, context, head_dim]`.
+    fn gather(&self, row: &Row, kv_head: usize, slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
         let DecodeShape { kv_heads, head_dim, block_tokens, .. } = self.shape;
         let (context, token) = (row.end() as usize, head_dim * self.layout.dtype.bytes());
-        let mut bytes = vec![0u8; 2 * kv_heads * context * token];
+        let mut bytes = vec![0u8; 2 * context * token];
         for (index, slot) in row.table[..self.layout.blocks(context)].iter().enumerate() {
             let cell = slab.read(slot.0 as usize, layer);
             let first = index * block_tokens;
             let span = (context - first).min(block_tokens) * token;
-            let heads = bytes.chunks_exact_mut(context * token).zip(cell.chunks_exact(block_tokens * token));
-            for (to, from) in heads {
-                to[first * token..][..span].copy_from_slice(&from[..span]);
+            for (part, to) in bytes.chunks_exact_mut(context * token).enumerate() {
+                let from = (part * kv_heads + kv_head) * block_tokens * token;
+                to[first * token..][..span].copy_from_slice(&cell[from..from + span]);
             }
         }
-        let shape = [2, kv_heads as i64, context as i64, head_dim as i64];
-        tensors::from_bytes(&bytes, &shape, self.kind, self.device)
+        tensors::from_bytes(&bytes, &[2, 1, context as i64, head_dim as i64], self.kind, self.device)
     }
 
     /// What token `i` of a chunk may not see: every position after `start + i`.
-    fn mask(&self, row: &Row) -> Result<Tensor, ModelError> {
-        let size = [row.tokens.len() as i64, i64::from(row.end())];
-        Ok(Tensor::f_full(size, f64::NEG_INFINITY, (self.kind, self.device))?.f_triu(i64::from(row.start) + 1)?)
+    fn mask(&self, row: &Row) -> Vec<u8> {
+        let seen = |token: usize| row.start as usize + token + 1;
+        let score = |hidden: bool| if hidden { f32::NEG_INFINITY } else { 0.0 };
+        let scores = (0..row.tokens.len()).flat_map(|token| (0..row.end() as usize).map(move |at| score(at >= seen(token))));
+        match self.layout.dtype {
+            KvDtype::F32 => scores.flat_map(f32::to_le_bytes).collect(),
+            KvDtype::Bf16 => scores.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+        }
     }
 }

@@ -93,7 +93,10 @@ impl Llama {
             widest.torch = None;
         }
         let rows = self.multiplier.own_rows_max;
-        if rows < usize::MAX {
+        self.attention.libtorch_threads = rows < usize::MAX;
+        if rows == usize::MAX {
+            tch::set_num_threads(1);
+        } else {
             for (index, layer) in self.layers.iter_mut().enumerate() {
                 for (linear, parts) in layer.linears().into_iter().zip(PARTS) {
                     loader.add_torch(linear, &names(index, parts))?;
@@ -109,7 +112,7 @@ impl Llama {
     /// Computes a step that has been checked. Logits of the last token of each row with `sample`, `[rows, vocab]` in f32, row order.
     pub(crate) fn forward(&mut self, step: &Step, slab: &KvSlab, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<f32>, ModelError> {
         let _no_grad = tch::no_grad_guard();
-        let batch = Batch::new(step, &self.attention)?;
+        let batch = Batch::new(step, &self.attention);
         let angles = Angles::new(step, &self.inverse_frequencies);
         let Self { layers, multiplier, attention, scratch, eps, .. } = self;
         let Scratch { hidden, qkv, attended, gated } = scratch;
