@@ -95,7 +95,7 @@ impl Engine for LlamaEngine {
         let vocab = self.limits.vocab;
         self.llama.team().chunks(&mut drawn, 1, 1, |index, drawn| {
             let (row, sampling) = rows[index];
-            drawn[0] = sampler::draw(&logits[index * vocab..][..vocab], sampling, row.end());
+            drawn[0] = sampler::draw(&logits[index * vocab..][..vocab], sampling, row.draw_position());
         });
         let sampled = |((row, _), draw): (&(&Row, &Sampling), Option<sampler::Draw>)| {
             let draw = draw.ok_or_else(|| EngineError("a row's logits are not numbers".into()))?;
