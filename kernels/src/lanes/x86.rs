@@ -27,6 +27,18 @@ impl<const DOT: bool> Avx512<DOT> {
     }
 }
 
+/// `$f` of both of two registers, each by the name of the pair. A macro and not `map`: a closure that is not inlined is not compiled for the
+/// instruction set, and makes each of its instructions a call.
+macro_rules! both {
+    ($pair:ident => $f:expr) => {{
+        let [first, second] = $pair;
+        let $pair = first;
+        let first = $f;
+        let $pair = second;
+        [first, $f]
+    }};
+}
+
 /// Implements the lane-wise methods: each is one intrinsic, named by the last pattern.
 macro_rules! avx512 {
     ($($name:ident($($arg:ident),+) = $intrinsic:ident;)+) => {$(
@@ -177,12 +189,13 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     fn halves(self, low: __m512, high: __m512) -> __m512i {
         // SAFETY: `self` proves AVX-512.
         unsafe {
-            let [low, high] = [low, high].map(|x| {
-                let bits = _mm512_castps_si512(x);
+            let pair = [low, high];
+            let [low, high] = both!(pair => {
+                let bits = _mm512_castps_si512(pair);
                 let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
                 let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
                 let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
-                _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x), quiet)
+                _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(pair, pair), quiet)
             });
             _mm512_mask_mov_epi16(high, 0x5555_5555, _mm512_srli_epi32::<16>(low))
         }
@@ -218,6 +231,25 @@ macro_rules! avx2 {
             unsafe { [$intrinsic($($arg[0]),+), $intrinsic($($arg[1]),+)] }
         }
     )+};
+}
+
+/// Rounded to the nearest bfloat16, which stands in the upper halves of the words.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn rounded(x: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(x);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+    _mm256_blendv_epi8(nearest, quiet, nan)
+}
+
+/// Words whose halves are `low` and `high` rounded.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn joined(low: __m256, high: __m256) -> __m256i {
+    _mm256_blend_epi16::<0b1010_1010>(_mm256_srli_epi32::<16>(rounded(low)), rounded(high))
 }
 
 /// The lanes folded in halves by `f`.
@@ -260,7 +292,7 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
         unsafe {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from[8..].as_ptr().cast()));
-            [low, high].map(|bits| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)))
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
         }
     }
 
@@ -286,10 +318,12 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
     #[inline(always)]
     fn power_of_two(self, x: Self::V) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe {
-            let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(x));
-            _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)))
-        })
+        unsafe {
+            both!(x => {
+                let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(x));
+                _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)))
+            })
+        }
     }
 
     #[inline(always)]
@@ -316,75 +350,66 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
     #[inline(always)]
     fn low_nibbles(self, x: Self::I) -> Self::I {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_and_si256(x, _mm256_set1_epi8(15)) })
+        unsafe { both!(x => _mm256_and_si256(x, _mm256_set1_epi8(15))) }
     }
 
     #[inline(always)]
     fn high_nibbles(self, x: Self::I) -> Self::I {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_and_si256(_mm256_srli_epi16::<4>(x), _mm256_set1_epi8(15)) })
+        unsafe { both!(x => _mm256_and_si256(_mm256_srli_epi16::<4>(x), _mm256_set1_epi8(15))) }
     }
 
     #[inline(always)]
     fn byte<const J: i32>(self, x: Self::I) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe {
-            let shifted = _mm256_srlv_epi32(x, _mm256_set1_epi32(8 * J));
-            _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(0xff)))
-        })
+        unsafe {
+            both!(x => {
+                let shifted = _mm256_srlv_epi32(x, _mm256_set1_epi32(8 * J));
+                _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(0xff)))
+            })
+        }
     }
 
     #[inline(always)]
     fn dot_bytes(self, sum: Self::I, w: Self::I, x: u32) -> Self::I {
         // SAFETY: `self` proves AVX2, and AVX-VNNI where `DOT` is set.
-        std::array::from_fn(|i| unsafe {
+        unsafe {
             let x = _mm256_set1_epi32(x as i32);
             if DOT {
-                return _mm256_dpbusd_avx_epi32(sum[i], w[i], x);
+                return [_mm256_dpbusd_avx_epi32(sum[0], w[0], x), _mm256_dpbusd_avx_epi32(sum[1], w[1], x)];
             }
             // As in `Avx512`.
-            let even = _mm256_madd_epi16(
-                _mm256_and_si256(w[i], _mm256_set1_epi16(0xff)),
-                _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
-            );
-            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w[i]), _mm256_srai_epi16::<8>(x));
-            _mm256_add_epi32(sum[i], _mm256_add_epi32(even, odd))
-        })
+            let (x_even, x_odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)), _mm256_srai_epi16::<8>(x));
+            let dots = both!(w => {
+                let even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)), x_even);
+                _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), x_odd))
+            });
+            [_mm256_add_epi32(sum[0], dots[0]), _mm256_add_epi32(sum[1], dots[1])]
+        }
     }
 
     #[inline(always)]
     fn floats(self, x: Self::I) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_cvtepi32_ps(x) })
+        unsafe { both!(x => _mm256_cvtepi32_ps(x)) }
     }
 
     #[inline(always)]
     fn low_halves(self, x: Self::I) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)) })
+        unsafe { both!(x => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))) }
     }
 
     #[inline(always)]
     fn high_halves(self, x: Self::I) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000u32 as i32))) })
+        unsafe { both!(x => _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000u32 as i32)))) }
     }
 
     #[inline(always)]
     fn halves(self, low: Self::V, high: Self::V) -> Self::I {
         // SAFETY: `self` proves AVX2.
-        let round = |x: __m256| unsafe {
-            let bits = _mm256_castps_si256(x);
-            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
-            _mm256_blendv_epi8(nearest, quiet, nan)
-        };
-        // SAFETY: `self` proves AVX2.
-        std::array::from_fn(|i| unsafe {
-            _mm256_blend_epi16::<0b1010_1010>(_mm256_srli_epi32::<16>(round(low[i])), round(high[i]))
-        })
+        unsafe { [joined(low[0], high[0]), joined(low[1], high[1])] }
     }
 
     #[inline(always)]
