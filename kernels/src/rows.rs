@@ -162,7 +162,7 @@ impl Kernel for Prepare<'_> {
                 let at = first + step * TILE_ROWS;
                 // SAFETY: this row's own line of the tile, and each row comes once.
                 let line = unsafe { place.halves.part(at..at + 1) };
-                line[0].0 = halves_of(block);
+                s.store_words(s.narrow(s.load(&block[0]), s.load(&block[1])), &mut line[0].0);
             }
         }
         if forms.bytes {
@@ -186,14 +186,6 @@ pub(crate) fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f64) -> f32 {
     }
     let sum = tail.iter().fold(s.sum(squares), |sum, x| sum + x * x);
     (1.0 / (f64::from(sum) / x.len() as f64 + eps).sqrt()) as f32
-}
-
-/// 32 numbers rounded to bfloat16, in order, two to a word. Plain code that becomes vector code.
-#[inline(always)]
-fn halves_of(block: &[[f32; LANES]; 2]) -> [u32; LANES] {
-    let numbers: &[[f32; 2]; LANES] = bytemuck::cast_ref(block);
-    let round = |x: f32| u32::from(crate::convert::round(x).to_bits());
-    numbers.map(|[low, high]| round(low) | round(high) << 16)
 }
 
 /// 32 numbers as bytes `q` of -127..=127 with `x = d q`; and `d`, `d` times the sum of `q`. A block with a number that is not finite has a

@@ -189,15 +189,24 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     fn halves(self, low: __m512, high: __m512) -> __m512i {
         // SAFETY: `self` proves AVX-512.
         unsafe {
-            let pair = [low, high];
-            let [low, high] = both!(pair => {
-                let bits = _mm512_castps_si512(pair);
-                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-                let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-                let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
-                _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(pair, pair), quiet)
-            });
-            _mm512_mask_mov_epi16(high, 0x5555_5555, _mm512_srli_epi32::<16>(low))
+            if DOT {
+                return _mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVED.0.as_ptr().cast()), self.narrow(low, high));
+            }
+            _mm512_mask_mov_epi16(rounded_512(high), 0x5555_5555, _mm512_srli_epi32::<16>(rounded_512(low)))
+        }
+    }
+
+    /// With `DOT` what is smaller than normal numbers becomes zero, as in every product of bfloat16.
+    #[inline(always)]
+    fn narrow(self, first: __m512, second: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512 and, with `DOT`, its BF16 part; both vector types are 64 plain bytes.
+        unsafe {
+            if DOT {
+                return std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
+            }
+            let [first, second] = [_mm512_srli_epi32::<16>(rounded_512(first)), _mm512_srli_epi32::<16>(rounded_512(second))];
+            let first = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(first));
+            _mm512_inserti64x4::<1>(first, _mm512_cvtepi32_epi16(second))
         }
     }
 
@@ -220,6 +229,32 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
             _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512i, __m512bh>(w), std::mem::transmute::<__m512i, __m512bh>(x))
         }
     }
+}
+
+/// Aligned as a vector is.
+#[repr(align(64))]
+struct Order([u16; 32]);
+
+/// Halves of one vector by turns with those of another.
+static INTERLEAVED: Order = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    Order(order)
+};
+
+/// As [`rounded`], of sixteen lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn rounded_512(x: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(x);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+    _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x), quiet)
 }
 
 /// As `avx512!`, on two registers of eight lanes.
@@ -250,6 +285,15 @@ fn rounded(x: __m256) -> __m256i {
 #[target_feature(enable = "avx2")]
 fn joined(low: __m256, high: __m256) -> __m256i {
     _mm256_blend_epi16::<0b1010_1010>(_mm256_srli_epi32::<16>(rounded(low)), rounded(high))
+}
+
+/// Sixteen lanes as halves, in order.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn packed(x: [__m256; 2]) -> __m256i {
+    let low = _mm256_srli_epi32::<16>(rounded(x[0]));
+    let high = _mm256_srli_epi32::<16>(rounded(x[1]));
+    _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high))
 }
 
 /// The lanes folded in halves by `f`.
@@ -410,6 +454,12 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
     fn halves(self, low: Self::V, high: Self::V) -> Self::I {
         // SAFETY: `self` proves AVX2.
         unsafe { [joined(low[0], high[0]), joined(low[1], high[1])] }
+    }
+
+    #[inline(always)]
+    fn narrow(self, first: Self::V, second: Self::V) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe { [packed(first), packed(second)] }
     }
 
     #[inline(always)]
