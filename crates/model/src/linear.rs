@@ -8,7 +8,7 @@ use millrace_kernels::matrix::BLOCK;
 use millrace_kernels::{Format, Matrix, Source};
 use tch::{Device, Kind, Tensor};
 
-use crate::compute::Weights;
+use crate::compute::{Choice, Weights};
 use crate::{Dtype, ModelError, tensors};
 
 /// `[out, in]`.
@@ -16,6 +16,8 @@ pub(crate) struct Linear {
     pub(crate) matrix: Matrix,
     /// The same numbers in the engine's type.
     pub(crate) torch: Option<Tensor>,
+    /// Which numbers of rows LibTorch multiplies.
+    pub(crate) choice: Choice,
 }
 
 /// Where weights come from and what they become.
@@ -32,22 +34,18 @@ impl Loader<'_> {
         Ok(self.checkpoint.tensor(name)?.to_f32())
     }
 
-    /// Several weights as one, rows after rows; for LibTorch too where `torch` is set.
-    pub(crate) fn linear(&self, names: &[String], torch: bool) -> Result<Linear, ModelError> {
-        let views = names.iter().map(|name| Ok(self.checkpoint.tensor(name)?)).collect::<Result<Vec<_>, ModelError>>()?;
+    fn views(&self, names: &[String]) -> Result<Vec<TensorView<'_>>, ModelError> {
+        names.iter().map(|name| Ok(self.checkpoint.tensor(name)?)).collect()
+    }
+
+    /// Several weights as one, rows after rows.
+    pub(crate) fn linear(&self, names: &[String]) -> Result<Linear, ModelError> {
+        let views = self.views(names)?;
         let columns = views.first().and_then(|view| view.shape.last().copied()).unwrap_or(0);
         let kept: Vec<(Format, Cow<'_, [u8]>)> = views.iter().map(|view| self.kept(view)).collect();
         let sources: Vec<Source<'_>> = kept.iter().map(|(format, bytes)| Source { format: *format, bytes }).collect();
         let matrix = Matrix::new(columns, &sources)?;
-        let torch = if torch { Some(self.torch(&views)?) } else { None };
-        Ok(Linear { matrix, torch })
-    }
-
-    /// Gives `linear` its weights for LibTorch.
-    pub(crate) fn add_torch(&self, linear: &mut Linear, names: &[String]) -> Result<(), ModelError> {
-        let views = names.iter().map(|name| Ok(self.checkpoint.tensor(name)?)).collect::<Result<Vec<_>, ModelError>>()?;
-        linear.torch = Some(self.torch(&views)?);
-        Ok(())
+        Ok(Linear { matrix, torch: None, choice: Choice::Own })
     }
 
     /// What the own kernels keep: bits of the file where they can multiply them, else the engine's type.
@@ -73,7 +71,9 @@ impl Loader<'_> {
         }
     }
 
-    fn torch(&self, views: &[TensorView<'_>]) -> Result<Tensor, ModelError> {
+    /// The same for LibTorch, in the engine's type.
+    pub(crate) fn torch(&self, names: &[String]) -> Result<Tensor, ModelError> {
+        let views = self.views(names)?;
         let tensor = |view: &TensorView<'_>| {
             let shape: Vec<i64> = view.shape.iter().map(|&side| side as i64).collect();
             match self.dtype {

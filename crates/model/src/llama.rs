@@ -11,7 +11,7 @@ use millrace_kernels::{Into, KvSlab, Matrix, Norm, Team, rope};
 use tch::Device;
 
 use crate::attend::{Attention, Batch};
-use crate::compute::{Compute, Multiplier, Switch};
+use crate::compute::{Compute, Multiplier, Named};
 use crate::linear::{Linear, Loader};
 use crate::{Dtype, ModelError};
 
@@ -67,7 +67,7 @@ impl Llama {
     pub(crate) fn load(checkpoint: &Checkpoint, layout: KvLayout, compute: Compute, device: Device) -> Result<Self, ModelError> {
         let config = &checkpoint.config;
         let loader = Loader { checkpoint, dtype: layout.dtype, device, weights: compute.weights };
-        let plain = |name: &str| loader.linear(&[name.to_owned()], false);
+        let plain = |name: &str| loader.linear(&[name.to_owned()]);
         let mut llama = Self {
             layers: (0..config.layers).map(|layer| Layer::load(&loader, layer)).collect::<Result<_, _>>()?,
             norm: loader.norm("model.norm.weight")?,
@@ -83,29 +83,24 @@ impl Llama {
         Ok(llama)
     }
 
-    /// Measures where that is asked for, and makes LibTorch's copy of the weights where it is to multiply.
+    /// Decides who multiplies, and makes LibTorch's copy of the weights where it does.
     fn choose(&mut self, loader: &Loader<'_>, compute: Compute) -> Result<(), ModelError> {
-        if compute.switch == Switch::Measured && !compute.batch_invariant {
-            let _no_grad = tch::no_grad_guard();
-            let widest = &mut self.layers[0].gate_up;
-            loader.add_torch(widest, &names(0, PARTS[2]))?;
-            self.multiplier.measure(widest)?;
-            widest.torch = None;
-        }
-        let rows = self.multiplier.own_rows_max;
-        self.attention.libtorch_threads = rows < usize::MAX;
-        if rows == usize::MAX {
-            tch::set_num_threads(1);
-        } else {
-            for (index, layer) in self.layers.iter_mut().enumerate() {
-                for (linear, parts) in layer.linears().into_iter().zip(PARTS) {
-                    loader.add_torch(linear, &names(index, parts))?;
-                }
-            }
-        }
-        let (isa, threads) = (self.multiplier.products.isa(), self.multiplier.products.team().threads());
         let bytes = self.weight_bytes();
-        tracing::info!(?isa, threads, weight_bytes = bytes, own_rows_max = rows, compute.batch_invariant, "linear layers ready");
+        let Self { layers, head, embedding, multiplier, attention, .. } = self;
+        let mut alike: Vec<Vec<Named<'_>>> = Vec::new();
+        for (index, layer) in layers.iter_mut().enumerate() {
+            alike.push(layer.linears().into_iter().zip(PARTS.map(|parts| names(index, parts))).collect());
+        }
+        let head = match head {
+            Some(head) => (head, vec!["lm_head.weight".to_owned()]),
+            None => (embedding, vec!["model.embed_tokens.weight".to_owned()]),
+        };
+        attention.libtorch_threads = multiplier.choose(loader, compute, alike, head)?;
+        if !attention.libtorch_threads {
+            tch::set_num_threads(1);
+        }
+        let (isa, threads) = (multiplier.products.isa(), multiplier.products.team().threads());
+        tracing::info!(?isa, threads, weight_bytes = bytes, compute.batch_invariant, "linear layers ready");
         Ok(())
     }
 
@@ -123,7 +118,7 @@ impl Llama {
             qkv.resize(tokens * layer.qkv.matrix.rows(), 0.0);
             multiplier.multiply(hidden, norm(&layer.input_norm), &layer.qkv, Into::Set(qkv))?;
             angles.turn(qkv, attention, multiplier.products.team());
-            attention.store(&batch, qkv, slab, index);
+            attention.store(&batch, qkv, (slab, index), multiplier.products.team());
             on_layer(index as u16);
             attended.resize(tokens * layer.output.matrix.columns(), 0.0);
             attention.attend(&batch, qkv, (slab, index), multiplier.products.team(), attended)?;
@@ -169,7 +164,7 @@ impl Llama {
 impl Layer {
     fn load(loader: &Loader<'_>, layer: usize) -> Result<Self, ModelError> {
         let norm = |part: &str| loader.norm(&format!("model.layers.{layer}.{part}.weight"));
-        let linear = |parts: &[&str]| loader.linear(&names(layer, parts), false);
+        let linear = |parts: &[&str]| loader.linear(&names(layer, parts));
         Ok(Self {
             input_norm: norm("input_layernorm")?,
             qkv: linear(PARTS[0])?,
