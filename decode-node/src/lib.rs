@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use millrace_core::message::Role;
+use millrace_model::args::ComputeArgs;
 use millrace_model::open::{EngineKind, Options, open};
 use millrace_node::serve::args::NodeArgs;
 use millrace_node::serve::process::{Opened, run};
@@ -16,6 +17,8 @@ use millrace_node::serve::process::{Opened, run};
 pub struct Args {
     #[command(flatten)]
     node: NodeArgs,
+    #[command(flatten)]
+    compute: ComputeArgs,
     /// Compute checksums of the KV instead of the model, with this delay for each token: for tests of the cluster
     #[arg(long, hide = true, value_name = "MICROSECONDS")]
     checksum_engine: Option<u64>,
@@ -33,8 +36,8 @@ pub fn main(args: Args) -> ExitCode {
             dtype: node.dtype,
             block_tokens: node.block_tokens,
             slots: node.kv_blocks as usize,
-            threads: node.threads(),
-            engine: args.checksum_engine.map_or(EngineKind::LibTorch, checksum),
+            compute: args.compute.compute(node.threads()),
+            engine: args.checksum_engine.map_or(EngineKind::Model, checksum),
         })?;
         let (engine, slab) = (opened.engine, opened.slab);
         Ok(Opened { engine, slab, identity: opened.identity, positions: opened.positions })

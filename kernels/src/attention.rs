@@ -2,7 +2,8 @@
 //!
 //! Online softmax (Milakov, Gimelshein 2018) over tiles of 16 tokens, block by block, the way of FlashAttention (Dao et al. 2022):
 //! each byte of K and V is read from memory once for all query heads that share it. A row is computed by itself and in a fixed
-//! order, so its bits do not depend on what else is in the batch.
+//! order, so its bits do not depend on what else is in the batch. A long context is cut into parts of a fixed length, whoever computes
+//! them, and the parts are merged in order.
 
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -14,6 +15,8 @@ use crate::lanes::{Kernel, LANES, Simd, exp, run};
 
 /// Query heads computed together, so that their sums stay in registers.
 const GROUP: usize = 4;
+/// Tokens of one part of a context: short enough that two threads share a short one, long enough that merging costs little.
+pub const PART_TOKENS: usize = 64;
 
 /// Element type of cached keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +56,18 @@ pub struct DecodeShape {
 }
 
 impl DecodeShape {
+    /// Numbers of one part of a context: weighted sums of V `[heads, head_dim]`, then largest score and sum of exponentials of each head.
+    #[must_use]
+    pub const fn part_numbers(&self) -> usize {
+        self.heads * (self.head_dim + 2)
+    }
+
+    /// Blocks of one part of a context: [`PART_TOKENS`] tokens, or one block where that is longer.
+    #[must_use]
+    pub const fn part_blocks(&self) -> usize {
+        if self.block_tokens >= PART_TOKENS { 1 } else { PART_TOKENS.div_ceil(self.block_tokens) }
+    }
+
     /// Bytes of one cell.
     #[must_use]
     pub const fn cell_bytes(&self) -> usize {
@@ -112,30 +127,88 @@ pub fn paged_decode<C: Deref<Target = [u8]>>(
     context: usize,
     out: &mut [f32],
 ) -> Result<(), AttentionError> {
-    check(shape, query, cells, context, out)?;
-    match shape.element {
-        Element::F32 => run(isa, Row { shape, query, cells, context, out, element: PhantomData::<f32> }),
-        Element::Bf16 => run(isa, Row { shape, query, cells, context, out, element: PhantomData::<u16> }),
+    if out.len() != shape.heads * shape.head_dim {
+        return Err(AttentionError::Query { got: out.len(), expected: shape.heads * shape.head_dim });
     }
-    Ok(())
+    let mut part = vec![0.0; shape.part_numbers()];
+    paged_part(isa, shape, query, cells, context, &mut part)?;
+    merge_parts(isa, shape, &part, out)
 }
 
-/// Everything that the kernel relies on.
-fn check<C: Deref<Target = [u8]>>(
+/// As [`paged_decode`], for the part of a context that lies in `cells`; `part` is [`DecodeShape::part_numbers`] long.
+///
+/// # Errors
+/// [`AttentionError`] when the arguments do not fit; `part` is then untouched.
+pub fn paged_part<C: Deref<Target = [u8]>>(
+    isa: Isa,
     shape: &DecodeShape,
     query: &[f32],
     cells: &[C],
     context: usize,
-    out: &[f32],
+    part: &mut [f32],
 ) -> Result<(), AttentionError> {
+    check(shape, query, cells, context)?;
+    if part.len() != shape.part_numbers() {
+        return Err(AttentionError::Query { got: part.len(), expected: shape.part_numbers() });
+    }
+    let (out, running) = part.split_at_mut(shape.heads * shape.head_dim);
+    let running = running.as_chunks_mut().0;
+    match shape.element {
+        Element::F32 => run(isa, Row { shape, query, cells, context, out, running, element: PhantomData::<f32> }),
+        Element::Bf16 => run(isa, Row { shape, query, cells, context, out, running, element: PhantomData::<u16> }),
+    }
+    Ok(())
+}
+
+/// The attention of one token from the parts of its context, one after the other. `out`: `[heads, head_dim]`.
+///
+/// # Errors
+/// [`AttentionError`] when there is no part, or the lengths do not fit.
+pub fn merge_parts(isa: Isa, shape: &DecodeShape, parts: &[f32], out: &mut [f32]) -> Result<(), AttentionError> {
+    let expected = shape.heads * shape.head_dim;
+    if out.len() != expected {
+        return Err(AttentionError::Query { got: out.len(), expected });
+    }
+    if parts.is_empty() || !parts.len().is_multiple_of(shape.part_numbers()) {
+        return Err(AttentionError::Query { got: parts.len(), expected: shape.part_numbers() });
+    }
+    run(isa, Merge { shape, parts, out });
+    Ok(())
+}
+
+struct Merge<'a> {
+    shape: &'a DecodeShape,
+    parts: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for Merge<'_> {
+    /// Plain code: all that is wanted of the instruction set is the width of its vectors.
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let DecodeShape { heads, head_dim, .. } = *self.shape;
+        let parts = self.parts.chunks_exact(self.shape.part_numbers());
+        for (head, out) in self.out.chunks_exact_mut(head_dim).enumerate() {
+            let of = |part: &[f32]| [part[heads * head_dim + 2 * head], part[heads * head_dim + 2 * head + 1]];
+            let largest = parts.clone().map(|part| of(part)[0]).fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+            let total: f32 = parts.clone().map(|part| (of(part)[0] - largest).exp() * of(part)[1]).sum();
+            out.fill(0.0);
+            for part in parts.clone() {
+                let weight = (of(part)[0] - largest).exp() / total;
+                out.iter_mut().zip(&part[head * head_dim..]).for_each(|(out, x)| *out += x * weight);
+            }
+        }
+    }
+}
+
+/// Everything that the kernel relies on.
+fn check<C: Deref<Target = [u8]>>(shape: &DecodeShape, query: &[f32], cells: &[C], context: usize) -> Result<(), AttentionError> {
     let DecodeShape { heads, kv_heads, head_dim, block_tokens, .. } = *shape;
     if kv_heads == 0 || head_dim == 0 || block_tokens == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
         return Err(AttentionError::Heads { heads, kv_heads });
     }
-    for got in [query.len(), out.len()] {
-        if got != heads * head_dim {
-            return Err(AttentionError::Query { got, expected: heads * head_dim });
-        }
+    if query.len() != heads * head_dim {
+        return Err(AttentionError::Query { got: query.len(), expected: heads * head_dim });
     }
     if context == 0 || context.div_ceil(block_tokens) > cells.len() {
         return Err(AttentionError::Context { context, cells: cells.len() });
@@ -153,7 +226,9 @@ struct Row<'a, C, T> {
     query: &'a [f32],
     cells: &'a [C],
     context: usize,
+    /// Weighted sums of V.
     out: &'a mut [f32],
+    running: &'a mut [Running],
     element: PhantomData<T>,
 }
 
@@ -191,32 +266,24 @@ impl Load for u16 {
 }
 
 /// The running softmax of one query head: largest score so far, sum of the exponentials relative to it.
-#[derive(Clone, Copy)]
-struct Running {
-    max: f32,
-    sum: f32,
-}
+type Running = [f32; 2];
 
 impl<T: Load, C: Deref<Target = [u8]>> Kernel for Row<'_, C, T> {
-    /// KV heads, then blocks, then the query heads of the group. `out` holds the weighted sums of V on the way.
+    /// KV heads, then blocks, then the query heads of the group.
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Row { shape, query, cells, context, out, .. } = self;
+        let Row { shape, query, cells, context, out, running, .. } = self;
         let (dim, block) = (shape.head_dim, shape.block_tokens);
         let group = shape.heads / shape.kv_heads;
         out.fill(0.0);
-        let mut running = vec![Running { max: 0.0, sum: 0.0 }; group];
+        running.fill([f32::NEG_INFINITY, 0.0]);
         let heads = query.chunks_exact(group * dim).zip(out.chunks_exact_mut(group * dim));
-        for (kv_head, (query, out)) in heads.enumerate() {
-            running.fill(Running { max: f32::NEG_INFINITY, sum: 0.0 });
+        for (kv_head, ((query, out), running)) in heads.zip(running.chunks_exact_mut(group)).enumerate() {
             for (index, cell) in cells.iter().take(context.div_ceil(block)).enumerate() {
                 let tokens = (context - index * block).min(block);
                 let (keys, values) = bytemuck::cast_slice::<u8, T>(cell).split_at(shape.kv_heads * block * dim);
                 let span = kv_head * block * dim..(kv_head * block + tokens) * dim;
-                group_block::<T, S>(s, shape, query, &keys[span.clone()], &values[span], &mut running, out);
-            }
-            for (running, out) in running.iter().zip(out.chunks_exact_mut(dim)) {
-                out.iter_mut().for_each(|x| *x /= running.sum);
+                group_block::<T, S>(s, shape, query, &keys[span.clone()], &values[span], running, out);
             }
         }
     }
@@ -265,11 +332,12 @@ impl<T: Load> Tile<'_, T> {
         for g in 0..G {
             let scores = s.load(&weights[g]);
             let largest = s.largest(scores);
-            let max = if largest > running[g].max { largest } else { running[g].max };
+            let [before, sum] = running[g];
+            let max = if largest > before { largest } else { before };
             let exponentials = exp(s, s.sub(scores, s.splat(max)));
             s.store(exponentials, &mut weights[g]);
-            shrink[g] = (running[g].max - max).exp();
-            running[g] = Running { max, sum: running[g].sum * shrink[g] + s.sum(exponentials) };
+            shrink[g] = (before - max).exp();
+            running[g] = [max, sum * shrink[g] + s.sum(exponentials)];
         }
         self.weigh::<S, G>(s, &weights, &shrink, out);
     }

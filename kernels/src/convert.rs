@@ -57,7 +57,7 @@ impl Kernel for Widened<'_> {
 }
 
 #[inline(always)]
-fn round(value: f32) -> bf16 {
+pub(crate) fn round(value: f32) -> bf16 {
     let bits = value.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
     let quiet_nan = (bits >> 16) | 0x40;

@@ -3,7 +3,8 @@
 //! Each token is computed by itself and in a fixed order, so its bits do not depend on what else is in the batch.
 
 use crate::isa::Isa;
-use crate::lanes::{Kernel, LANES, Simd, exp, run};
+use crate::lanes::{Kernel, LANES, Simd, run, silu};
+use crate::rows::inverse_rms;
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight`, token by token.
 ///
@@ -48,10 +49,7 @@ impl Kernel for RmsNorm<'_> {
     fn run<S: Simd>(self, s: S) {
         let hidden = self.weight.len();
         for (x, out) in self.x.chunks_exact(hidden).zip(self.out.chunks_exact_mut(hidden)) {
-            let (whole, tail) = x.as_chunks::<LANES>();
-            let squares = whole.iter().fold(s.splat(0.0), |sum, x| s.fma(s.load(x), s.load(x), sum));
-            let sum = tail.iter().fold(s.sum(squares), |sum, x| sum + x * x);
-            let scale = (1.0 / (f64::from(sum) / hidden as f64 + self.eps).sqrt()) as f32;
+            let scale = inverse_rms(s, x, self.eps);
             for ((out, x), weight) in out.iter_mut().zip(x).zip(self.weight) {
                 *out = x * scale * weight;
             }
@@ -80,16 +78,6 @@ impl Kernel for SwiGlu<'_> {
             }
         }
     }
-}
-
-/// `x / (1 + e^-x)`, with exponents that cannot overflow: `x e^min(x, 0) / (1 + e^-|x|)`.
-#[inline(always)]
-fn silu<S: Simd>(s: S, x: S::V) -> S::V {
-    let zero = s.splat(0.0);
-    let minus = s.sub(zero, x);
-    let above = exp(s, s.sub(zero, s.max(minus, zero)));
-    let below = s.add(s.splat(1.0), exp(s, s.sub(zero, s.max(minus, x))));
-    s.mul(x, s.div(above, below))
 }
 
 #[cfg(test)]

@@ -7,10 +7,16 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Whatever the target guarantees; multiply and add round twice.
     Portable,
-    /// AVX2 with fused multiply-add.
+    /// AVX2 with fused multiply-add and conversion of half precision.
     Avx2,
+    /// The same with AVX-VNNI: dot products of bytes.
+    Avx2Dot,
     /// AVX-512 foundation, byte/word, doubleword/quadword and vector-length parts.
     Avx512,
+    /// The same with BF16 and VNNI: dot products of bfloat16 and of bytes.
+    Avx512Dot,
+    /// The same with AMX tiles for bfloat16, which the system lets this process use.
+    Amx,
 }
 
 impl Isa {
@@ -21,10 +27,17 @@ impl Isa {
         *BEST.get_or_init(|| Self::available().into_iter().max().unwrap_or(Self::Portable))
     }
 
+    /// Whether it has dot products of bfloat16.
+    #[must_use]
+    pub fn has_bf16(self) -> bool {
+        self >= Self::Avx512Dot
+    }
+
     /// Every set this machine can run, weakest first.
     #[must_use]
     pub fn available() -> Vec<Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|isa| isa.is_available()).collect()
+        use Isa::{Amx, Avx2, Avx2Dot, Avx512, Avx512Dot, Portable};
+        [Portable, Avx2, Avx2Dot, Avx512, Avx512Dot, Amx].into_iter().filter(|isa| isa.is_available()).collect()
     }
 
     /// Whether this machine can run it.
@@ -33,7 +46,8 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             Self::Portable => true,
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
+            Self::Avx2Dot => Self::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
             Self::Avx512 => {
                 Self::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
@@ -41,6 +55,10 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
+            Self::Avx512Dot => {
+                Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni")
+            }
+            Self::Amx => Self::Avx512Dot.is_available() && crate::tiles::permitted(),
         }
     }
 

@@ -6,14 +6,28 @@
 //! for AVX2+FMA and for AVX-512, and picked at run time ([`isa::Isa`]).
 
 pub mod attention;
+mod buffer;
+pub mod chunk;
 pub mod convert;
 pub mod elementwise;
 pub mod heap;
 pub mod isa;
 mod lanes;
+pub mod logits;
+pub mod matrix;
+pub mod product;
 pub mod rope;
+mod rows;
 pub mod slab;
+pub mod team;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
-pub use attention::{AttentionError, DecodeShape, Element, paged_decode};
+pub use attention::{AttentionError, DecodeShape, Element, merge_parts, paged_decode, paged_part};
+pub use chunk::{Chunk, ChunkAttention};
 pub use isa::Isa;
+pub use matrix::{Format, Matrix, MatrixError, Source};
+pub use product::{Into, Precision, Products};
+pub use rows::Norm;
 pub use slab::{KvSlab, SlabError};
+pub use team::Team;

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use half::bf16;
-use millrace_kernels::{AttentionError, DecodeShape, Element, Isa, KvSlab, paged_decode};
+use millrace_kernels::{AttentionError, DecodeShape, Element, Isa, KvSlab, merge_parts, paged_decode, paged_part};
 
 /// Numbers in [-1, 1) from a counter.
 struct Noise(u64);
@@ -108,6 +108,31 @@ fn every_instruction_set_agrees_with_the_naive_one() {
                         );
                     }
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_of_a_context_make_the_whole() {
+    let mut noise = Noise(3);
+    for (heads, kv_heads, head_dim, block) in [(9, 3, 64, 16), (4, 1, 16, 4), (6, 2, 10, 8)] {
+        for context in [1, 16, 63, 64, 65, 300] {
+            let case = case(shape(heads, kv_heads, head_dim, block, Element::Bf16), context, &mut noise);
+            let (want, numbers, blocks) = (case.naive(), case.shape.part_numbers(), case.shape.part_blocks());
+            let cells: Vec<_> = (0..case.slab.slots()).map(|slot| case.slab.read(slot, 0)).collect();
+            for isa in Isa::available() {
+                let (mut parts, mut out) = (vec![f32::NAN; cells.len().div_ceil(blocks) * numbers], vec![0.0; want.len()]);
+                for (index, (cells, part)) in cells.chunks(blocks).zip(parts.chunks_mut(numbers)).enumerate() {
+                    let tokens = (context - index * blocks * block).min(cells.len() * block);
+                    paged_part(isa, &case.shape, &case.query, cells, tokens, part).unwrap();
+                }
+                merge_parts(isa, &case.shape, &parts, &mut out).unwrap();
+                for (got, want) in out.iter().zip(&want) {
+                    assert!((f64::from(*got) - want).abs() < 2e-5, "{isa:?} {:?} ctx {context}: {got} {want}", case.shape);
+                }
+                assert!(merge_parts(isa, &case.shape, &parts[1..], &mut out).is_err());
+                assert!(merge_parts(isa, &case.shape, &[], &mut out).is_err());
             }
         }
     }

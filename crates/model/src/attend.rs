@@ -1,16 +1,27 @@
 //! Attention of a step over paged KV: stores the new keys and values, then attends row by row.
 //!
-//! A row of one token runs the paged kernel on the cells in place. A longer row gathers its keys and values into one tensor
-//! and calls LibTorch's scaled dot product attention. Both read only what stands in the cells.
+//! A row of one token runs the paged kernel on the cells in place, its context cut into parts that threads share. A longer row goes through our own
+//! kernel for chunks where the processor has dot products of bfloat16 and the KV is that. Elsewhere it gathers keys and
+//! values of a KV head into one tensor and calls LibTorch's scaled dot product attention, heads shared by our threads: LibTorch's own spin long
+//! after their work is done, on the processors that the next product needs. In batch-invariant mode it goes token by token through the paged
+//! kernel, because the order of sums of both others depends on the chunk. All read only what stands in the cells.
+
+use std::ops::Range;
+use std::sync::OnceLock;
 
 use millrace_checkpoint::ModelConfig;
 use millrace_core::engine::{Row, Step};
 use millrace_core::layout::{KvDtype, KvLayout};
-use millrace_kernels::{DecodeShape, Element, Isa, KvSlab, convert, paged_decode};
+use millrace_kernels::{
+    AttentionError, Chunk, ChunkAttention, DecodeShape, Element, Isa, KvSlab, Team, convert, merge_parts, paged_part,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::ModelError;
 use crate::tensors;
+
+/// Tokens of a step whose keys and values one thread stores alone.
+const STORED_ALONE_MAX: usize = 64;
 
 /// The attention of one model.
 pub(crate) struct Attention {
@@ -18,11 +29,23 @@ pub(crate) struct Attention {
     layout: KvLayout,
     kind: Kind,
     device: Device,
+    /// Chunks go token by token.
+    batch_invariant: bool,
+    /// LibTorch has threads of its own here, because it multiplies too.
+    pub(crate) libtorch_threads: bool,
+    /// Our own kernel for chunks; `None` where LibTorch attends for them.
+    own: Option<ChunkAttention>,
 }
 
 /// A step's rows with what all layers share.
 pub(crate) struct Batch<'a> {
     rows: Vec<Placed<'a>>,
+    /// Tokens that the paged kernel attends for, in the order of the batch.
+    singles: Vec<Single<'a>>,
+    /// Parts of their contexts: which single, and its first block.
+    parts: Vec<(usize, usize)>,
+    /// What the step writes of each cell: which row, and positions of one block.
+    written: Vec<(usize, Range<usize>)>,
     tokens: usize,
 }
 
@@ -31,26 +54,62 @@ struct Placed<'a> {
     row: &'a Row,
     /// Index of its first token in the batch.
     first: usize,
-    /// `[tokens, context]`, minus infinity above the diagonal; only for a chunk that is not at the start of its sequence.
-    mask: Option<Tensor>,
+    /// `[tokens, context]` in the type of the KV, minus infinity above the diagonal; only for a chunk that is not at the start of its sequence.
+    mask: Option<Vec<u8>>,
+    /// Whether its tokens are singles.
+    single: bool,
+}
+
+/// One token that attends alone.
+struct Single<'a> {
+    row: &'a Row,
+    /// Index in the batch.
+    token: usize,
+    /// Tokens it sees, itself included.
+    context: usize,
+    /// Its parts.
+    parts: Range<usize>,
 }
 
 impl<'a> Batch<'a> {
-    /// Places the rows one after the other and makes the masks.
-    pub(crate) fn new(step: &'a Step, attention: &Attention) -> Result<Self, ModelError> {
-        let mut tokens = 0;
-        let mut rows = Vec::with_capacity(step.rows.len());
+    /// Places the rows one after the other, cuts contexts into parts and makes the masks.
+    pub(crate) fn new(step: &'a Step, attention: &Attention) -> Self {
+        let rows = Vec::with_capacity(step.rows.len());
+        let mut batch = Self { rows, singles: Vec::new(), parts: Vec::new(), written: Vec::new(), tokens: 0 };
         for row in &step.rows {
-            let mask = if row.tokens.len() > 1 && row.start > 0 { Some(attention.mask(row)?) } else { None };
-            rows.push(Placed { row, first: tokens, mask });
-            tokens += row.tokens.len();
+            let (first, single) = (batch.tokens, row.tokens.len() == 1 || attention.batch_invariant);
+            let mask = (!single && attention.own.is_none() && row.start > 0).then(|| attention.mask(row));
+            if single {
+                (0..row.tokens.len()).for_each(|index| batch.add_single(row, index, attention));
+            }
+            batch.add_written(row, attention.shape.block_tokens);
+            batch.rows.push(Placed { row, first, mask, single });
+            batch.tokens += row.tokens.len();
         }
-        Ok(Self { rows, tokens })
+        batch
+    }
+
+    /// The blocks that `row`, the batch's next, writes.
+    fn add_written(&mut self, row: &Row, block: usize) {
+        let (mut position, end) = (row.start as usize, row.end() as usize);
+        while position < end {
+            let stop = ((position / block + 1) * block).min(end);
+            self.written.push((self.rows.len(), position..stop));
+            position = stop;
+        }
+    }
+
+    /// The token `index` of `row`, whose first token is the batch's next.
+    fn add_single(&mut self, row: &'a Row, index: usize, attention: &Attention) {
+        let (context, begin) = (row.start as usize + index + 1, self.parts.len());
+        let (single, blocks) = (self.singles.len(), attention.layout.blocks(context));
+        self.parts.extend((0..blocks).step_by(attention.shape.part_blocks()).map(|block| (single, block)));
+        self.singles.push(Single { row, token: self.tokens + index, context, parts: begin..self.parts.len() });
     }
 }
 
 impl Attention {
-    pub(crate) fn new(config: &ModelConfig, layout: KvLayout, device: Device) -> Self {
+    pub(crate) fn new(config: &ModelConfig, layout: KvLayout, device: Device, batch_invariant: bool) -> Self {
         let shape = DecodeShape {
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -62,7 +121,9 @@ impl Attention {
             },
             scale: 1.0 / (config.head_dim as f32).sqrt(),
         };
-        Self { shape, layout, kind: tensors::kind(layout.dtype), device }
+        let owned = shape.element == Element::Bf16 && Isa::best().has_bf16() && device == Device::Cpu;
+        let own = owned.then(ChunkAttention::default);
+        Self { shape, layout, kind: tensors::kind(layout.dtype), device, batch_invariant, libtorch_threads: true, own }
     }
 
     /// Heads of one token's queries, keys and values together.
@@ -76,21 +137,19 @@ impl Attention {
     }
 
     /// Writes keys and values of the step's tokens to their cells. `qkv`: `[tokens, qkv_heads, head_dim]`.
-    pub(crate) fn store(&self, batch: &Batch<'_>, qkv: &[f32], slab: &KvSlab, layer: usize) {
+    pub(crate) fn store(&self, batch: &Batch<'_>, qkv: &[f32], (slab, layer): (&KvSlab, usize), team: &Team) {
         let (block, dim) = (self.shape.block_tokens, self.shape.head_dim);
         let width = self.qkv_heads() * dim;
-        for placed in &batch.rows {
-            let (mut position, end) = (placed.row.start as usize, placed.row.end() as usize);
-            while position < end {
-                let stop = ((position / block + 1) * block).min(end);
-                let first = placed.first + position - placed.row.start as usize;
-                let mut cell = slab.write(placed.row.table[position / block].0 as usize, layer);
-                for (offset, token) in qkv[first * width..].chunks_exact(width).take(stop - position).enumerate() {
-                    self.store_token(&mut cell, position % block + offset, &token[self.shape.heads * dim..]);
-                }
-                position = stop;
+        let grain = if batch.tokens > STORED_ALONE_MAX { 1 } else { batch.written.len() };
+        team.each(batch.written.len(), grain, |index| {
+            let (row, positions) = &batch.written[index];
+            let placed = &batch.rows[*row];
+            let first = placed.first + positions.start - placed.row.start as usize;
+            let mut cell = slab.write(placed.row.table[positions.start / block].0 as usize, layer);
+            for (position, token) in positions.clone().zip(qkv[first * width..].chunks_exact(width)) {
+                self.store_token(&mut cell, position % block, &token[self.shape.heads * dim..]);
             }
-        }
+        });
     }
 
     /// `kv`: keys then values of one token, `[2 kv_heads, head_dim]`, which is the order of the cell's outer sides.
@@ -105,82 +164,156 @@ impl Attention {
         }
     }
 
-    /// Attention of every row, `[tokens, heads * head_dim]`.
-    pub(crate) fn attend(&self, batch: &Batch<'_>, qkv: &[f32], slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
-        let DecodeShape { heads, head_dim, .. } = self.shape;
-        let mut parts = Vec::new();
-        let mut rest = &batch.rows[..];
-        while let Some(placed) = rest.first() {
-            let singles = rest.iter().take_while(|placed| placed.row.tokens.len() == 1).count();
-            let part = match singles {
-                0 => self.chunk(placed, qkv, slab, layer)?,
-                _ => {
-                    let out = self.decode(&rest[..singles], qkv, slab, layer)?;
-                    tensors::from_f32(&out, &[singles as i64, (heads * head_dim) as i64], self.kind, self.device)?
-                }
-            };
-            parts.push(part);
-            rest = &rest[singles.max(1)..];
+    /// Attention of every row over the cells of `(slab, layer)`; `out`: `[tokens, heads * head_dim]`.
+    pub(crate) fn attend(
+        &mut self,
+        batch: &Batch<'_>,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+        team: &Team,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let width = self.shape.heads * self.shape.head_dim;
+        assert_eq!((qkv.len(), out.len()), (batch.tokens * self.qkv_heads() * self.shape.head_dim, batch.tokens * width));
+        match self.own.take() {
+            Some(mut own) => {
+                let attended = self.own_chunks(&mut own, batch, qkv, (slab, layer), team, out);
+                self.own = Some(own);
+                attended?;
+            }
+            None => self.chunks(batch, qkv, (slab, layer), team, out)?,
         }
-        debug_assert_eq!(qkv.len(), batch.tokens * self.qkv_heads() * head_dim);
-        if parts.len() > 1 { Ok(Tensor::f_cat(&parts, 0)?) } else { parts.pop().ok_or(self.nothing()) }
+        self.singles(batch, qkv, (slab, layer), team, out)
     }
 
-    /// Rows of one token each: `[rows, heads * head_dim]`.
-    fn decode(&self, rows: &[Placed<'_>], qkv: &[f32], slab: &KvSlab, layer: usize) -> Result<Vec<f32>, ModelError> {
-        let dim = self.shape.head_dim;
-        let (width, out_width) = (self.qkv_heads() * dim, self.shape.heads * dim);
-        let mut out = vec![0.0; rows.len() * out_width];
-        for (placed, out) in rows.iter().zip(out.chunks_exact_mut(out_width)) {
-            let context = placed.row.end() as usize;
-            let table = &placed.row.table[..self.layout.blocks(context)];
-            let cells: Vec<_> = table.iter().map(|slot| slab.read(slot.0 as usize, layer)).collect();
-            let query = &qkv[placed.first * width..][..out_width];
-            paged_decode(Isa::best(), &self.shape, query, &cells, context, out)?;
+    /// The rows of several tokens, one after the other, each by all threads.
+    fn own_chunks(
+        &self,
+        own: &mut ChunkAttention,
+        batch: &Batch<'_>,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+        team: &Team,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let (stride, width) = (self.qkv_heads() * self.shape.head_dim, self.shape.heads * self.shape.head_dim);
+        for placed in batch.rows.iter().filter(|placed| !placed.single) {
+            let (start, tokens) = (placed.row.start as usize, placed.row.tokens.len());
+            let chunk = Chunk { queries: &qkv[placed.first * stride..], stride, start, tokens };
+            let out = &mut out[placed.first * width..][..tokens * width];
+            let cell = |block: usize| slab.read(placed.row.table[block].0 as usize, layer);
+            own.attend((team, Isa::best()), &self.shape, &chunk, cell, out)?;
         }
-        Ok(out)
+        Ok(())
     }
 
-    /// One row of several tokens: `[tokens, heads * head_dim]`.
-    fn chunk(&self, placed: &Placed<'_>, qkv: &[f32], slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
+    /// The rows of several tokens with LibTorch: each KV head of each by whoever is free.
+    fn chunks(
+        &self,
+        batch: &Batch<'_>,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+        team: &Team,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
         let DecodeShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let (width, tokens) = (self.qkv_heads() * head_dim, placed.row.tokens.len());
-        let shape = [tokens as i64, self.qkv_heads() as i64, head_dim as i64];
-        let qkv = &qkv[placed.first * width..][..tokens * width];
-        let query = tensors::from_f32(qkv, &shape, self.kind, self.device)?.f_narrow(1, 0, heads as i64)?;
-        let query = query.f_transpose(0, 1)?.f_unsqueeze(0)?;
-        let kv = self.gather(placed.row, slab, layer)?;
-        let (keys, values) = (kv.f_narrow(0, 0, 1)?, kv.f_narrow(0, 1, 1)?);
-        let (mask, grouped) = (placed.mask.as_ref(), heads != kv_heads);
-        let out = Tensor::f_scaled_dot_product_attention(&query, &keys, &values, mask, 0.0, mask.is_none(), None, grouped)?;
-        Ok(out.f_squeeze_dim(0)?.f_transpose(0, 1)?.f_reshape([tokens as i64, (heads * head_dim) as i64])?)
+        let chunks = batch.rows.iter().filter(|placed| !placed.single);
+        let items: Vec<_> = chunks.flat_map(|placed| (0..kv_heads).map(move |head| (placed, head))).collect();
+        let mut attended: Vec<Result<Vec<f32>, ModelError>> = Vec::new();
+        attended.resize_with(items.len(), || Ok(Vec::new()));
+        let grain = if self.libtorch_threads { items.len() } else { 1 };
+        team.chunks(&mut attended, 1, grain, |index, attended| {
+            let (placed, kv_head) = items[index];
+            attended[0] = self.chunk(placed, kv_head, qkv, (slab, layer));
+        });
+        for ((placed, kv_head), attended) in items.iter().zip(attended) {
+            let (attended, tokens) = (attended?, placed.row.tokens.len());
+            for (index, values) in attended.chunks_exact(head_dim).enumerate() {
+                let (head, token) = (kv_head * (heads / kv_heads) + index / tokens, placed.first + index % tokens);
+                out[(token * heads + head) * head_dim..][..head_dim].copy_from_slice(values);
+            }
+        }
+        Ok(())
     }
 
-    /// Keys and values of a row's whole context as it stands in the cells: `[2, kv_heads, context, head_dim]`.
-    fn gather(&self, row: &Row, slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
+    /// The tokens that attend alone: each part of a context by whoever is free, then each token's parts merged in order.
+    fn singles(
+        &self,
+        batch: &Batch<'_>,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+        team: &Team,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let (shape, isa) = (&self.shape, Isa::best());
+        let (width, out_width) = (self.qkv_heads() * shape.head_dim, shape.heads * shape.head_dim);
+        let (numbers, blocks) = (shape.part_numbers(), shape.part_blocks());
+        let failed: OnceLock<AttentionError> = OnceLock::new();
+        let note = |result: Result<(), AttentionError>| result.unwrap_or_else(|error| drop(failed.set(error)));
+        let mut parts = vec![0.0; batch.parts.len() * numbers];
+        team.chunks(&mut parts, numbers, 1, |index, part| {
+            let (single, first) = batch.parts[index];
+            let single = &batch.singles[single];
+            let last = self.layout.blocks(single.context).min(first + blocks);
+            let cells: Vec<_> = single.row.table[first..last].iter().map(|slot| slab.read(slot.0 as usize, layer)).collect();
+            let context = (single.context - first * shape.block_tokens).min(cells.len() * shape.block_tokens);
+            note(paged_part(isa, shape, &qkv[single.token * width..][..out_width], &cells, context, part));
+        });
+        for single in &batch.singles {
+            let out = &mut out[single.token * out_width..][..out_width];
+            note(merge_parts(isa, shape, &parts[single.parts.start * numbers..single.parts.end * numbers], out));
+        }
+        failed.into_inner().map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// The query heads of one KV head for one row of several tokens: `[group, tokens, head_dim]`.
+    fn chunk(
+        &self,
+        placed: &Placed<'_>,
+        kv_head: usize,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+    ) -> Result<Vec<f32>, ModelError> {
+        let _no_grad = tch::no_grad_guard(); // of this thread
+        let DecodeShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let (width, tokens, group) = (self.qkv_heads() * head_dim, placed.row.tokens.len(), heads / kv_heads);
+        let rows = &qkv[placed.first * width..][..tokens * width];
+        let of_head = |head: usize| rows.chunks_exact(width).flat_map(move |token| &token[head * head_dim..][..head_dim]);
+        let query: Vec<f32> = (kv_head * group..(kv_head + 1) * group).flat_map(of_head).copied().collect();
+        let query = tensors::from_f32(&query, &[1, group as i64, tokens as i64, head_dim as i64], self.kind, self.device)?;
+        let kv = self.gather(placed.row, kv_head, slab, layer)?;
+        let (keys, values) = (kv.f_narrow(0, 0, 1)?, kv.f_narrow(0, 1, 1)?);
+        let sides = [tokens as i64, i64::from(placed.row.end())];
+        let mask = placed.mask.as_ref().map(|mask| tensors::from_bytes(mask, &sides, self.kind, self.device)).transpose()?;
+        let (causal, grouped) = (mask.is_none(), group > 1);
+        tensors::to_f32(&Tensor::f_scaled_dot_product_attention(&query, &keys, &values, mask, 0.0, causal, None, grouped)?)
+    }
+
+    /// Keys and values of one KV head over a row's whole context as it stands in the cells: `[2, 1, context, head_dim]`.
+    fn gather(&self, row: &Row, kv_head: usize, slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
         let DecodeShape { kv_heads, head_dim, block_tokens, .. } = self.shape;
         let (context, token) = (row.end() as usize, head_dim * self.layout.dtype.bytes());
-        let mut bytes = vec![0u8; 2 * kv_heads * context * token];
+        let mut bytes = vec![0u8; 2 * context * token];
         for (index, slot) in row.table[..self.layout.blocks(context)].iter().enumerate() {
             let cell = slab.read(slot.0 as usize, layer);
             let first = index * block_tokens;
             let span = (context - first).min(block_tokens) * token;
-            let heads = bytes.chunks_exact_mut(context * token).zip(cell.chunks_exact(block_tokens * token));
-            for (to, from) in heads {
-                to[first * token..][..span].copy_from_slice(&from[..span]);
+            for (part, to) in bytes.chunks_exact_mut(context * token).enumerate() {
+                let from = (part * kv_heads + kv_head) * block_tokens * token;
+                to[first * token..][..span].copy_from_slice(&cell[from..from + span]);
             }
         }
-        let shape = [2, kv_heads as i64, context as i64, head_dim as i64];
-        tensors::from_bytes(&bytes, &shape, self.kind, self.device)
+        tensors::from_bytes(&bytes, &[2, 1, context as i64, head_dim as i64], self.kind, self.device)
     }
 
     /// What token `i` of a chunk may not see: every position after `start + i`.
-    fn mask(&self, row: &Row) -> Result<Tensor, ModelError> {
-        let size = [row.tokens.len() as i64, i64::from(row.end())];
-        Ok(Tensor::f_full(size, f64::NEG_INFINITY, (self.kind, self.device))?.f_triu(i64::from(row.start) + 1)?)
-    }
-
-    fn nothing(&self) -> ModelError {
-        ModelError::Row { row: 0, what: "a step without rows".into() }
+    fn mask(&self, row: &Row) -> Vec<u8> {
+        let seen = |token: usize| row.start as usize + token + 1;
+        let score = |hidden: bool| if hidden { f32::NEG_INFINITY } else { 0.0 };
+        let scores = (0..row.tokens.len()).flat_map(|token| (0..row.end() as usize).map(move |at| score(at >= seen(token))));
+        match self.layout.dtype {
+            KvDtype::F32 => scores.flat_map(f32::to_le_bytes).collect(),
+            KvDtype::Bf16 => scores.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+        }
     }
 }

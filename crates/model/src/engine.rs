@@ -1,14 +1,16 @@
-//! The LibTorch engine: checks a step, runs the decoder, draws the tokens.
+//! The engine: checks a step, runs the decoder, draws the tokens.
 
 use std::sync::Arc;
 
 use millrace_checkpoint::Checkpoint;
-use millrace_core::engine::{Engine, EngineError, Sampled, Step};
+use millrace_core::engine::{Engine, EngineError, Row, Sampled, Step};
 use millrace_core::layout::KvLayout;
+use millrace_core::sampling::Sampling;
 use millrace_kernels::{KvSlab, heap};
 use tch::Device;
 
 use crate::check::{self, Limits};
+use crate::compute::Compute;
 use crate::llama::{Llama, layout};
 use crate::{Dtype, ModelError, sampler};
 
@@ -21,8 +23,8 @@ pub struct LlamaEngine {
 }
 
 impl LlamaEngine {
-    /// Loads the weights, converted to `dtype`, and makes a KV memory of `slots` blocks of `block_tokens` tokens (a power of two).
-    /// `threads` is for all of LibTorch in this process. The slab is for the hand-over tasks.
+    /// Loads the weights for activations and KV of `dtype`, and makes a KV memory of `slots` blocks of `block_tokens` tokens (a power of two).
+    /// The threads of `compute` are for all of LibTorch in this process too. The slab is for the hand-over tasks.
     ///
     /// # Errors
     /// [`ModelError`] when the model file is unsound, the layout does not fit, or memory is over its limits.
@@ -31,14 +33,14 @@ impl LlamaEngine {
         dtype: Dtype,
         slots: usize,
         block_tokens: u16,
-        threads: usize,
+        compute: Compute,
     ) -> Result<(Self, Arc<KvSlab>, KvLayout), ModelError> {
         let config = &checkpoint.config;
         let layout = layout(config, dtype, block_tokens)?;
         let slab = KvSlab::new(layout.cell_bytes(), layout.layers.into(), slots)?;
         heap::keep_freed();
-        tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
-        let llama = Llama::load(checkpoint, layout, Device::Cpu)?;
+        tch::set_num_threads(i32::try_from(compute.threads.max(1)).unwrap_or(i32::MAX));
+        let llama = Llama::load(checkpoint, layout, compute, Device::Cpu)?;
         let limits = Limits { vocab: config.vocab_size, positions: config.max_positions, slots };
         Ok((Self { llama, slab: slab.clone(), layout, limits }, slab, layout))
     }
@@ -48,12 +50,22 @@ impl LlamaEngine {
     /// # Errors
     /// As [`Engine::step`].
     pub fn logits(&mut self, step: &Step, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<Vec<f32>>, EngineError> {
+        Ok(self.all_logits(step, on_layer)?.chunks_exact(self.limits.vocab).map(<[f32]>::to_vec).collect())
+    }
+
+    /// As [`Self::logits`], one after the other.
+    fn all_logits(&mut self, step: &Step, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<f32>, EngineError> {
         check::step(step, &self.layout, self.limits)?;
         if step.rows.is_empty() {
             return Ok(Vec::new());
         }
-        let logits = self.llama.forward(step, &self.slab, on_layer)?;
-        Ok(logits.chunks_exact(self.limits.vocab).map(<[f32]>::to_vec).collect())
+        Ok(self.llama.forward(step, &self.slab, on_layer)?)
+    }
+
+    /// Bytes of weights that a decode step reads, whatever the number of rows.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        self.llama.weight_bytes()
     }
 
     /// How this engine keeps KV.
@@ -77,13 +89,18 @@ impl LlamaEngine {
 
 impl Engine for LlamaEngine {
     fn step(&mut self, step: &Step, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<Sampled>, EngineError> {
-        let logits = self.logits(step, on_layer)?;
-        let rows = step.rows.iter().filter_map(|row| Some((row, row.sample.as_ref()?)));
-        let draw = |((row, sampling), logits): ((&millrace_core::engine::Row, _), &Vec<f32>)| {
-            let draw = sampler::draw(logits, sampling, row.draw_position())
-                .ok_or_else(|| EngineError("a row's logits are not numbers".into()))?;
+        let logits = self.all_logits(step, on_layer)?;
+        let rows: Vec<(&Row, &Sampling)> = step.rows.iter().filter_map(|row| Some((row, row.sample.as_ref()?))).collect();
+        let mut drawn = vec![None; rows.len()];
+        let vocab = self.limits.vocab;
+        self.llama.team().chunks(&mut drawn, 1, 1, |index, drawn| {
+            let (row, sampling) = rows[index];
+            drawn[0] = sampler::draw(&logits[index * vocab..][..vocab], sampling, row.draw_position());
+        });
+        let sampled = |((row, _), draw): (&(&Row, &Sampling), Option<sampler::Draw>)| {
+            let draw = draw.ok_or_else(|| EngineError("a row's logits are not numbers".into()))?;
             Ok(Sampled { attempt: row.attempt, token: draw.token, logprob: draw.logprob })
         };
-        rows.zip(&logits).map(draw).collect()
+        rows.iter().zip(drawn).map(sampled).collect()
     }
 }

@@ -2,7 +2,7 @@
 
 use millrace_checkpoint::CheckpointError;
 use millrace_core::engine::EngineError;
-use millrace_kernels::{AttentionError, SlabError};
+use millrace_kernels::{AttentionError, MatrixError, SlabError};
 
 /// Why a model could not be loaded or a step not be computed.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +24,9 @@ pub enum ModelError {
     /// LibTorch refused.
     #[error("LibTorch: {0}")]
     Torch(#[from] tch::TchError),
+    /// Weights that are not a matrix.
+    #[error(transparent)]
+    Matrix(#[from] MatrixError),
     /// The attention kernel refused.
     #[error(transparent)]
     Attention(#[from] AttentionError),
@@ -35,6 +38,9 @@ pub enum ModelError {
         /// Sides of the tensor.
         shape: Vec<i64>,
     },
+    /// A measured engine failed.
+    #[error("{0}")]
+    Bench(String),
     /// A row of the step cannot be computed as asked.
     #[error("row {row}: {what}")]
     Row {

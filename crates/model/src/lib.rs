@@ -3,17 +3,21 @@
 //! Which rows make a step and which slots they own is decided by `millrace-core`; how a model file is read by `millrace-checkpoint`.
 //! Two engines stand behind `core::engine::Engine`: [`LlamaEngine`], and [`checksum::ChecksumEngine`] for tests.
 
+pub mod args;
 mod attend;
 pub mod bench;
 mod check;
 pub mod checksum;
+pub mod compute;
 mod engine;
 mod error;
+mod linear;
 mod llama;
 pub mod open;
 pub mod sampler;
 mod tensors;
 
+pub use compute::{Compute, Switch};
 pub use engine::LlamaEngine;
 pub use error::ModelError;
 /// The type of weights, activations and cached KV of an engine.

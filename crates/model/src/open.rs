@@ -10,14 +10,14 @@ use millrace_core::message::ModelIdentity;
 use millrace_kernels::KvSlab;
 
 use crate::checksum::{ChecksumConfig, ChecksumEngine};
-use crate::{Dtype, LlamaEngine, ModelError};
+use crate::{Compute, Dtype, LlamaEngine, ModelError};
 
 /// Which engine computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineKind {
-    /// The model, through LibTorch.
+    /// The model.
     #[default]
-    LibTorch,
+    Model,
     /// Arithmetic over the KV bytes actually read; for tests of everything around the engine.
     Checksum {
         /// Time spent on each computed token.
@@ -38,8 +38,8 @@ pub struct Options<'a> {
     pub block_tokens: u16,
     /// Blocks of the KV memory.
     pub slots: usize,
-    /// Threads of LibTorch.
-    pub threads: usize,
+    /// How it computes.
+    pub compute: Compute,
     /// Which engine.
     pub engine: EngineKind,
 }
@@ -67,8 +67,8 @@ pub fn open(options: &Options<'_>) -> Result<Opened, ModelError> {
     let identity = checkpoint.identity(&name, dtype, block_tokens);
     let positions = checkpoint.config.max_positions;
     let (engine, slab): (Box<dyn Engine>, _) = match options.engine {
-        EngineKind::LibTorch => {
-            let (engine, slab, _) = LlamaEngine::load(&checkpoint, dtype, slots, block_tokens, options.threads)?;
+        EngineKind::Model => {
+            let (engine, slab, _) = LlamaEngine::load(&checkpoint, dtype, slots, block_tokens, options.compute)?;
             (Box::new(engine), slab)
         }
         EngineKind::Checksum { token_delay } => {

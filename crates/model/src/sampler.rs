@@ -6,6 +6,7 @@ use std::cmp::Ordering;
 
 use millrace_core::ids::TokenId;
 use millrace_core::sampling::{Sampling, uniform};
+use millrace_kernels::{Isa, logits};
 
 /// A chosen token.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,25 +30,13 @@ struct Candidate {
 /// Draws the token for `position`. `None` when a logit is NaN or none is finite.
 #[must_use]
 pub fn draw(logits: &[f32], sampling: &Sampling, position: u32) -> Option<Draw> {
-    let best = argmax(logits)?;
-    let token = if sampling.temperature > 0.0 { stochastic(logits, best.logit, sampling, position) } else { best.token };
-    let total: f64 = logits.iter().map(|&logit| f64::from(logit - best.logit).exp()).sum();
-    let logprob = (f64::from(logits[token as usize] - best.logit) - total.ln()) as f32;
+    let summary = logits::summary(Isa::best(), logits)?;
+    let token = match sampling.temperature > 0.0 {
+        true => stochastic(logits, summary.largest, sampling, position),
+        false => summary.best as TokenId,
+    };
+    let logprob = (f64::from(logits[token as usize] - summary.largest) - summary.total.ln()) as f32;
     Some(Draw { token, logprob })
-}
-
-/// The largest logit; of equal ones the lowest id.
-fn argmax(logits: &[f32]) -> Option<Candidate> {
-    let mut best = Candidate { logit: f32::NEG_INFINITY, token: 0 };
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit.is_nan() {
-            return None;
-        }
-        if logit > best.logit {
-            best = Candidate { logit, token: token as TokenId };
-        }
-    }
-    best.logit.is_finite().then_some(best)
 }
 
 /// Temperature, top-k, top-p and the draw.

@@ -32,11 +32,6 @@ pub(crate) fn from_f32(values: &[f32], shape: &[i64], kind: Kind, device: Device
     from_bytes(bytemuck::cast_slice(&convert::rounded(values)), shape, kind, device)
 }
 
-/// A tensor of token ids or indices.
-pub(crate) fn from_indices(values: &[i64], device: Device) -> Result<Tensor, ModelError> {
-    Ok(Tensor::f_from_slice(values)?.f_to_device(device)?)
-}
-
 /// The numbers of a tensor in row-major order.
 pub(crate) fn to_f32(tensor: &Tensor) -> Result<Vec<f32>, ModelError> {
     let plain = tensor.f_contiguous()?;

@@ -8,7 +8,7 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use millrace_checkpoint::Checkpoint;
-use millrace_model::{Dtype, LlamaEngine};
+use millrace_model::{Compute, Dtype, LlamaEngine, Switch};
 use support::{Golden, Sequence, Slots, read_golden, run};
 
 const SLOTS: usize = 1024;
@@ -17,7 +17,8 @@ fn engine(dtype: Dtype) -> LlamaEngine {
     let default = PathBuf::from(std::env::var("HOME").unwrap()).join(".cache/millrace/models/smollm2-135m-instruct.gguf");
     let model = std::env::var("MILLRACE_MODEL").map_or(default, PathBuf::from);
     assert!(model.is_file(), "{} is not there; `make setup` fetches it", model.display());
-    LlamaEngine::load(&Checkpoint::open(&model).unwrap(), dtype, SLOTS, 16, 1).unwrap().0
+    let compute = Compute { threads: 2, switch: Switch::Never, ..Compute::default() };
+    LlamaEngine::load(&Checkpoint::open(&model).unwrap(), dtype, SLOTS, 16, compute).unwrap().0
 }
 
 fn goldens() -> Vec<Golden> {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use millrace_checkpoint::Checkpoint;
 use millrace_core::engine::{Engine, Step};
 use millrace_core::ids::Slot;
-use millrace_model::{Dtype, LlamaEngine};
+use millrace_model::{Compute, Dtype, LlamaEngine, Switch};
 use support::{Golden, Sequence, Slots, read_golden, repository, run};
 
 const SLOTS: usize = 256;
@@ -30,8 +30,12 @@ fn models() -> Vec<PathBuf> {
 }
 
 fn load(model: &std::path::Path, dtype: Dtype) -> (LlamaEngine, Vec<Golden>) {
+    load_with(model, dtype, Compute::fixed(2))
+}
+
+fn load_with(model: &std::path::Path, dtype: Dtype, compute: Compute) -> (LlamaEngine, Vec<Golden>) {
     let checkpoint = Checkpoint::open(model).unwrap();
-    let (engine, slab, layout) = LlamaEngine::load(&checkpoint, dtype, SLOTS, 16, 1).unwrap();
+    let (engine, slab, layout) = LlamaEngine::load(&checkpoint, dtype, SLOTS, 16, compute).unwrap();
     assert_eq!((slab.cell_bytes(), slab.slots()), (layout.cell_bytes(), SLOTS));
     (engine, read_golden(&model.join("golden.jsonl")))
 }
@@ -47,8 +51,9 @@ fn check(sequence: &Sequence, note: &str) {
 
 #[test]
 fn batched_and_alone_in_any_chunks() {
-    for model in models() {
-        let (mut engine, goldens) = load(&model, Dtype::F32);
+    let own = Compute { switch: Switch::Never, ..Compute::fixed(2) };
+    for (model, compute) in models().into_iter().flat_map(|model| [(model.clone(), Compute::fixed(2)), (model, own)]) {
+        let (mut engine, goldens) = load_with(&model, Dtype::F32, compute);
         for chunk in CHUNKS {
             let mut slots = Slots::new(SLOTS);
             let mut together: Vec<_> = goldens.iter().map(|g| Sequence::new(g, &engine, &mut slots, &[])).collect();
@@ -129,7 +134,7 @@ fn wrong_steps_are_errors_and_the_engine_lives_on() {
 #[test]
 fn settings_that_do_not_fit_are_refused() {
     let checkpoint = Checkpoint::open(&models()[0]).unwrap();
-    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 0, 16, 1).is_err());
-    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 4, 24, 1).is_err());
-    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, usize::MAX, 16, 1).is_err());
+    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 0, 16, Compute::fixed(1)).is_err());
+    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 4, 24, Compute::fixed(1)).is_err());
+    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, usize::MAX, 16, Compute::fixed(1)).is_err());
 }

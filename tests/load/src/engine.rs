@@ -1,11 +1,13 @@
 //! Tokens a second of prefill and decode, as a running cluster reports and shows them.
 //!
-//! Prefill is the prompt's tokens over the node's own `compute_us` (first step to first token). Decode is the sum, over the requests
+//! First the engine alone beside the limits of the machine, which `engine-bench` measures in a process of its own (it needs LibTorch); then
+//! a cluster. Prefill is the prompt's tokens over the node's own `compute_us` (first step to first token). Decode is the sum, over the requests
 //! that run together, of the tokens after the first over the time after the first, seen by the gateway.
 
 use std::path::Path;
+use std::process::{Command, Stdio};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 use crate::cluster::Cluster;
 use crate::report::Row;
@@ -16,6 +18,30 @@ const PROMPTS: [usize; 3] = [128, 512, 2048];
 const BATCHES: [usize; 2] = [1, 8];
 /// Tokens of a prompt whose answer is timed.
 const DECODE_PROMPT: usize = 64;
+
+/// Measures the engine alone beside the limits of the machine, everything once in each round.
+///
+/// # Errors
+/// `engine-bench` is not there, or fails.
+pub fn alone(model: &Path, (rounds, quick): (usize, bool), out: &dyn Fn(Row)) -> Result<()> {
+    let bin = std::env::current_exe()?.with_file_name("engine-bench");
+    let (rounds, steps) = (rounds.to_string(), if quick { "8" } else { "24" });
+    let mut command = Command::new(&bin);
+    command.arg("--model").arg(model).args(["--rounds", &rounds, "--steps", steps]).stderr(Stdio::inherit());
+    let answer = command.output().with_context(|| format!("starting {}; build it: cargo build --release", bin.display()))?;
+    ensure!(answer.status.success(), "{} failed", bin.display());
+    let mut rows: Vec<Row> = Vec::new();
+    for line in String::from_utf8(answer.stdout)?.lines() {
+        let (what, value) = line.split_once('\t').with_context(|| format!("a line without a tab: {line}"))?;
+        let value = value.parse().with_context(|| format!("not a number: {line}"))?;
+        match rows.iter_mut().find(|row| row.what == what) {
+            Some(row) => row.values.push(value),
+            None => rows.push(Row::new(what, vec![value])),
+        }
+    }
+    rows.into_iter().for_each(out);
+    Ok(())
+}
 
 /// Measures prefill and decode with weights and KV of `dtype`; gives each row to `out` when it is known.
 ///

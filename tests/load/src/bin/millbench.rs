@@ -61,6 +61,7 @@ fn run(section: Section, arguments: &Arguments) -> Result<()> {
     match section {
         Section::Engine => {
             let model = model(arguments)?;
+            engine::alone(&model, (runs, quick), &print)?;
             runtime.block_on(engine::measure(&model, "bf16", (runs, quick), &print))?;
             runtime.block_on(engine::measure(&model, "f32", (runs, quick), &print))?;
         }

@@ -1,0 +1,57 @@
+//! The arguments by which an operator chooses how a node computes. Both kinds of node share them.
+
+use clap::Args;
+
+use crate::compute::{Compute, Switch, Weights};
+
+/// How the engine multiplies.
+#[derive(Args, Clone, Debug)]
+pub struct ComputeArgs {
+    /// Tokens of a step above which LibTorch multiplies in place of the own kernels: a number, `never`, or `measured` at the start
+    #[arg(long, env = "MILLRACE_LIBTORCH_ABOVE", default_value = "measured", value_parser = parse_switch)]
+    libtorch_above: Switch,
+    /// Give a sequence the same bits whatever else is computed with it; slower
+    #[arg(long, env = "MILLRACE_BATCH_INVARIANT")]
+    batch_invariant: bool,
+    /// What the weights are kept as: `file`, `bf16`, or `q8_0`
+    #[arg(long, env = "MILLRACE_WEIGHTS", default_value = "file", value_parser = parse_weights)]
+    weights: Weights,
+}
+
+impl ComputeArgs {
+    /// What was chosen, on `threads` threads.
+    #[must_use]
+    pub fn compute(&self, threads: usize) -> Compute {
+        Compute { threads, switch: self.libtorch_above, batch_invariant: self.batch_invariant, weights: self.weights }
+    }
+}
+
+fn parse_switch(text: &str) -> Result<Switch, String> {
+    match text {
+        "measured" => Ok(Switch::Measured),
+        "never" => Ok(Switch::Never),
+        rows => rows.parse().map(Switch::Above).map_err(|_| "expected a number, `never` or `measured`".into()),
+    }
+}
+
+fn parse_weights(text: &str) -> Result<Weights, String> {
+    match text {
+        "file" => Ok(Weights::Kept),
+        "bf16" => Ok(Weights::Bf16),
+        "q8_0" => Ok(Weights::Q8_0),
+        _ => Err("expected `file`, `bf16` or `q8_0`".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn switches_are_read() {
+        assert_eq!(parse_switch("measured"), Ok(Switch::Measured));
+        assert_eq!(parse_switch("never"), Ok(Switch::Never));
+        assert_eq!(parse_switch("64"), Ok(Switch::Above(64)));
+        assert!(parse_switch("-1").is_err());
+    }
+}

@@ -1,0 +1,268 @@
+//! Sixteen floats at a time, in the registers of three instruction sets.
+//!
+//! A value of a type that implements [`Simd`] proves that this machine runs its instructions, so the methods are safe. They are
+//! `inline(always)`: they must end up in a function that is compiled for the set ([`run`]), else they are slow calls.
+#![allow(unsafe_code)]
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::isa::Isa;
+pub(crate) use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use portable::halve;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+/// Numbers handled together: one AVX-512 register, two of AVX2.
+pub(crate) const LANES: usize = 16;
+
+/// An instruction set, as an empty value that proves its presence.
+pub(crate) trait Simd: Copy {
+    /// [`LANES`] floats in registers.
+    type V: Copy;
+    /// [`LANES`] words of 32 bits in registers.
+    type I: Copy;
+    /// Rows of activations that a product keeps sums for at a time, so that the sums stay in registers: a power of two, at most 8.
+    const ROWS: usize;
+    /// The same float in each lane.
+    fn splat(self, x: f32) -> Self::V;
+    /// Floats from memory.
+    fn load(self, from: &[f32; LANES]) -> Self::V;
+    /// Bits of bfloat16 from memory, widened.
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
+    /// Floats to memory.
+    fn store(self, x: Self::V, to: &mut [f32; LANES]);
+    /// `a + b`.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`; rounded once where the set can.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger; `b` where either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The largest lane.
+    fn largest(self, x: Self::V) -> f32;
+    /// The sum of the lanes, in an order that is fixed for each set.
+    fn sum(self, x: Self::V) -> f32;
+    /// `2^n`, where `x` is `n + 1.5 * 2^23` with a whole `n` in -126..=127.
+    fn power_of_two(self, x: Self::V) -> Self::V;
+    /// IEEE half precision from memory, widened.
+    fn load_f16(self, from: &[u16; LANES]) -> Self::V;
+    /// Words from memory.
+    fn words(self, from: &[u32; LANES]) -> Self::I;
+    /// Words of zero.
+    fn no_words(self) -> Self::I;
+    /// The low four bits of each byte.
+    fn low_nibbles(self, x: Self::I) -> Self::I;
+    /// The high four bits of each byte.
+    fn high_nibbles(self, x: Self::I) -> Self::I;
+    /// Byte `J` of each word, unsigned, as a float.
+    fn byte<const J: i32>(self, x: Self::I) -> Self::V;
+    /// `sum + w . x` in each lane: four unsigned bytes of `w` with the four signed bytes of `x`. Exact.
+    fn dot_bytes(self, sum: Self::I, w: Self::I, x: u32) -> Self::I;
+    /// Signed words as floats.
+    fn floats(self, x: Self::I) -> Self::V;
+    /// The lower halves of the words as bfloat16, widened.
+    fn low_halves(self, x: Self::I) -> Self::V;
+    /// The upper halves of the words as bfloat16, widened.
+    fn high_halves(self, x: Self::I) -> Self::V;
+    /// Words whose halves are `low` and `high` rounded to bfloat16.
+    fn halves(self, low: Self::V, high: Self::V) -> Self::I;
+    /// `first`, then `second`, rounded to bfloat16, two to a word.
+    fn narrow(self, first: Self::V, second: Self::V) -> Self::I;
+    /// Words to memory.
+    fn store_words(self, x: Self::I, to: &mut [u32; LANES]);
+    /// `sum + w . x` in each lane: the two bfloat16 of a word of `w` with those of `x`.
+    #[inline(always)]
+    fn dot_halves(self, sum: Self::V, w: Self::I, x: u32) -> Self::V {
+        let (low, high) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
+        let sum = self.fma(self.low_halves(w), self.splat(low), sum);
+        self.fma(self.high_halves(w), self.splat(high), sum)
+    }
+}
+
+/// Work that is compiled once for each instruction set.
+pub(crate) trait Kernel {
+    /// Does it. Implementations are `inline(always)`.
+    fn run<S: Simd>(self, s: S);
+}
+
+/// Runs `kernel` on `isa`, or on the portable target where the machine lacks it.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
+    fn avx512_dot<K: Kernel>(s: Avx512<true>, kernel: K) {
+        kernel.run(s);
+    }
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+    fn avx512<K: Kernel>(s: Avx512<false>, kernel: K) {
+        kernel.run(s);
+    }
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    fn avx2_dot<K: Kernel>(s: Avx2<true>, kernel: K) {
+        kernel.run(s);
+    }
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn avx2<K: Kernel>(s: Avx2<false>, kernel: K) {
+        kernel.run(s);
+    }
+    match isa {
+        Isa::Amx | Isa::Avx512Dot => {
+            if let Some(s) = Avx512::<true>::new() {
+                // SAFETY: the token proves all of the features that the function is compiled for; it has no other demand.
+                return unsafe { avx512_dot(s, kernel) };
+            }
+        }
+        Isa::Avx512 => {
+            if let Some(s) = Avx512::<false>::new() {
+                // SAFETY: as above.
+                return unsafe { avx512(s, kernel) };
+            }
+        }
+        Isa::Avx2Dot => {
+            if let Some(s) = Avx2::<true>::new() {
+                // SAFETY: as above.
+                return unsafe { avx2_dot(s, kernel) };
+            }
+        }
+        Isa::Avx2 => {
+            if let Some(s) = Avx2::<false>::new() {
+                // SAFETY: as above.
+                return unsafe { avx2(s, kernel) };
+            }
+        }
+        Isa::Portable => {}
+    }
+    kernel.run(Portable);
+}
+
+/// Runs `kernel`.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn run<K: Kernel>(_isa: Isa, kernel: K) {
+    kernel.run(Portable);
+}
+
+/// `e^x` for `x <= 0`, relative error below 3e-7; `e^-87`, about 1.6e-38, for all that is smaller. NaN stays NaN.
+/// Cody and Waite's reduction by ln 2 in two parts, then the polynomial of Cephes `expf`.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+    let round = s.splat(12_582_912.0); // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    let clamped = s.max(s.splat(-87.0), x);
+    let shifted = s.fma(clamped, s.splat(std::f32::consts::LOG2_E), round);
+    let whole = s.sub(shifted, round);
+    let rest = s.fma(whole, s.splat(2.121_944_4e-4), s.fma(whole, s.splat(-0.693_359_4), clamped));
+    let mut poly = s.splat(1.987_569_1e-4);
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        poly = s.fma(poly, rest, s.splat(coefficient));
+    }
+    let value = s.fma(poly, s.mul(rest, rest), s.add(rest, s.splat(1.0)));
+    s.mul(value, s.power_of_two(shifted))
+}
+
+/// `x / (1 + e^-x)`, with exponents that cannot overflow: `x e^min(x, 0) / (1 + e^-|x|)`.
+#[inline(always)]
+pub(crate) fn silu<S: Simd>(s: S, x: S::V) -> S::V {
+    let zero = s.splat(0.0);
+    let minus = s.sub(zero, x);
+    let above = exp(s, s.sub(zero, s.max(minus, zero)));
+    let below = s.add(s.splat(1.0), exp(s, s.sub(zero, s.max(minus, x))));
+    s.mul(x, s.div(above, below))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::portable::each;
+    use super::*;
+
+    fn exp_is_close<S: Simd>(s: S) {
+        for i in 0..12_000u16 {
+            let x: [f32; LANES] = each(|lane| -f32::from(i) * 0.007 - lane as f32 * 4e-4);
+            let mut got = [0.0; LANES];
+            s.store(exp(s, s.load(&x)), &mut got);
+            for (got, x) in got.iter().zip(x) {
+                let want = f64::from(x).exp();
+                assert!((f64::from(*got) - want).abs() <= 3e-7 * want, "exp({x}) = {got}, not {want}");
+            }
+        }
+        for (x, low, high) in [(0.0, 1.0, 1.0), (f32::NEG_INFINITY, 0.0, 2e-38), (-1e9, 0.0, 2e-38)] {
+            let got = s.largest(exp(s, s.splat(x)));
+            assert!((low..=high).contains(&got), "exp({x}) = {got}");
+        }
+        assert!(s.sum(exp(s, s.splat(f32::NAN))).is_nan());
+    }
+
+    fn lanes_are_all_there<S: Simd>(s: S) {
+        let powers = s.load(&each(|i| (1u32 << i) as f32));
+        assert_eq!((s.sum(powers), s.largest(powers)), (65_535.0, 32_768.0));
+        let halves: [u16; LANES] = std::array::from_fn(|i| (((1u32 << i) as f32).to_bits() >> 16) as u16);
+        assert_eq!(s.sum(s.sub(s.load_bf16(&halves), powers)), 0.0);
+    }
+
+    /// Every operation on words against plain code.
+    fn words_are_what_they_say<S: Simd>(s: S) {
+        let words: [u32; LANES] = std::array::from_fn(|i| (i as u32 + 1).wrapping_mul(0x9e37_79b9));
+        let bytes = words.map(u32::to_le_bytes);
+        let w = s.words(&words);
+        let x = [-127i8, 3, -1, 127];
+        let sum = s.dot_bytes(s.dot_bytes(s.no_words(), w, u32::from_le_bytes(x.map(|x| x as u8))), w, 1);
+        let nibbles = s.dot_bytes(s.no_words(), s.low_nibbles(w), 0x0101_0101);
+        let high = s.dot_bytes(s.no_words(), s.high_nibbles(w), 0x0100_0000);
+        let (mut got, mut low) = ([0.0; LANES], [0.0; LANES]);
+        for i in 0..LANES {
+            let plain: i32 =
+                bytes[i].iter().zip(x).map(|(w, x)| i32::from(*w) * i32::from(x)).sum::<i32>() + i32::from(bytes[i][0]);
+            let lane = |v, out: &mut [f32; LANES]| {
+                s.store(v, out);
+                out[i]
+            };
+            assert_eq!(lane(s.floats(sum), &mut got), plain as f32);
+            assert_eq!(lane(s.floats(nibbles), &mut got), bytes[i].iter().map(|b| f32::from(b & 15)).sum::<f32>());
+            assert_eq!(lane(s.floats(high), &mut got), f32::from(bytes[i][3] >> 4));
+            assert_eq!(lane(s.byte::<0>(w), &mut got), f32::from(bytes[i][0]));
+            assert_eq!(lane(s.byte::<3>(w), &mut got), f32::from(bytes[i][3]));
+            assert_eq!(lane(s.low_halves(w), &mut low).to_bits(), words[i] << 16);
+            assert_eq!(lane(s.high_halves(w), &mut low).to_bits(), words[i] & 0xffff_0000);
+        }
+        let f16: [u16; LANES] = std::array::from_fn(|i| half::f16::from_f32(i as f32 * 0.37 - 2.0).to_bits());
+        s.store(s.load_f16(&f16), &mut got);
+        assert_eq!(got, f16.map(|bits| half::f16::from_bits(bits).to_f32()));
+        let (a, b) = (each(|i| 1.0 + i as f32 / 300.0), each(|i| -3.0e-5 * i as f32));
+        let mut joined = [0; LANES];
+        s.store_words(s.halves(s.load(&a), s.load(&b)), &mut joined);
+        let round = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
+        let mut narrowed = [0; LANES];
+        s.store_words(s.narrow(s.load(&a), s.load(&b)), &mut narrowed);
+        let both = [a, b].concat();
+        assert_eq!(narrowed, std::array::from_fn(|i| round(both[2 * i]) | round(both[2 * i + 1]) << 16));
+        assert_eq!(joined, std::array::from_fn(|i| round(a[i]) | round(b[i]) << 16));
+        s.store(s.dot_halves(s.splat(1.0), s.words(&joined), 0x3f80_4000), &mut got);
+        for i in 0..LANES {
+            let want = 1.0 + 2.0 * f32::from_bits(joined[i] << 16) + f32::from_bits(joined[i] & 0xffff_0000);
+            assert!((got[i] - want).abs() < 1e-6, "{} {want}", got[i]);
+        }
+    }
+
+    fn all<S: Simd>(s: S) {
+        exp_is_close(s);
+        lanes_are_all_there(s);
+        words_are_what_they_say(s);
+    }
+
+    #[test]
+    fn every_instruction_set() {
+        all(Portable);
+        #[cfg(target_arch = "x86_64")]
+        {
+            Avx2::<false>::new().into_iter().for_each(all);
+            Avx2::<true>::new().into_iter().for_each(all);
+            Avx512::<false>::new().into_iter().for_each(all);
+            Avx512::<true>::new().into_iter().for_each(all);
+        }
+    }
+}

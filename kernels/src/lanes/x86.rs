@@ -1,0 +1,473 @@
+//! The lanes in registers of AVX2 and AVX-512. Every `unsafe` block below calls an intrinsic whose features the token proves; `load` and
+//! `store` touch exactly the array behind their reference, unaligned.
+
+use super::{LANES, Simd};
+use crate::isa::Isa;
+use std::arch::x86_64::*;
+
+/// AVX2, FMA and F16C are there; with `DOT` AVX-VNNI too. Made only by [`Avx2::new`].
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2<const DOT: bool>(());
+
+/// The AVX-512 parts of [`Isa::Avx512`] are there; with `DOT` those of [`Isa::Avx512Dot`] too. Made only by [`Avx512::new`].
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512<const DOT: bool>(());
+
+impl<const DOT: bool> Avx2<DOT> {
+    pub(crate) fn new() -> Option<Self> {
+        let isa = if DOT { Isa::Avx2Dot } else { Isa::Avx2 };
+        isa.is_available().then_some(Self(()))
+    }
+}
+
+impl<const DOT: bool> Avx512<DOT> {
+    pub(crate) fn new() -> Option<Self> {
+        let isa = if DOT { Isa::Avx512Dot } else { Isa::Avx512 };
+        isa.is_available().then_some(Self(()))
+    }
+}
+
+/// `$f` of both of two registers, each by the name of the pair. A macro and not `map`: a closure that is not inlined is not compiled for the
+/// instruction set, and makes each of its instructions a call.
+macro_rules! both {
+    ($pair:ident => $f:expr) => {{
+        let [first, second] = $pair;
+        let $pair = first;
+        let first = $f;
+        let $pair = second;
+        [first, $f]
+    }};
+}
+
+/// Implements the lane-wise methods: each is one intrinsic, named by the last pattern.
+macro_rules! avx512 {
+    ($($name:ident($($arg:ident),+) = $intrinsic:ident;)+) => {$(
+        #[inline(always)]
+        fn $name(self, $($arg: Self::V),+) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { $intrinsic($($arg),+) }
+        }
+    )+};
+}
+
+impl<const DOT: bool> Simd for Avx512<DOT> {
+    type V = __m512;
+    type I = __m512i;
+    const ROWS: usize = 8;
+
+    avx512! {
+        add(a, b) = _mm512_add_ps;
+        sub(a, b) = _mm512_sub_ps;
+        mul(a, b) = _mm512_mul_ps;
+        div(a, b) = _mm512_div_ps;
+        fma(a, b, c) = _mm512_fmadd_ps;
+        max(a, b) = _mm512_max_ps;
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512; 64 bytes are read from an array of 16 floats.
+        unsafe { _mm512_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512; 32 bytes are read from an array of 16 halves.
+        unsafe {
+            let bits = _mm256_loadu_si256(from.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, x: __m512, to: &mut [f32; LANES]) {
+        // SAFETY: `self` proves AVX-512; 64 bytes are written to an array of 16 floats.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
+    }
+
+    #[inline(always)]
+    fn largest(self, x: __m512) -> f32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_reduce_max_ps(x) }
+    }
+
+    #[inline(always)]
+    fn sum(self, x: __m512) -> f32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_reduce_add_ps(x) }
+    }
+
+    #[inline(always)]
+    fn power_of_two(self, x: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let bits = _mm512_slli_epi32::<23>(_mm512_castps_si512(x));
+            _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(127 << 23)))
+        }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[u16; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512; 32 bytes are read from an array of 16 halves.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn words(self, from: &[u32; LANES]) -> __m512i {
+        // SAFETY: `self` proves AVX-512; 64 bytes are read from an array of 16 words.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn no_words(self) -> __m512i {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    fn low_nibbles(self, x: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_and_si512(x, _mm512_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    fn high_nibbles(self, x: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(x), _mm512_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    fn byte<const J: i32>(self, x: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let shifted = _mm512_srlv_epi32(x, _mm512_set1_epi32(8 * J));
+            _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(0xff)))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, sum: __m512i, w: __m512i, x: u32) -> __m512i {
+        // SAFETY: `self` proves AVX-512, and VNNI where `DOT` is set.
+        unsafe {
+            let x = _mm512_set1_epi32(x as i32);
+            if DOT {
+                return _mm512_dpbusd_epi32(sum, w, x);
+            }
+            // Bytes 0 and 2, then 1 and 3, as 16-bit numbers: no product or sum of two leaves 32 bits.
+            let even =
+                _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(0xff)), _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(x)));
+            let odd = _mm512_madd_epi16(_mm512_srli_epi16::<8>(w), _mm512_srai_epi16::<8>(x));
+            _mm512_add_epi32(sum, _mm512_add_epi32(even, odd))
+        }
+    }
+
+    #[inline(always)]
+    fn floats(self, x: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_cvtepi32_ps(x) }
+    }
+
+    #[inline(always)]
+    fn low_halves(self, x: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)) }
+    }
+
+    #[inline(always)]
+    fn high_halves(self, x: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff_0000u32 as i32))) }
+    }
+
+    #[inline(always)]
+    fn halves(self, low: __m512, high: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            if DOT {
+                return _mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVED.0.as_ptr().cast()), self.narrow(low, high));
+            }
+            _mm512_mask_mov_epi16(rounded_512(high), 0x5555_5555, _mm512_srli_epi32::<16>(rounded_512(low)))
+        }
+    }
+
+    /// With `DOT` what is smaller than normal numbers becomes zero, as in every product of bfloat16.
+    #[inline(always)]
+    fn narrow(self, first: __m512, second: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512 and, with `DOT`, its BF16 part; both vector types are 64 plain bytes.
+        unsafe {
+            if DOT {
+                return std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
+            }
+            let [first, second] = [_mm512_srli_epi32::<16>(rounded_512(first)), _mm512_srli_epi32::<16>(rounded_512(second))];
+            let first = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(first));
+            _mm512_inserti64x4::<1>(first, _mm512_cvtepi32_epi16(second))
+        }
+    }
+
+    #[inline(always)]
+    fn store_words(self, x: __m512i, to: &mut [u32; LANES]) {
+        // SAFETY: `self` proves AVX-512; 64 bytes are written to an array of 16 words.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) }
+    }
+
+    #[inline(always)]
+    fn dot_halves(self, sum: __m512, w: __m512i, x: u32) -> __m512 {
+        if !DOT {
+            let (low, high) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
+            let sum = self.fma(self.low_halves(w), self.splat(low), sum);
+            return self.fma(self.high_halves(w), self.splat(high), sum);
+        }
+        // SAFETY: `self` proves AVX-512 and, with `DOT`, its BF16 part; both vector types are 64 plain bytes.
+        unsafe {
+            let x = _mm512_set1_epi32(x as i32);
+            _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512i, __m512bh>(w), std::mem::transmute::<__m512i, __m512bh>(x))
+        }
+    }
+}
+
+/// Aligned as a vector is.
+#[repr(align(64))]
+struct Order([u16; 32]);
+
+/// Halves of one vector by turns with those of another.
+static INTERLEAVED: Order = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    Order(order)
+};
+
+/// As [`rounded`], of sixteen lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn rounded_512(x: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(x);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+    _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x), quiet)
+}
+
+/// As `avx512!`, on two registers of eight lanes.
+macro_rules! avx2 {
+    ($($name:ident($($arg:ident),+) = $intrinsic:ident;)+) => {$(
+        #[inline(always)]
+        fn $name(self, $($arg: Self::V),+) -> Self::V {
+            // SAFETY: `self` proves AVX2 and FMA.
+            unsafe { [$intrinsic($($arg[0]),+), $intrinsic($($arg[1]),+)] }
+        }
+    )+};
+}
+
+/// Rounded to the nearest bfloat16, which stands in the upper halves of the words.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn rounded(x: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(x);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+    _mm256_blendv_epi8(nearest, quiet, nan)
+}
+
+/// Words whose halves are `low` and `high` rounded.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn joined(low: __m256, high: __m256) -> __m256i {
+    _mm256_blend_epi16::<0b1010_1010>(_mm256_srli_epi32::<16>(rounded(low)), rounded(high))
+}
+
+/// Sixteen lanes as halves, in order.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn packed(x: [__m256; 2]) -> __m256i {
+    let low = _mm256_srli_epi32::<16>(rounded(x[0]));
+    let high = _mm256_srli_epi32::<16>(rounded(x[1]));
+    _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high))
+}
+
+/// The lanes folded in halves by `f`.
+#[inline(always)]
+fn fold<const DOT: bool>(s: Avx2<DOT>, x: [__m256; 2], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    s.store(x, &mut lanes);
+    super::halve(lanes, f)
+}
+
+impl<const DOT: bool> Simd for Avx2<DOT> {
+    type V = [__m256; 2];
+    type I = [__m256i; 2];
+    const ROWS: usize = 2;
+
+    avx2! {
+        add(a, b) = _mm256_add_ps;
+        sub(a, b) = _mm256_sub_ps;
+        mul(a, b) = _mm256_mul_ps;
+        div(a, b) = _mm256_div_ps;
+        fma(a, b, c) = _mm256_fmadd_ps;
+        max(a, b) = _mm256_max_ps;
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        // SAFETY: `self` proves AVX2.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::V {
+        // SAFETY: `self` proves AVX2; twice 32 bytes are read from an array of 16 floats.
+        unsafe { [_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from[8..].as_ptr())] }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V {
+        // SAFETY: `self` proves AVX2; twice 16 bytes are read from an array of 16 halves.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from[8..].as_ptr().cast()));
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, x: Self::V, to: &mut [f32; LANES]) {
+        // SAFETY: `self` proves AVX2; twice 32 bytes are written to an array of 16 floats.
+        unsafe {
+            _mm256_storeu_ps(to.as_mut_ptr(), x[0]);
+            _mm256_storeu_ps(to[8..].as_mut_ptr(), x[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn largest(self, x: Self::V) -> f32 {
+        fold(self, x, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn sum(self, x: Self::V) -> f32 {
+        fold(self, x, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn power_of_two(self, x: Self::V) -> Self::V {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            both!(x => {
+                let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(x));
+                _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[u16; LANES]) -> Self::V {
+        // SAFETY: `self` proves AVX2 and F16C; twice 16 bytes are read from an array of 16 halves.
+        unsafe {
+            let (low, high) = (_mm_loadu_si128(from.as_ptr().cast()), _mm_loadu_si128(from[8..].as_ptr().cast()));
+            [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn words(self, from: &[u32; LANES]) -> Self::I {
+        // SAFETY: `self` proves AVX2; twice 32 bytes are read from an array of 16 words.
+        unsafe { [_mm256_loadu_si256(from.as_ptr().cast()), _mm256_loadu_si256(from[8..].as_ptr().cast())] }
+    }
+
+    #[inline(always)]
+    fn no_words(self) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+
+    #[inline(always)]
+    fn low_nibbles(self, x: Self::I) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe { both!(x => _mm256_and_si256(x, _mm256_set1_epi8(15))) }
+    }
+
+    #[inline(always)]
+    fn high_nibbles(self, x: Self::I) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe { both!(x => _mm256_and_si256(_mm256_srli_epi16::<4>(x), _mm256_set1_epi8(15))) }
+    }
+
+    #[inline(always)]
+    fn byte<const J: i32>(self, x: Self::I) -> Self::V {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            both!(x => {
+                let shifted = _mm256_srlv_epi32(x, _mm256_set1_epi32(8 * J));
+                _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(0xff)))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, sum: Self::I, w: Self::I, x: u32) -> Self::I {
+        // SAFETY: `self` proves AVX2, and AVX-VNNI where `DOT` is set.
+        unsafe {
+            let x = _mm256_set1_epi32(x as i32);
+            if DOT {
+                return [_mm256_dpbusd_avx_epi32(sum[0], w[0], x), _mm256_dpbusd_avx_epi32(sum[1], w[1], x)];
+            }
+            // As in `Avx512`.
+            let (x_even, x_odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)), _mm256_srai_epi16::<8>(x));
+            let dots = both!(w => {
+                let even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)), x_even);
+                _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), x_odd))
+            });
+            [_mm256_add_epi32(sum[0], dots[0]), _mm256_add_epi32(sum[1], dots[1])]
+        }
+    }
+
+    #[inline(always)]
+    fn floats(self, x: Self::I) -> Self::V {
+        // SAFETY: `self` proves AVX2.
+        unsafe { both!(x => _mm256_cvtepi32_ps(x)) }
+    }
+
+    #[inline(always)]
+    fn low_halves(self, x: Self::I) -> Self::V {
+        // SAFETY: `self` proves AVX2.
+        unsafe { both!(x => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))) }
+    }
+
+    #[inline(always)]
+    fn high_halves(self, x: Self::I) -> Self::V {
+        // SAFETY: `self` proves AVX2.
+        unsafe { both!(x => _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000u32 as i32)))) }
+    }
+
+    #[inline(always)]
+    fn halves(self, low: Self::V, high: Self::V) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe { [joined(low[0], high[0]), joined(low[1], high[1])] }
+    }
+
+    #[inline(always)]
+    fn narrow(self, first: Self::V, second: Self::V) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe { [packed(first), packed(second)] }
+    }
+
+    #[inline(always)]
+    fn store_words(self, x: Self::I, to: &mut [u32; LANES]) {
+        // SAFETY: `self` proves AVX2; twice 32 bytes are written to an array of 16 words.
+        unsafe {
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), x[0]);
+            _mm256_storeu_si256(to[8..].as_mut_ptr().cast(), x[1]);
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! `y = x W^T`: products of prepared rows with a packed matrix, for few rows and for many. Decides which kernel multiplies and in which order.
+//!
+//! Every output is one sum over the columns in one order, whatever the number of rows, of threads, and of outputs beside it. Only the *form* of the
+//! activations depends on the number of rows, by [`Precision`]: what is batch-invariant there is batch-invariant here.
+//!
+//! | weights | exact | else |
+//! |---|---|---|
+//! | f32 | f32 | f32 |
+//! | bf16 | f32 | bf16: AMX tiles, `vdpbf16ps`, or f32 on rounded numbers |
+//! | quantised | f32 on dequantised panels | up to `bytes_rows_max` rows 8-bit dot products (VNNI); above, dequantised panels in bf16 |
+
+use std::cell::RefCell;
+
+use crate::buffer::Line;
+use crate::isa::Isa;
+use crate::lanes::{Kernel, LANES, Simd, run, silu};
+use crate::matrix::{BLOCK, Format, InF32, InHalves, Matrix, Part};
+use crate::rows::{Forms, Norm, Rows, TILE_ROWS};
+use crate::team::{Parts, Team};
+
+/// Rows that one item of work has at most: 512 rows of activations of a layer stay in the second-level cache.
+const ROWS_BLOCK: usize = 512;
+/// Items that a thread should get at least, so that all end together.
+const ITEMS_EACH: usize = 8;
+
+/// How a product may round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precision {
+    /// Activations stay in f32 and weights are what their bytes say.
+    pub exact: bool,
+    /// With quantised weights: up to so many rows activations are 8-bit numbers with a scale for 32; above, weights and activations are rounded
+    /// to bfloat16. 0 or [`usize::MAX`] make it independent of the number of rows.
+    pub bytes_rows_max: usize,
+}
+
+/// Where a product goes.
+#[derive(Debug)]
+pub enum Into<'a> {
+    /// `out = y`, `[rows, outputs]`.
+    Set(&'a mut [f32]),
+    /// `out += y`, `[rows, outputs]`.
+    Add(&'a mut [f32]),
+    /// `out = silu(y0) y1` where the matrix is two sources of equal size: `[rows, outputs / 2]`.
+    SwiGlu(&'a mut [f32]),
+}
+
+/// What computes products: threads, instruction set, rounding, and room for activations.
+pub struct Products {
+    team: Team,
+    isa: Isa,
+    precision: Precision,
+    rows: Rows,
+}
+
+impl Products {
+    /// On `threads` threads, with `isa`.
+    #[must_use]
+    pub fn new(threads: usize, isa: Isa, precision: Precision) -> Self {
+        let isa = if isa.is_available() { isa } else { Isa::Portable };
+        Self { team: Team::new(threads), isa, precision, rows: Rows::default() }
+    }
+
+    /// The threads.
+    #[must_use]
+    pub fn team(&self) -> &Team {
+        &self.team
+    }
+
+    /// The instruction set.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// How it rounds.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// `norm(x) W^T`, or `x W^T` without one. `x`: `[rows, columns]`.
+    ///
+    /// # Panics
+    /// When the lengths do not fit, or [`Into::SwiGlu`] meets a matrix that is not two sources of equal size.
+    pub fn multiply(&mut self, x: &[f32], norm: Option<Norm<'_>>, matrix: &Matrix, out: Into<'_>) {
+        let count = x.len() / matrix.columns();
+        let (kind, data) = match out {
+            Into::Set(data) => (Kind::Set, data),
+            Into::Add(data) => (Kind::Add, data),
+            Into::SwiGlu(data) => (Kind::SwiGlu, data),
+        };
+        let pairs = kind.pairs(matrix);
+        let mixed = kind == Kind::SwiGlu && matrix.parts[0].format != matrix.parts[1].format;
+        let forms = forms(matrix, count, self.precision, mixed);
+        self.rows.fill(&self.team, self.isa, x, matrix.columns(), norm, forms);
+        let Self { team, isa, rows, precision } = self;
+        let width = if kind == Kind::SwiGlu { matrix.rows() / 2 } else { matrix.rows() };
+        assert_eq!(data.len(), count * width, "{count} rows of {width} outputs");
+        let (isa, precision, out) = (*isa, *precision, &Parts::new(data));
+        let call = Call { isa, rows, matrix, precision, mixed, kind, width, out };
+        let items = pairs * count.div_ceil(ROWS_BLOCK);
+        let grain = (items / (team.threads() * ITEMS_EACH)).max(1);
+        team.each(items, grain, |item| call.item(item % pairs, item / pairs * ROWS_BLOCK));
+    }
+}
+
+/// How a part is multiplied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Path {
+    Plain,
+    Halves,
+    Bytes,
+}
+
+/// `mixed`: two formats meet in one pair of panels and must be multiplied alike.
+fn path(format: Format, count: usize, precision: Precision, mixed: bool) -> Path {
+    match format {
+        _ if precision.exact => Path::Plain,
+        _ if mixed => Path::Halves,
+        Format::F32 => Path::Plain,
+        Format::Bf16 => Path::Halves,
+        _ if count <= precision.bytes_rows_max => Path::Bytes,
+        _ => Path::Halves,
+    }
+}
+
+fn forms(matrix: &Matrix, count: usize, precision: Precision, mixed: bool) -> Forms {
+    let any = |wanted| matrix.parts.iter().any(|part| path(part.format, count, precision, mixed) == wanted);
+    Forms { plain: any(Path::Plain), halves: any(Path::Halves), bytes: any(Path::Bytes) }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Set,
+    Add,
+    SwiGlu,
+}
+
+impl Kind {
+    /// Pairs of panels that a product has.
+    fn pairs(self, matrix: &Matrix) -> usize {
+        match (self, matrix.parts.as_slice()) {
+            (Self::SwiGlu, [gate, up]) if gate.rows == up.rows => gate.panels(),
+            (Self::SwiGlu, parts) => panic!("SwiGLU of {} sources of unequal size", parts.len()),
+            (_, parts) => parts.iter().map(|part| part.panels().div_ceil(2)).sum(),
+        }
+    }
+}
+
+/// One product.
+struct Call<'a> {
+    isa: Isa,
+    rows: &'a Rows,
+    matrix: &'a Matrix,
+    precision: Precision,
+    mixed: bool,
+    kind: Kind,
+    width: usize,
+    out: &'a Parts<'a, f32>,
+}
+
+/// Two panels that are computed together, or twice the same.
+#[derive(Clone, Copy)]
+struct Pair<'a> {
+    parts: [&'a Part; 2],
+    panels: [usize; 2],
+    alone: bool,
+}
+
+impl Call<'_> {
+    fn pair(&self, mut index: usize) -> Pair<'_> {
+        let parts = &self.matrix.parts;
+        if self.kind == Kind::SwiGlu {
+            return Pair { parts: [&parts[0], &parts[1]], panels: [index; 2], alone: false };
+        }
+        for part in parts {
+            let pairs = part.panels().div_ceil(2);
+            if index < pairs {
+                let last = (2 * index + 1).min(part.panels() - 1);
+                return Pair { parts: [part; 2], panels: [2 * index, last], alone: last == 2 * index };
+            }
+            index -= pairs;
+        }
+        unreachable!("an item of a product is one of its pairs")
+    }
+
+    /// One pair of panels for up to [`ROWS_BLOCK`] rows from `first` on.
+    fn item(&self, pair: usize, first: usize) {
+        let last = self.rows.count().min(first + ROWS_BLOCK);
+        let item = Item { call: self, pair: self.pair(pair), first, last };
+        PANELS.with_borrow_mut(|scratch| run(self.isa, Compute { item, scratch }));
+    }
+}
+
+thread_local! {
+    /// Two dequantised panels.
+    static PANELS: RefCell<[Vec<Line>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+}
+
+/// One item of work.
+struct Item<'a> {
+    call: &'a Call<'a>,
+    pair: Pair<'a>,
+    first: usize,
+    last: usize,
+}
+
+struct Compute<'a> {
+    item: Item<'a>,
+    scratch: &'a mut [Vec<Line>; 2],
+}
+
+impl Kernel for Compute<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { item, scratch } = self;
+        let (call, pair) = (item.call, item.pair);
+        match path(pair.parts[0].format, call.rows.count(), call.precision, call.mixed) {
+            Path::Plain => {
+                let [a, b] = scratch;
+                let panels = [plain(s, &pair, 0, a), plain(s, &pair, 1, b)];
+                item.sweep(s, Plain { rows: call.rows, panels });
+            }
+            Path::Halves => {
+                let [a, b] = scratch;
+                item.halves(s, [halves(s, &pair, 0, a), halves(s, &pair, 1, b)]);
+            }
+            Path::Bytes => match pair.parts[0].format {
+                Format::Q8_0 => item.sweep(s, Bytes::<8, false> { rows: call.rows, pair }),
+                Format::Q4_0 => item.sweep(s, Bytes::<4, false> { rows: call.rows, pair }),
+                _ => item.sweep(s, Bytes::<4, true> { rows: call.rows, pair }),
+            },
+        }
+    }
+}
+
+/// A panel in f32, as it stands or dequantised.
+#[inline(always)]
+fn plain<'a, S: Simd>(s: S, pair: &Pair<'a>, index: usize, scratch: &'a mut Vec<Line>) -> &'a [Line] {
+    let (part, panel) = (pair.parts[index], pair.panels[index]);
+    if part.format == Format::F32 {
+        return part.panel(panel);
+    }
+    scratch.resize(part.steps * BLOCK, Line([0; 16]));
+    part.unpack(s, panel, &mut InF32(scratch));
+    scratch
+}
+
+/// A panel in bfloat16, as it stands or dequantised.
+#[inline(always)]
+fn halves<'a, S: Simd>(s: S, pair: &Pair<'a>, index: usize, scratch: &'a mut Vec<Line>) -> &'a [Line] {
+    let (part, panel) = (pair.parts[index], pair.panels[index]);
+    if part.format == Format::Bf16 {
+        return part.panel(panel);
+    }
+    scratch.resize(part.steps * BLOCK / 2, Line([0; 16]));
+    part.unpack(s, panel, &mut InHalves(scratch));
+    scratch
+}
+
+/// The sums of up to 8 rows with the panels of a pair.
+trait Inner: Copy {
+    /// Kinds of sums that share the registers.
+    fn share(self) -> usize {
+        1
+    }
+    /// Sums of `R` rows from `row` on with both panels.
+    fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R];
+}
+
+impl Item<'_> {
+    #[inline(always)]
+    fn sweep<S: Simd>(&self, s: S, inner: impl Inner) {
+        let mut row = self.first;
+        while row < self.last {
+            let fits = |rows, share| S::ROWS / share >= rows && self.last - row >= rows;
+            row += match inner.share() {
+                share if fits(8, share) => self.tile::<S, _, 8>(s, inner, row),
+                share if fits(4, share) => self.tile::<S, _, 4>(s, inner, row),
+                share if fits(2, share) => self.tile::<S, _, 2>(s, inner, row),
+                _ => self.tile::<S, _, 1>(s, inner, row),
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, I: Inner, const R: usize>(&self, s: S, inner: I, row: usize) -> usize {
+        let sums = inner.tile::<S, R>(s, row);
+        for (r, sums) in sums.into_iter().enumerate() {
+            self.finish(s, row + r, sums);
+        }
+        R
+    }
+
+    /// bfloat16: in tiles where there are some.
+    #[inline(always)]
+    fn halves<S: Simd>(&self, s: S, panels: [&[Line]; 2]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.call.isa == Isa::Amx
+            && let Some(tiles) = crate::tiles::Tiles::take()
+        {
+            return self.in_tiles(s, &tiles, panels);
+        }
+        self.sweep(s, Halves { rows: self.call.rows, panels });
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn in_tiles<S: Simd>(&self, s: S, tiles: &crate::tiles::Tiles, panels: [&[Line]; 2]) {
+        let mut sums = [[[Line([0; 16]); TILE_ROWS]; 2]; 2];
+        for first in (self.first..self.last).step_by(2 * TILE_ROWS) {
+            let tile = first / TILE_ROWS;
+            let next = if first + TILE_ROWS < self.last { tile + 1 } else { tile };
+            tiles.product([self.call.rows.tile(tile), self.call.rows.tile(next)], panels, &mut sums);
+            for row in first..self.last.min(first + 2 * TILE_ROWS) {
+                let sums = &sums[(row - first) / TILE_ROWS];
+                let [first, second] = [&sums[0][row % TILE_ROWS].0, &sums[1][row % TILE_ROWS].0];
+                self.finish(s, row, [s.load(bytemuck::cast_ref(first)), s.load(bytemuck::cast_ref(second))]);
+            }
+        }
+    }
+
+    /// One row of the result.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, s: S, row: usize, sums: [S::V; 2]) {
+        if self.call.kind == Kind::SwiGlu {
+            return self.put(s, row, 0, s.mul(silu(s, sums[0]), sums[1]));
+        }
+        self.put(s, row, 0, sums[0]);
+        if !self.pair.alone {
+            self.put(s, row, 1, sums[1]);
+        }
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn put<S: Simd>(&self, s: S, row: usize, index: usize, value: S::V) {
+        let (part, panel) = (self.pair.parts[index], self.pair.panels[index]);
+        let count = LANES.min(part.rows - panel * LANES);
+        let start = row * self.call.width + part.first + panel * LANES;
+        // SAFETY: outputs of this row and panel; each pair of panels and block of rows is one item, and each item comes once.
+        let out = unsafe { self.call.out.part(start..start + count) };
+        if let Some(out) = out.as_mut_array::<LANES>() {
+            let value = if self.call.kind == Kind::Add { s.add(s.load(out), value) } else { value };
+            return s.store(value, out);
+        }
+        let mut lanes = [0.0; LANES];
+        s.store(value, &mut lanes);
+        let add = self.call.kind == Kind::Add;
+        out.iter_mut().zip(lanes).for_each(|(out, value)| *out = if add { *out + value } else { value });
+    }
+}
+
+/// f32 by f32.
+#[derive(Clone, Copy)]
+struct Plain<'a> {
+    rows: &'a Rows,
+    panels: [&'a [Line]; 2],
+}
+
+impl Inner for Plain<'_> {
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R] {
+        let columns = self.rows.steps() * BLOCK;
+        let panels: [&[Line]; 2] = std::array::from_fn(|p| &self.panels[p][..columns]);
+        let x: [&[f32]; R] = std::array::from_fn(|r| &self.rows.plain(row + r)[..columns]);
+        let mut sums = [[s.splat(0.0); 2]; R];
+        for i in 0..columns {
+            let weights = [s.load(bytemuck::cast_ref(&panels[0][i].0)), s.load(bytemuck::cast_ref(&panels[1][i].0))];
+            for r in 0..R {
+                let x = s.splat(x[r][i]);
+                for p in 0..2 {
+                    sums[r][p] = s.fma(weights[p], x, sums[r][p]);
+                }
+            }
+        }
+        sums
+    }
+}
+
+/// bfloat16 by bfloat16.
+#[derive(Clone, Copy)]
+struct Halves<'a> {
+    rows: &'a Rows,
+    panels: [&'a [Line]; 2],
+}
+
+impl Inner for Halves<'_> {
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R] {
+        let steps = self.rows.steps();
+        let panels: [&[[Line; 16]]; 2] = std::array::from_fn(|p| &self.panels[p].as_chunks::<16>().0[..steps]);
+        let x: [&[[Line; 16]]; R] =
+            std::array::from_fn(|r| &self.rows.tile((row + r) / TILE_ROWS).as_chunks::<TILE_ROWS>().0[..steps]);
+        let mut sums = [[s.splat(0.0); 2]; R];
+        for step in 0..steps {
+            for (i, (first, second)) in panels[0][step].iter().zip(&panels[1][step]).enumerate() {
+                let weights = [s.words(&first.0), s.words(&second.0)];
+                for r in 0..R {
+                    let x = x[r][step][(row + r) % TILE_ROWS].0[i];
+                    for p in 0..2 {
+                        sums[r][p] = s.dot_halves(sums[r][p], weights[p], x);
+                    }
+                }
+            }
+        }
+        sums
+    }
+}
+
+/// Quantised weights by bytes: `LINES` lines of numbers for a block, with minima where `MIN`.
+#[derive(Clone, Copy)]
+struct Bytes<'a, const LINES: usize, const MIN: bool> {
+    rows: &'a Rows,
+    pair: Pair<'a>,
+}
+
+impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
+    /// Sums of whole numbers and of floats.
+    #[inline(always)]
+    fn share(self) -> usize {
+        2
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R] {
+        let (steps, pair) = (self.rows.steps(), &self.pair);
+        let sets = if MIN { 2 } else { 1 };
+        let zero = -pair.parts[0].format.zero();
+        let panels: [&[[Line; LINES]]; 2] =
+            std::array::from_fn(|p| &pair.parts[p].panel(pair.panels[p]).as_chunks::<LINES>().0[..steps]);
+        let scales: [&[[u16; LANES]]; 2] = std::array::from_fn(|p| &pair.parts[p].panel_scales(pair.panels[p])[..steps * sets]);
+        let x: [&[[u32; BLOCK / 4]]; R] = std::array::from_fn(|r| &self.rows.bytes(row + r)[..steps]);
+        let x_scales: [&[[f32; 2]]; R] = std::array::from_fn(|r| &self.rows.scales(row + r)[..steps]);
+        let mut sums = [[s.splat(0.0); 2]; R];
+        for step in 0..steps {
+            let mut dots = [[s.no_words(); 2]; R];
+            for (i, lines) in panels[0][step].iter().zip(&panels[1][step]).enumerate() {
+                for (p, line) in [lines.0, lines.1].into_iter().enumerate() {
+                    let words = s.words(&line.0);
+                    if LINES == 8 {
+                        for r in 0..R {
+                            dots[r][p] = s.dot_bytes(dots[r][p], words, x[r][step][i]);
+                        }
+                    } else {
+                        let (low, high) = (s.low_nibbles(words), s.high_nibbles(words));
+                        for r in 0..R {
+                            dots[r][p] = s.dot_bytes(dots[r][p], low, x[r][step][i]);
+                            dots[r][p] = s.dot_bytes(dots[r][p], high, x[r][step][i + 4]);
+                        }
+                    }
+                }
+            }
+            for p in 0..2 {
+                let scale = s.load_f16(&scales[p][step * sets]);
+                for r in 0..R {
+                    let [d, shift] = x_scales[r][step];
+                    let dot = s.floats(dots[r][p]);
+                    if MIN {
+                        let min = s.load_f16(&scales[p][step * sets + 1]);
+                        sums[r][p] = s.fma(scale, s.mul(dot, s.splat(d)), s.fma(min, s.splat(shift), sums[r][p]));
+                    } else {
+                        sums[r][p] = s.fma(scale, s.fma(dot, s.splat(d), s.splat(zero * shift)), sums[r][p]);
+                    }
+                }
+            }
+        }
+        sums
+    }
+}

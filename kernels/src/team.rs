@@ -1,0 +1,274 @@
+//! The threads that share one kernel call. Decides who does which part and when all are done; knows nothing of what is done.
+//!
+//! A call takes a few microseconds and there are hundreds in a step, so members spin for a moment before they park, and a call allocates nothing.
+
+#![allow(unsafe_code)]
+
+use std::cell::UnsafeCell;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle, Thread};
+
+/// Most threads of a team.
+pub const TEAM_MAX: usize = 256;
+/// Looks at the call counter before a member parks: some 20 us, longer than what lies between two calls of a step.
+const SPINS: u32 = 400;
+
+/// A persistent set of threads; the caller is member 0. Stops with its owner.
+pub struct Team {
+    shared: Arc<Shared>,
+    members: Vec<JoinHandle<()>>,
+    /// Held during a call.
+    busy: Mutex<()>,
+}
+
+/// What caller and members see.
+struct Shared {
+    /// Counts calls; a member that sees a new number does its part.
+    call: AtomicU32,
+    /// Members that have not done their part of this call.
+    left: AtomicUsize,
+    job: UnsafeCell<Job>,
+    failed: AtomicBool,
+    stop: AtomicBool,
+}
+
+/// The work of one call, its lifetime erased.
+struct Job {
+    work: *const (dyn Fn(usize) + Sync),
+    caller: Thread,
+}
+
+// SAFETY: `job` is written by the caller while no member reads it (`left` is 0) and read by members only between the increase of `call` and
+// their decrease of `left`; both orders are release and acquire. The work itself is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
+
+impl Team {
+    /// A team of `threads` members, the caller of [`Self::run`] included; at least 1, at most [`TEAM_MAX`]. Where the system gives no
+    /// more threads the team is smaller.
+    #[must_use]
+    pub fn new(threads: usize) -> Self {
+        let job = UnsafeCell::new(Job { work: &|_| (), caller: thread::current() });
+        let (call, left) = (AtomicU32::new(0), AtomicUsize::new(0));
+        let shared = Arc::new(Shared { call, left, job, failed: AtomicBool::new(false), stop: AtomicBool::new(false) });
+        let start = |member: usize| {
+            let shared = shared.clone();
+            thread::Builder::new().name(format!("kernel {member}")).spawn(move || shared.serve(member)).ok()
+        };
+        let members = (1..threads.min(TEAM_MAX)).map_while(start).collect();
+        Self { shared, members, busy: Mutex::new(()) }
+    }
+
+    /// Members, the caller included.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.members.len() + 1
+    }
+
+    /// Calls `work` once with each member's number, each on its own thread, and returns when all are done. A call inside a call, or from
+    /// a second thread at the same time, is done by its caller alone.
+    ///
+    /// # Panics
+    /// When `work` does, on any member, after all are done.
+    pub fn run(&self, work: &(dyn Fn(usize) + Sync)) {
+        let guard = if self.members.is_empty() { None } else { self.busy.try_lock().ok() };
+        if guard.is_none() {
+            return (0..self.threads()).for_each(work);
+        }
+        // SAFETY: members use the pointer only until they decrease `left`, and this function does not return before `left` is 0, whatever
+        // panics; so the erased lifetime is not outlived.
+        let work_ptr = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync), *const (dyn Fn(usize) + Sync)>(work) };
+        // SAFETY: `busy` is held and `left` is 0, so nobody else reads or writes the job.
+        unsafe { *self.shared.job.get() = Job { work: work_ptr, caller: thread::current() } };
+        self.shared.left.store(self.members.len(), Ordering::Relaxed);
+        self.shared.call.fetch_add(1, Ordering::Release);
+        self.members.iter().for_each(|member| member.thread().unpark());
+        let own = catch_unwind(AssertUnwindSafe(|| work(0)));
+        wait(|| self.shared.left.load(Ordering::Acquire) == 0);
+        let failed = self.shared.failed.swap(false, Ordering::Relaxed);
+        drop(guard);
+        match own {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(()) => assert!(!failed, "a member of a team panicked"),
+        }
+    }
+
+    /// Calls `work` for every item below `items`; members take `grain` neighbouring ones at a time, who is free first.
+    pub fn each(&self, items: usize, grain: usize, work: impl Fn(usize) + Sync) {
+        let grain = grain.max(1);
+        if items <= grain {
+            return (0..items).for_each(work);
+        }
+        let next = AtomicUsize::new(0);
+        self.run(&|_| {
+            loop {
+                let first = next.fetch_add(grain, Ordering::Relaxed);
+                if first >= items {
+                    return;
+                }
+                (first..items.min(first + grain)).for_each(&work);
+            }
+        });
+    }
+
+    /// Calls `work` for every chunk of `data` of `size` elements (the last may be shorter) with its number.
+    ///
+    /// # Panics
+    /// When `size` is 0.
+    pub fn chunks<T: Send>(&self, data: &mut [T], size: usize, grain: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+        let (len, count) = (data.len(), data.len().div_ceil(size));
+        let parts = Parts::new(data);
+        // SAFETY: each number comes once, and the ranges of different numbers do not overlap.
+        self.each(count, grain, |index| work(index, unsafe { parts.part(index * size..len.min((index + 1) * size)) }));
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.call.fetch_add(1, Ordering::Release);
+        for member in self.members.drain(..) {
+            member.thread().unpark();
+            let _ = member.join(); // it cannot have panicked: `serve` catches
+        }
+    }
+}
+
+impl Shared {
+    /// A member's life.
+    fn serve(&self, member: usize) {
+        let mut seen = 0;
+        loop {
+            wait(|| self.call.load(Ordering::Acquire) != seen);
+            seen = seen.wrapping_add(1);
+            if self.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            // SAFETY: the call counter has moved and this member has not decreased `left`: the job stands still.
+            let job = unsafe { &*self.job.get() };
+            let caller = job.caller.clone();
+            // SAFETY: the caller waits for `left` to be 0 before the work goes away.
+            if catch_unwind(AssertUnwindSafe(|| unsafe { (*job.work)(member) })).is_err() {
+                self.failed.store(true, Ordering::Relaxed);
+            }
+            if self.left.fetch_sub(1, Ordering::Release) == 1 {
+                caller.unpark();
+            }
+        }
+    }
+}
+
+/// Spins, then parks, until `done`. Whoever makes it true unparks this thread.
+fn wait(done: impl Fn() -> bool) {
+    let mut spins = 0;
+    while !done() {
+        if spins < SPINS {
+            spins += 1;
+            std::hint::spin_loop();
+        } else {
+            thread::park();
+        }
+    }
+}
+
+/// A slice that several members write, each its own parts.
+pub(crate) struct Parts<'a, T> {
+    start: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it stands for a `&mut [T]` whose parts go to different threads, which `T: Send` allows.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    pub(crate) fn new(data: &'a mut [T]) -> Self {
+        Self { start: data.as_mut_ptr(), len: data.len(), borrow: PhantomData }
+    }
+
+    /// One part.
+    ///
+    /// # Safety
+    /// No other part that overlaps `range` is in use at the same time.
+    ///
+    /// # Panics
+    /// When `range` is not inside the slice.
+    #[allow(clippy::mut_from_ref, reason = "that parts do not overlap is the caller's promise")]
+    pub(crate) unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: the range is inside the borrowed slice, and the caller promises that nobody else uses it.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one_more(count: &AtomicUsize) {
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn every_member_is_called_once_for_each_call() {
+        for threads in [0, 1, 2, 5] {
+            let team = Team::new(threads);
+            let counts: Vec<AtomicUsize> = (0..team.threads()).map(|_| AtomicUsize::new(0)).collect();
+            for _ in 0..1000 {
+                team.run(&|member| one_more(&counts[member]));
+            }
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1000));
+        }
+    }
+
+    #[test]
+    fn every_item_and_chunk_comes_once() {
+        let team = Team::new(3);
+        for items in [0, 1, 7, 1000] {
+            let mut marks = vec![0u32; items];
+            team.chunks(&mut marks, 3, 2, |index, chunk| {
+                chunk.iter_mut().enumerate().for_each(|(i, x)| *x += (index * 3 + i) as u32 + 1)
+            });
+            assert!(marks.iter().enumerate().all(|(i, x)| *x == i as u32 + 1));
+        }
+    }
+
+    #[test]
+    fn parked_members_wake() {
+        let team = Team::new(2);
+        for _ in 0..3 {
+            let started = std::time::Instant::now();
+            while started.elapsed().as_millis() < 3 {
+                thread::yield_now(); // longer than a member spins
+            }
+            let count = AtomicUsize::new(0);
+            team.run(&|_| one_more(&count));
+            assert_eq!(count.into_inner(), 2);
+        }
+    }
+
+    #[test]
+    fn a_call_inside_a_call_is_done_by_its_caller() {
+        let team = Team::new(2);
+        let count = AtomicUsize::new(0);
+        team.run(&|_| team.each(10, 1, |_| one_more(&count)));
+        assert_eq!(count.into_inner(), 20);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_team_lives_on() {
+        let team = Team::new(2);
+        for who in [0, 1] {
+            let call = || team.run(&|member| assert!(member != who, "on purpose"));
+            assert!(catch_unwind(AssertUnwindSafe(call)).is_err());
+        }
+        let count = AtomicUsize::new(0);
+        team.run(&|_| one_more(&count));
+        assert_eq!(count.into_inner(), 2);
+    }
+}
