@@ -17,6 +17,7 @@ use tokio::time::timeout;
 
 use crate::endpoint::{CloseCode, ConnectError, Connection, Endpoint, Target, explain};
 use crate::frame::{FrameError, FrameReader, encode};
+use crate::lane::{LaneError, Lanes};
 use crate::pki::{Leaf, PeerIdentity};
 
 /// Messages that wait to be sent on one link; at more the peer is a slow reader and the link ends.
@@ -25,8 +26,6 @@ pub const LINK_QUEUE_MAX: usize = 1 << 16;
 pub const LINK_QUEUE_BYTES_MAX: usize = 64 << 20;
 /// Time for the first words, and for a refusal to arrive.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-/// Control goes before any KV stream of the same connection.
-const CONTROL_PRIORITY: i32 = i32::MAX;
 
 /// Why a link ended, for those who must decide what to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +133,7 @@ struct Queue {
 struct Inner {
     connection: Connection,
     hello: Hello,
+    lanes: Arc<Lanes>,
     queue: Mutex<Queue>,
     wake: Notify,
     closed: OnceLock<LinkClosed>,
@@ -192,7 +192,10 @@ impl Link {
             Ok((send, frames, theirs))
         };
         let done = timeout(HELLO_TIMEOUT, greet).await;
-        Self::start(connection, done)
+        let (link, receiver) = Self::start(connection, done)?;
+        // One that cannot be told of lanes is ending, and says so itself.
+        let _ = link.0.lanes.offer().map(|port| link.send(&Message::Lanes { port }));
+        Ok((link, receiver))
     }
 
     fn start(
@@ -201,9 +204,8 @@ impl Link {
     ) -> Result<(Self, LinkReceiver), LinkError> {
         let failed = match done {
             Ok(Ok((send, frames, hello))) => {
-                let (queue, wake, closed) = (Mutex::default(), Notify::new(), OnceLock::new());
-                let link = Self(Arc::new(Inner { connection, hello, queue, wake, closed }));
-                let _ = send.set_priority(CONTROL_PRIORITY);
+                let (lanes, queue, wake, closed) = (Lanes::of(&connection), Mutex::default(), Notify::new(), OnceLock::new());
+                let link = Self(Arc::new(Inner { connection, hello, lanes, queue, wake, closed }));
                 tokio::spawn(write_loop(link.clone(), send));
                 return Ok((link.clone(), LinkReceiver { frames, link }));
             }
@@ -264,7 +266,7 @@ impl Link {
         &self.0.hello
     }
 
-    /// The QUIC connection under it, for KV streams and figures.
+    /// The QUIC connection under its messages, for figures.
     #[must_use]
     pub fn quic(&self) -> &quinn::Connection {
         &self.0.connection.quic
@@ -301,16 +303,19 @@ impl Link {
         self.close(reason);
     }
 
+    /// A connection beside the link for [`crate::cells::send_cells`], of those that there are by turns; only the side that dialed has any.
+    /// Drop it before waiting for the cells to come back.
+    ///
+    /// # Errors
+    /// [`LaneError`] when the link has ended, or no lane came up in time.
+    pub async fn lane(&self) -> Result<quinn::Connection, LaneError> {
+        self.0.lanes.lane().await
+    }
+
     /// The next KV stream of the peer, to be read by a [`crate::cells::CellsReader`] in its own task; `None` when the link has ended.
-    /// Ends the link when the peer's role has no KV to send. Cancel-safe.
+    /// Cancel-safe.
     pub async fn accept_cells(&self) -> Option<RecvStream> {
-        let stream = self.quic().accept_uni().await.ok()?;
-        if matches!(self.peer().role, Role::Prefill | Role::Decode) {
-            return Some(stream);
-        }
-        let counter = &self.0.connection.counters.violations;
-        self.end(ClosedKind::Protocol, CloseCode::Violation, Some(counter), format!("KV from {}", self.peer()));
-        None
+        self.0.lanes.stream().await
     }
 
     /// The reason given by whoever closed first on this side, else what QUIC says.
@@ -352,7 +357,14 @@ impl LinkReceiver {
     pub async fn recv(&mut self) -> Option<Message> {
         let role = self.link.peer().role;
         let counters = &self.link.0.connection.counters;
-        match self.frames.next().await {
+        let mut next = self.frames.next().await;
+        while let Ok(Some(Message::Lanes { port })) = next
+            && matches!(role, Role::Prefill | Role::Decode)
+        {
+            self.link.0.lanes.dial(port);
+            next = self.frames.next().await;
+        }
+        match next {
             Ok(Some(Message::Refuse(reason))) => {
                 self.link.end(ClosedKind::Refused, CloseCode::Done, Some(&counters.refused), reason);
             }

@@ -1,8 +1,8 @@
 //! Measures what the project claims: each figure is the median of several runs, with the least and the greatest, printed as a row that
 //! can be pasted into `docs/benchmarks.md`. It judges nothing and writes no file of its own.
 //!
-//! `engine` and `handover` start a whole local cluster and measure it through its HTTP door; `stream`, `route`, `raft` (with `rebuild`) and
-//! `index` measure one part each, in this process; `faults` loses a cluster's leader under load. LibTorch is not linked: engines are reached
+//! `engine` and `handover` start a whole local cluster and measure it through its HTTP door; `wire` moves cells between two processes beside
+//! other ways of doing so; `route`, `raft` (with `rebuild`) and `index` measure one part each, in this process; `faults` loses a cluster's leader under load. LibTorch is not linked: engines are reached
 //! as users reach them.
 
 pub mod cluster;
@@ -17,4 +17,4 @@ pub mod raft;
 pub mod rebuild;
 pub mod report;
 pub mod route;
-pub mod stream;
+pub mod wire;

@@ -216,19 +216,20 @@ async fn send_span(mut job: SpanJob) {
 /// Puts the span on a stream and waits until nothing reads its cells any more: all acknowledged, or given up.
 async fn stream_span(job: &mut SpanJob) -> Result<(), String> {
     let link = job.link.take().ok_or("no link")?;
+    let lane = link.lane().await.map_err(|e| e.to_string())?;
     let (lent, returned) = oneshot::channel();
     let (digests, payload) = lend_cells(job, lent);
     let digest_sum = digests.iter().fold(0u64, |sum, digest| sum.wrapping_add(*digest));
     let Span { layer, layers, block, blocks } = job.span;
     let header = CellsHeader { attempt: job.attempt, generation: job.generation, layer, layers, block, blocks, digests };
     let sent = tokio::select! {
-        sent = send_cells(link.quic(), &header, payload.into_iter(), -i32::from(layer)) => sent.map_err(|e| e.to_string()),
+        sent = send_cells(&lane, &header, payload.into_iter(), -i32::from(layer)) => sent.map_err(|e| e.to_string()),
         () = stopped(&mut job.stop) => Err("the hand-over is over".to_owned()),
     };
     if sent.is_ok() {
         let _ = job.events.send(Event::SpanSent { attempt: job.attempt, span: job.span, digest_sum }).await;
     }
-    drop(link);
+    drop((link, lane));
     let _ = returned.await;
     sent.map(|_| ())
 }
