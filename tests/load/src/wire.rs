@@ -104,9 +104,9 @@ impl Pair {
         let before = self.cpu_s();
         self.sender.say("go")?;
         let numbers = |words: Vec<String>| words.iter().map(|word| Ok(word.parse::<f64>()?)).collect::<Result<Vec<f64>>>();
-        let sent = numbers(self.sender.hear("done")?).with_context(|| self.name.clone())?;
+        let sent = numbers(self.sender.hear("done").with_context(|| self.name.clone())?)?;
         self.receiver.say("done?")?; // only Mooncake's end must be asked
-        let received = numbers(self.receiver.hear("done")?)?;
+        let received = numbers(self.receiver.hear("done").with_context(|| self.name.clone())?)?;
         let ([bytes, elapsed_s, sender_digest_s], [receiver_digest_s]) = (sent.as_slice(), received.as_slice()) else {
             bail!("{}: other figures than expected", self.name);
         };
