@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim bench bench-load clean clean-cache
+.PHONY: help setup demo test check sim matrix fuzz bench bench-load clean clean-cache
 
 cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
@@ -22,6 +22,8 @@ target_dir = $$(cargo metadata --format-version 1 --no-deps | python3 -c 'import
 # The simulator's first seed, and steps for each; SEEDS=n runs n seeds.
 SEED ?= 1
 STEPS ?= 10000
+# Rounds of the failure matrix.
+REPEATS ?= 1
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,8 +47,21 @@ check: setup ## formatting and lints; any finding fails
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 
-sim: ## run the whole cluster in the deterministic simulator (SEED=, SEEDS=, STEPS=)
-	cargo run --release -p millrace-sim -- --seed $(SEED) --steps $(STEPS) $(if $(SEEDS),--seeds $(SEEDS)) $(SIM_ARGS)
+sim: ## run the whole cluster in the deterministic simulator (SEED=, SEEDS=, STEPS=; MUTANTS=1: planted bugs; CORRUPTIONS=n: damaged KV)
+ifdef MUTANTS
+	RUSTFLAGS="--cfg millrace_planted" CARGO_TARGET_DIR="$(target_dir)/planted" cargo run --release -p millrace-sim -- \
+		--mutants '$(filter-out 1,$(MUTANTS))' --seed $(SEED) --steps $(STEPS) --seeds $(or $(SEEDS),40) $(SIM_ARGS)
+else
+	cargo run --release -p millrace-sim -- --seed $(SEED) --steps $(STEPS) $(if $(SEEDS),--seeds $(SEEDS)) \
+		$(if $(CORRUPTIONS),--corruptions $(CORRUPTIONS)) $(SIM_ARGS)
+endif
+
+matrix: setup ## lose each party of a request in each state, in each way, REPEATS times, and decode nodes at each token (MATRIX_ARGS=...)
+	cargo build --release
+	"$(target_dir)/release/millmatrix" --repeats $(REPEATS) --model-migrate-each 1 $(MATRIX_ARGS)
+
+fuzz: setup ## spoiled inputs to every parser, for SECONDS=n in all; what breaks a promise is kept in tests/fuzz/corpus (TARGETS=, SEED=)
+	cargo run --release -p millrace-fuzz -- run $(TARGETS) --seed $(SEED) --seconds $(or $(SECONDS),600)
 
 bench: setup $(if $(PEERS),$(peers_python)) ## measure a local cluster under load (BENCH_ARGS=...; PEERS=1 installs other systems beside which the wire is measured)
 	cargo build --release

@@ -33,15 +33,21 @@ pub const QUERY_BYTES_MAX: usize = 8 << 20;
 /// Tokens of an answer that `route_explain` assumes.
 const EXPLAIN_MAX_NEW: u32 = 256;
 
+/// What is asked, and how old the answer may be.
+#[derive(Debug, Deserialize)]
+struct Question {
+    /// All that was acknowledged before the question is in the answer; without a quorum there is none then.
+    #[serde(default)]
+    fresh: bool,
+    #[serde(flatten)]
+    query: Query,
+}
+
 /// A query. Its JSON has `"q"`: the variant in snake case.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "q", rename_all = "snake_case")]
 enum Query {
-    /// With `fresh`, nodes and members as of after the question; without a quorum there is no answer then.
-    Status {
-        #[serde(default)]
-        fresh: bool,
-    },
+    Status,
     /// One replica about itself; asked by the others for `Status`.
     Member,
     CacheLookup(Text),
@@ -57,10 +63,7 @@ enum Query {
     Config(config::ConfigQuery),
     Cache(cache::CacheQuery),
     Snapshot(snapshot::SnapshotQuery),
-    MembersList {
-        #[serde(default)]
-        fresh: bool,
-    },
+    MembersList,
     /// Changes the members or the leader.
     Members {
         #[serde(flatten)]
@@ -124,10 +127,13 @@ impl Admin {
         if json.len() > QUERY_BYTES_MAX {
             return Err(format!("a query may have {QUERY_BYTES_MAX} bytes"));
         }
-        let query: Query = serde_json::from_str(json).map_err(|e| format!("query: {e}"))?;
+        let Question { fresh, query } = serde_json::from_str(json).map_err(|e| format!("query: {e}"))?;
+        if fresh {
+            self.freshen().await?;
+        }
         let answer = match query {
-            Query::Status { fresh } => self.status_as(fresh).await?,
-            Query::MembersList { fresh } => self.members_list(fresh).await?,
+            Query::Status => self.status_as(fresh).await,
+            Query::MembersList => self.members_list(fresh).await,
             Query::Members { op, passed_on } => self.members_op(&op, passed_on).await?,
             Query::Member => self.member(),
             Query::CacheLookup(text) => self.cache_lookup(&text)?,

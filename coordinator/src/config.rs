@@ -10,7 +10,7 @@ use millrace_core::ids::ReplicaId;
 use millrace_core::layout::KvDtype;
 use millrace_core::route::policy::Policy;
 
-use crate::raft::{CLUSTER_ID_BYTES_MAX, VOTERS_MAX};
+use millrace_log::{CLUSTER_ID_BYTES_MAX, VOTERS_MAX};
 
 /// Longest name of a process, in bytes.
 pub const NAME_BYTES_MAX: usize = 64;

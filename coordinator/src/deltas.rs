@@ -255,7 +255,7 @@ mod tests {
         let mut queue = queue((1..=40).map(|seq| delta(seq, DELTA_OPS_MAX)).collect());
         let batch = next_batch(&mut queue).unwrap();
         assert_eq!(seqs(&batch).len(), BATCH_OPS_MAX / DELTA_OPS_MAX);
-        assert!(millrace_core::cluster::encode(&batch.command).len() <= crate::raft::COMMAND_BYTES_MAX);
+        assert!(millrace_core::cluster::encode(&batch.command).len() <= millrace_log::COMMAND_BYTES_MAX);
         assert_eq!(queue.len(), 40 - BATCH_OPS_MAX / DELTA_OPS_MAX);
     }
 

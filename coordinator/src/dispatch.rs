@@ -32,9 +32,9 @@ use millrace_core::route::{Decision, NoPlace};
 use tokio::sync::{mpsc, watch};
 
 use crate::nodes::Nodes;
-use crate::raft::RaftStatus;
 use crate::state::SharedCluster;
 use crate::traffic::Traffic;
+use millrace_log::RaftStatus;
 
 pub use asked::{Asked, AskedPrefixes};
 use decisions::Decisions;

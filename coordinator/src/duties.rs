@@ -13,7 +13,7 @@ use tracing::{debug, error, info, warn};
 use crate::deltas::must_join_again;
 use crate::dispatch::DEFAULT_TENANT;
 use crate::propose::{NoAnswer, Proposer};
-use crate::raft::Role;
+use millrace_log::Role;
 
 /// How often leases are renewed.
 pub const RENEW_INTERVAL: Duration = Duration::from_secs(1);

@@ -12,9 +12,9 @@ use millrace_core::sampling::mix;
 use tokio::task::JoinSet;
 
 use crate::deltas::{BATCH_OPS_MAX, FOLD_WAIT};
-use crate::raft::bench::{find_leader, start_replicas, stop};
-use crate::raft::{BenchError, ProposeError, RaftHandle};
 use crate::state::{Replicated, SharedCluster};
+use millrace_log::bench::{find_leader, start_replicas, stop};
+use millrace_log::{BenchError, ProposeError, RaftHandle};
 
 /// Who proposes: in a cluster each replica has one batch on its way.
 const PROPOSERS: u64 = 3;

@@ -1,6 +1,6 @@
 //! One replica of the coordinator: keeps the cluster's state in a replicated log, takes nodes in, and serves clients.
 //!
-//! A replica is a few parts that know each other by name: `raft` keeps the log, `state` applies it, `propose` is the way into
+//! A replica is a few parts that know each other by name: `state` applies the log (`millrace-log` keeps it), `propose` is the way into
 //! it; `links` talks to `replicas` and `nodes`, `roster` knows who the replicas are, `join` takes nodes in, `deltas` batches what their
 //! caches say, `orders` tells caches what to do and `pins` what to keep, `duties` is what a replica does unasked; `dispatch` owns running
 //! requests and `traffic` counts what was served, `http` is the OpenAI gateway over it, `admin` answers operators; `serve` puts them
@@ -20,7 +20,6 @@ pub mod nodes;
 pub mod orders;
 pub mod pins;
 pub mod propose;
-pub mod raft;
 pub mod replicas;
 pub mod roster;
 pub mod saved;
@@ -49,7 +48,7 @@ pub struct App {
     /// What is heard of the nodes.
     pub nodes: Arc<nodes::Nodes>,
     /// The log.
-    pub raft: raft::RaftHandle,
+    pub raft: millrace_log::RaftHandle,
     /// Operators' questions, as JSON.
     pub admin: Arc<admin::Admin>,
     /// Begins when the process is to end: take no new connections, end the open ones soon.

@@ -43,6 +43,8 @@ pub struct Seen {
     pub silent: Duration,
     /// Since it last acknowledged anything.
     pub deaf: Duration,
+    /// Since its link came up.
+    pub link_age: Duration,
     /// Whether its link is up.
     pub linked: bool,
 }
@@ -58,6 +60,13 @@ impl Seen {
     #[must_use]
     pub fn lost(&self) -> bool {
         !self.linked || self.silent > SILENT_MAX
+    }
+
+    /// Whether an attempt that was placed so long ago is lost. A node whose link ended has cancelled what came over it, or never got
+    /// it, and may be back before this end has noticed: a link that is younger than the attempt knows nothing of it.
+    #[must_use]
+    pub fn lost_since(&self, placed: Duration) -> bool {
+        self.lost() || self.link_age < placed
     }
 }
 
@@ -76,6 +85,7 @@ struct Process {
     /// 0 until the process says that it joined.
     epoch: Epoch,
     link: Option<(LinkId, Outbox)>,
+    linked: Instant,
     load: Load,
     loaded: Instant,
     heard: Instant,
@@ -117,15 +127,17 @@ impl Nodes {
         let processes = table.by_name.entry(name.to_owned()).or_default();
         processes.retain(|p| p.link.is_some() || now.saturating_duration_since(p.heard) < FORGET_AFTER);
         match processes.iter_mut().find(|p| p.instance == instance) {
-            Some(process) => (process.link, process.heard, process.answered) = (Some((id, outbox)), now, now),
+            Some(process) => {
+                (process.link, process.linked, process.heard, process.answered) = (Some((id, outbox)), now, now, now);
+            }
             None => {
                 if processes.len() >= INSTANCES_MAX {
                     let oldest = (0..processes.len()).min_by_key(|&i| processes[i].heard);
                     oldest.map(|i| processes.swap_remove(i));
                 }
                 let (node, epoch, load) = (NodeId(0), Epoch(0), Load::default());
-                let (link, loaded, heard, answered) = (Some((id, outbox)), now, now, now);
-                processes.push(Process { instance, node, epoch, link, load, loaded, heard, answered });
+                let (link, linked, loaded, heard, answered) = (Some((id, outbox)), now, now, now, now);
+                processes.push(Process { instance, node, epoch, link, linked, load, loaded, heard, answered });
             }
         }
         drop(table);
@@ -177,7 +189,8 @@ impl Nodes {
         let process = table.by_name.get(name)?.iter().find(|p| p.epoch == epoch)?;
         let since = |then| now.saturating_duration_since(then);
         let (load_age, silent, deaf) = (since(process.loaded), since(process.heard), since(process.answered));
-        Some(Seen { load: process.load, load_age, silent, deaf, linked: process.link.is_some() })
+        let link_age = since(process.linked);
+        Some(Seen { load: process.load, load_age, silent, deaf, link_age, linked: process.link.is_some() })
     }
 
     /// Sends to incarnation `epoch` of `name`; `false` when it has no link here or takes no more.
@@ -271,6 +284,18 @@ mod tests {
         nodes.detach("p", link);
         assert!(seen(Duration::ZERO).lost() && !seen(Duration::ZERO).usable());
         assert!(!nodes.send("p", MEMBER.1, Message::WantSnapshot { epoch: MEMBER.1 }));
+    }
+
+    #[test]
+    fn a_link_that_is_younger_than_an_attempt_knows_nothing_of_it() {
+        let (nodes, t) = (Nodes::default(), Instant::now());
+        let link = nodes.attach(t, "p", 1, quiet());
+        nodes.heartbeat(t, "p", link, MEMBER, Load::default());
+        let lost = |now: Instant, placed: Instant| nodes.seen(now, "p", MEMBER.1).unwrap().lost_since(now - placed);
+        assert!(!lost(t + FRESH, t) && !lost(t + FRESH, t + FRESH));
+        nodes.attach(t + FRESH, "p", 1, quiet());
+        assert!(lost(t + FRESH, t), "the process is back over another link");
+        assert!(!lost(t + FRESH, t + FRESH));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use millrace_node::shutdown::Shutdown;
 use tracing::{debug, warn};
 
 use crate::propose::Proposer;
-use crate::raft::Role;
+use millrace_log::Role;
 
 /// How often the leader looks whether a node must be told.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);

@@ -8,10 +8,10 @@ use millrace_core::ids::ReplicaId;
 use millrace_core::message::Join;
 
 use crate::nodes::Nodes;
-use crate::raft::{ProposeError, RaftHandle};
 use crate::replicas::{CallError, Replicas};
 use crate::roster::Roster;
 use crate::state::SharedCluster;
+use millrace_log::{ProposeError, RaftHandle};
 
 /// How long a command may take to be applied.
 pub const COMMIT_WAIT_MAX: Duration = Duration::from_secs(3);

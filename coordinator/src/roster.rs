@@ -12,8 +12,8 @@ use millrace_core::message::{REPLICAS_TOLD_MAX, ReplicaAddress};
 use parking_lot::Mutex;
 
 use crate::config::Config;
-use crate::raft::RaftHandle;
 use crate::state::SharedCluster;
+use millrace_log::RaftHandle;
 
 /// Where another replica is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,14 +103,14 @@ impl Roster {
         self.cluster.read().was_removed(id)
     }
 
-    /// Where all replicas are, for nodes that were started when there were others; `None` while there are those of the command
-    /// line only.
+    /// Where all replicas are, for nodes: their command line names those that there were when they were started. `None` while this
+    /// replica has not joined: it knows no better then.
     #[must_use]
     pub fn told(&self) -> Option<Vec<ReplicaAddress>> {
-        let others = self.others();
-        if others.iter().map(|(id, place)| (*id, place.addr)).eq(self.config.others.iter().map(|(id, addr)| (*id, Some(*addr)))) {
+        if self.raft.status().members.voters.is_empty() {
             return None;
         }
+        let others = self.others();
         let mut all: Vec<_> = others.into_iter().filter_map(|(id, place)| Some((id, place.addr?))).collect();
         if self.raft.status().members.contains(self.config.me.0) {
             all.push((self.config.me, self.config.quic()));

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use millrace_core::cluster::Cluster;
 use serde::{Deserialize, Serialize};
 
-use crate::raft::SNAPSHOT_BYTES_MAX;
+use millrace_log::SNAPSHOT_BYTES_MAX;
 
 const MAGIC: &[u8; 8] = b"MRSTATE\0";
 const VERSION: u8 = 1;

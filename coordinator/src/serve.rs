@@ -29,10 +29,10 @@ use crate::links::{Links, RAFT_FRAMES_MAX, carry_raft};
 use crate::nodes::Nodes;
 use crate::pins;
 use crate::propose::Proposer;
-use crate::raft::{self, RaftConfig, RaftHandle};
 use crate::replicas::Replicas;
 use crate::roster::Roster;
 use crate::state::{Replicated, SharedCluster};
+use millrace_log::{self as raft, RaftConfig, RaftHandle};
 
 /// How long each part may take to stop.
 const STOP_WAIT_MAX: Duration = Duration::from_secs(2);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use millrace_core::cluster::{self, Answer, Cluster};
 use parking_lot::RwLock;
 
-use crate::raft::{RestoreError, StateMachine};
+use millrace_log::{RestoreError, StateMachine};
 
 /// The applied state. Hold the lock for a computation, never across an await.
 pub type SharedCluster = Arc<RwLock<Cluster>>;

@@ -381,6 +381,8 @@ impl Cluster {
             quic: self.addresses[i],
             http: None,
             pid: None,
+            joined: false,
+            removed: false,
         };
         let file = ClusterFile {
             version: cluster_file::VERSION,

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::Admin;
 use crate::propose::COMMIT_WAIT_MAX;
-use crate::raft::{Change, ChangeError, ProposeError, RaftStatus, Role};
+use millrace_log::{Change, ChangeError, ProposeError, RaftStatus, Role};
 
 /// Time that a change may take, the hand-over of leadership before it included.
 pub const CHANGE_WAIT_MAX: Duration = Duration::from_secs(6);
@@ -51,26 +51,23 @@ pub(super) enum MembersOp {
 }
 
 impl Admin {
-    /// Who the members are. With `fresh` the answer is from a moment after the question, or there is none.
-    pub(super) async fn members_list(&self, fresh: bool) -> Result<Value, String> {
-        let mut status = self.status_as(fresh).await?;
+    /// Who the members are.
+    pub(super) async fn members_list(&self, fresh: bool) -> Value {
+        let mut status = self.status_as(fresh).await;
         status["joint"] = json!(self.proposer.raft.status().members.is_joint());
         if let Some(fields) = status.as_object_mut() {
             fields.remove("nodes");
         }
-        Ok(status)
+        status
     }
 
-    /// The whole cluster; with `fresh` as of a moment after the question.
-    pub(super) async fn status_as(&self, fresh: bool) -> Result<Value, String> {
-        if fresh {
-            self.freshen().await?;
-        }
+    /// The whole cluster; says when a quorum has vouched for it.
+    pub(super) async fn status_as(&self, fresh: bool) -> Value {
         let mut status = self.status().await;
         if fresh {
             (status["fresh"], status["stale"]) = (json!(true), json!(false));
         }
-        Ok(status)
+        status
     }
 
     /// Waits until all that was acknowledged before now is applied here.

@@ -8,7 +8,7 @@ use millrace_core::ids::ReplicaId;
 use serde_json::{Value, json};
 
 use super::{Admin, health};
-use crate::raft::Role;
+use millrace_log::Role;
 
 /// Entries that a replica may be behind the leader and not be called stale: some milliseconds of a busy log.
 const BEHIND_ENTRIES_MAX: u64 = 256;

@@ -50,6 +50,12 @@ pub struct CoordinatorEntry {
     pub http: Option<SocketAddr>,
     /// Its process; `None` while there is none.
     pub pid: Option<u32>,
+    /// It was taken in later: the first voters do not know of it.
+    #[serde(default)]
+    pub joined: bool,
+    /// It was taken out, and is not started again.
+    #[serde(default)]
+    pub removed: bool,
 }
 
 /// A node.
@@ -107,6 +113,8 @@ pub(super) mod tests {
             quic: SocketAddr::from(([127, 0, 0, 1], 7000 + id as u16)),
             http: None,
             pid,
+            joined: false,
+            removed: false,
         };
         ClusterFile {
             version: VERSION,

@@ -105,7 +105,7 @@ async fn apply(line: &mut Line, set: &Set, wanted: &Wanted) -> Result<Changes> {
 }
 
 /// Each key and its value; `None` for its default.
-type Wanted = BTreeMap<String, Option<String>>;
+pub type Wanted = BTreeMap<String, Option<String>>;
 
 fn parse(pair: &str) -> Result<(String, Option<String>), String> {
     let (key, value) = pair.split_once('=').ok_or_else(|| format!("{pair:?} is not KEY=VALUE"))?;
@@ -113,7 +113,11 @@ fn parse(pair: &str) -> Result<(String, Option<String>), String> {
     if key.is_empty() { Err(format!("{pair:?} names no key")) } else { Ok((key.into(), (!value.is_empty()).then(|| value.into()))) }
 }
 
-fn read(path: &Path) -> Result<Wanted> {
+/// Settings of a file: `KEY = VALUE` lines; `#` begins a comment.
+///
+/// # Errors
+/// Names the line that is wrong.
+pub fn read(path: &Path) -> Result<Wanted> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let mut wanted = Wanted::new();
     for (i, line) in text.lines().enumerate() {

@@ -113,7 +113,7 @@ impl Reach {
         Self {
             name: LOCAL.into(),
             certs: dir.join(&file.admin_certs),
-            doors: file.coordinators.iter().map(door).collect(),
+            doors: file.coordinators.iter().filter(|c| !c.removed).map(door).collect(),
             local: Some((dir.to_owned(), file.clone())),
         }
     }

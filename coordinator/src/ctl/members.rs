@@ -15,7 +15,7 @@ use super::table::{Page, Tone, cell};
 pub enum Members {
     /// All replicas
     #[command(after_help = "Example:\n  millctl members list --fresh")]
-    List(ListArgs),
+    List(Ask),
     /// Take a replica in: it follows the log as soon as it is started with `coordinator --join`, and gets a vote when it has the log
     #[command(after_help = "Example:\n  millctl members add coordinator-4 --address 10.0.0.4:7000 --learner")]
     Add(AddArgs),
@@ -31,16 +31,6 @@ pub enum Members {
     /// Let another voter lead; the one that has most of the log if nobody is named
     #[command(after_help = "Example:\n  millctl members transfer-leader coordinator-2")]
     TransferLeader(TransferArgs),
-}
-
-/// What to list.
-#[derive(Args, Clone, Debug)]
-pub struct ListArgs {
-    #[command(flatten)]
-    ask: Ask,
-    /// Only an answer that a quorum vouches for
-    #[arg(long)]
-    fresh: bool,
 }
 
 /// A replica to be taken in.
@@ -102,7 +92,7 @@ pub struct TransferArgs {
 /// The cluster does not answer, has no quorum, or refuses.
 pub async fn run(command: Members) -> Result<()> {
     match command {
-        Members::List(args) => args.ask.show::<List>(json!({"q": "members_list", "fresh": args.fresh})).await.map(drop),
+        Members::List(ask) => ask.show::<List>(json!({"q": "members_list"})).await.map(drop),
         Members::Add(args) => add(&args).await,
         Members::Promote(args) => {
             let query = json!({"q": "members", "op": "promote", "member": args.name});

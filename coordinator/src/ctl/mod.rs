@@ -156,23 +156,49 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn the_command_line_is_consistent_and_every_command_has_an_example() {
-        Cli::command().debug_assert();
-        fn leaves(command: &clap::Command, path: &str, bad: &mut Vec<String>) {
-            for sub in command.get_subcommands() {
-                let path = format!("{path} {}", sub.get_name());
-                let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
-                if sub.has_subcommands() {
-                    leaves(sub, &path, bad);
-                } else if !help.contains(&path) {
-                    bad.push(path);
-                }
+    /// The command lines of an example: those that begin with `millctl`, joined where a `\` goes on, without what another program does.
+    fn lines(help: &str) -> Vec<Vec<String>> {
+        let joined = help.replace("\\\n", " ");
+        let ours = joined.lines().map(str::trim).filter(|line| line.starts_with("millctl "));
+        let words = |line: &str| -> Vec<String> {
+            let end = line.find([';', '|', '>', '#']).unwrap_or(line.len());
+            let end = line.find("&&").unwrap_or(end).min(end);
+            // Quotes keep words together.
+            let pieces = line[..end].split('\'').enumerate();
+            pieces
+                .flat_map(|(at, piece)| match at % 2 {
+                    0 => piece.split_whitespace().map(str::to_owned).collect(),
+                    _ => vec![piece.to_owned()],
+                })
+                .collect()
+        };
+        ours.map(words).collect()
+    }
+
+    fn leaves(command: &clap::Command, path: &str, bad: &mut Vec<String>) {
+        for sub in command.get_subcommands() {
+            let path = format!("{path} {}", sub.get_name());
+            if sub.has_subcommands() {
+                leaves(sub, &path, bad);
+                continue;
             }
+            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let examples = lines(&help);
+            if !examples.iter().any(|words| words.join(" ").starts_with(&path)) {
+                bad.push(format!("{path}: no example"));
+            }
+            let refused =
+                |words: &Vec<String>| Cli::try_parse_from(words).err().map(|error| format!("{}: {error}", words.join(" ")));
+            bad.extend(examples.iter().filter_map(refused));
         }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent_and_every_command_has_an_example_that_it_takes() {
+        Cli::command().debug_assert();
         let mut bad = Vec::new();
         leaves(&Cli::command(), "millctl", &mut bad);
-        assert!(bad.is_empty(), "without an example: {bad:?}");
+        assert!(bad.is_empty(), "{bad:#?}");
     }
 
     #[test]

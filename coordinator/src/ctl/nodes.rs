@@ -25,7 +25,7 @@ const HINTED_MAX: usize = 12;
 #[derive(Subcommand, Debug)]
 pub enum Nodes {
     /// All nodes
-    #[command(after_help = "Example:\n  millctl nodes list -o wide --watch")]
+    #[command(after_help = "Example:\n  millctl nodes list -o wide --watch\n  millctl nodes list --fresh")]
     List(Ask),
     /// Everything about one node
     #[command(after_help = "Example:\n  millctl nodes show decode-1")]

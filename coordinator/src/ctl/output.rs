@@ -28,7 +28,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::ask::Asker;
 use super::context::{Reach, Which};
@@ -84,6 +84,9 @@ pub struct Ask {
     pub(super) which: Which,
     #[command(flatten)]
     pub(super) shape: Shape,
+    /// Only an answer that a quorum vouches for: nothing acknowledged before is missing in it
+    #[arg(long)]
+    pub fresh: bool,
     /// Ask again and again and print what changes
     #[arg(short, long)]
     pub watch: bool,
@@ -126,6 +129,8 @@ pub struct Line {
     /// Which one it is.
     pub reach: Reach,
     asker: Asker,
+    /// What is asked must be vouched for by a quorum.
+    fresh: bool,
 }
 
 impl Line {
@@ -136,7 +141,7 @@ impl Line {
     pub fn open(which: &Which) -> Result<Self> {
         let reach = which.resolve()?;
         let asker = Asker::to(&reach)?;
-        Ok(Self { reach, asker })
+        Ok(Self { reach, asker, fresh: false })
     }
 
     /// Asks any replica.
@@ -144,7 +149,12 @@ impl Line {
     /// # Errors
     /// Nobody answers, or a replica refuses.
     pub async fn ask(&mut self, query: &Value) -> Result<Value> {
-        Ok(self.asker.ask(query).await?)
+        if !self.fresh {
+            return Ok(self.asker.ask(query).await?);
+        }
+        let mut query = query.clone();
+        query["fresh"] = json!(true);
+        Ok(self.asker.ask(&query).await?)
     }
 
     /// Asks, and reads the answer.
@@ -179,7 +189,7 @@ impl Ask {
     /// # Errors
     /// As [`Ask::show`].
     pub async fn show_of<A: Answer>(&self, mut question: impl AsyncFnMut(&mut Line) -> Result<Value>) -> Result<A> {
-        let mut line = Line::open(&self.which)?;
+        let mut line = Line { fresh: self.fresh, ..Line::open(&self.which)? };
         let first = question(&mut line).await;
         let mut printer = Printer::new(self.shape.output, self.watch);
         let mut print = |value: Value| -> Result<(A, bool)> {

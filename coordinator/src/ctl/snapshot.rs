@@ -14,8 +14,8 @@ use super::context::Which;
 use super::exit::Exit;
 use super::output::{Answer, Line, Shape};
 use super::table::{Column, Page, cell, column, word, yes_no};
-use crate::raft::{self, RaftConfig};
 use crate::saved::{self, Head, Writer};
+use millrace_log::{self as raft, RaftConfig};
 
 /// The commands.
 #[derive(Subcommand, Debug)]

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 use millrace_core::cluster::{Cluster, Config as Settings};
 use millrace_core::identity::{Chain, TenantKey, block_names};
 use millrace_core::ids::{AttemptId, BlockHash, NodeId, TokenId};
-use millrace_core::message::{Message, Peer, Ticket};
+use millrace_core::message::{Message, Peer, Role, Ticket};
 use millrace_core::route::correct::Correction;
-use millrace_core::route::{Ask, CostModel, Decision, NoPlace, NodeView, Slo, View, pairs, policy};
+use millrace_core::route::policy::{self, Policy};
+use millrace_core::route::{Ask, CostModel, Decision, NoPlace, NodeView, Slo, View, pairs};
 
 use super::decisions::{DecisionNo, Question};
 use super::observe::{Plan, Watch};
@@ -86,7 +87,7 @@ impl Inner {
             let views = self.views(now, &cluster, &names);
             // The first token is what the objective is about: a request that moved is not refused for it.
             let slo = objective(cluster.config(), prompt.ttft_max).filter(|_| attempt.attempt == 0);
-            let wish = Wish { seed: seed(attempt), exclude: &avoid, slo, hot: &hot };
+            let wish = Wish { seed: seed(attempt), exclude: &avoid, slo, hot: &hot, holder: request.holder() };
             let decision = self.decide(cluster.config(), &views, &question, &wish);
             let peers = decision.as_ref().ok().and_then(|decision| peers(&cluster, decision));
             (decision, peers)
@@ -168,8 +169,10 @@ impl Inner {
             hot: wish.hot.hot,
             copying: &wish.hot.copying,
         };
-        let view = View { nodes, costs: config.costs(CostModel::default()) };
+        let read = wish.holder.map(|holder| read_at(nodes, holder));
+        let view = View { nodes: read.as_deref().unwrap_or(nodes), costs: config.costs(CostModel::default()) };
         let (policy, turn) = self.routing.policy();
+        let policy = if read.is_some() { Policy::Split } else { policy };
         policy::place(policy, turn, &view, &ask)
     }
 
@@ -223,7 +226,7 @@ impl Inner {
             usable: view.usable,
         };
         let asked = Question { attempt: AttemptId::default(), answer: 0, tokens: tokens.len() as u32, max_new, hot: hot.hot };
-        let wish = Wish { seed: 0, exclude: &[], slo: objective(cluster.config(), None), hot: &hot };
+        let wish = Wish { seed: 0, exclude: &[], slo: objective(cluster.config(), None), hot: &hot, holder: None };
         Ok(Explanation {
             prompt_tokens: tokens.len(),
             block_tokens: self.block_tokens(),
@@ -235,12 +238,24 @@ impl Inner {
     }
 }
 
+/// The nodes as a request sees them that leaves `holder`: its KV is read there, whatever the node's state and role, and nowhere else.
+fn read_at(views: &[NodeView], holder: NodeId) -> Vec<NodeView> {
+    let seen = |view: &NodeView| match view.role {
+        _ if view.node == holder => NodeView { role: Role::Prefill, usable: true, ..*view },
+        Role::Prefill => NodeView { usable: false, ..*view },
+        _ => *view,
+    };
+    views.iter().map(seen).collect()
+}
+
 /// What a decision depends on beside the nodes and the prompt.
 struct Wish<'a> {
     seed: u64,
     exclude: &'a [NodeId],
     slo: Option<Slo>,
     hot: &'a HotNow,
+    /// The node from which the KV is taken.
+    holder: Option<NodeId>,
 }
 
 /// What the time to the first token and between tokens is to be: the client's own word on the first counts before the cluster's.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use millrace_core::ids::{AttemptId, NodeId, RequestId, TokenId};
 use millrace_core::message::{AttemptFailed, FailKind, HandoverStats, Peer, PrefillStats, TokenOut};
 
-use super::types::{ATTEMPTS_MAX, Delivered, Event, FailureKind, Prompt, Timings, Usage};
+use super::types::{ATTEMPTS_MAX, Delivered, Event, FailureKind, Prompt, Usage};
 
 /// An attempt whose first token takes longer is broken. Generous: a long prompt may queue on a slow machine.
 pub const FIRST_TOKEN_WAIT_MAX: Duration = Duration::from_secs(180);
@@ -49,6 +49,8 @@ pub struct Running {
     pub decode: Option<Peer>,
     /// Index of its first token.
     first: u32,
+    /// When it was placed.
+    placed: Instant,
     /// The last moment that it got further.
     progress: Instant,
     /// The prefill node has done its part.
@@ -64,6 +66,11 @@ impl Running {
     /// Whether the prefill node has done its part, so that the sequence is where it decodes.
     pub fn handed_over(&self) -> bool {
         self.handed_over
+    }
+
+    /// When it was placed.
+    pub fn placed(&self) -> Instant {
+        self.placed
     }
 
     /// Its node of this number.
@@ -105,6 +112,10 @@ pub struct Request {
     tickets: u16,
     failures: u16,
     avoid: BTreeSet<NodeId>,
+    /// A node that is to be emptied and has the KV: the next attempt reads it there.
+    holder: Option<NodeId>,
+    /// The node that was left last in this way. One that comes back to it for want of another stays.
+    left: Option<Peer>,
     usage: Usage,
     /// Another gateway began it and counted what its first attempt found cached.
     resumed: bool,
@@ -128,6 +139,8 @@ impl Request {
             tickets: 0,
             failures: 0,
             avoid: BTreeSet::new(),
+            holder: None,
+            left: None,
             usage,
             resumed: false,
             effects: VecDeque::from([Effect::Place]),
@@ -174,6 +187,20 @@ impl Request {
     /// Nodes that failed this request: to be avoided while others can do it.
     pub fn avoid(&self) -> &BTreeSet<NodeId> {
         &self.avoid
+    }
+
+    /// The node from which the next attempt takes the KV, when the last one was moved off it.
+    pub fn holder(&self) -> Option<NodeId> {
+        self.holder
+    }
+
+    /// The node that decodes, once it has the KV of the whole prompt.
+    pub fn decoding(&self) -> Option<&Peer> {
+        let running = self.running.as_ref()?;
+        match &running.decode {
+            Some(decode) => running.handed_over.then_some(decode),
+            None => (self.delivered() > running.first).then_some(&running.prefill),
+        }
     }
 
     /// The attempt that runs.
@@ -244,8 +271,9 @@ impl Request {
         self.usage.timings.attempts = self.tickets;
         self.usage.timings.decode_node = Some(decode.as_ref().unwrap_or(&prefill).name.clone());
         self.pause.no_nodes_since = None;
+        self.holder = None;
         let first = self.delivered();
-        self.running = Some(Running { id, prefill, decode, first, progress: now, handed_over: false });
+        self.running = Some(Running { id, prefill, decode, first, placed: now, progress: now, handed_over: false });
     }
 
     /// There is no place now.
@@ -259,6 +287,7 @@ impl Request {
         }
         // A node that failed before may be the only one left, or may have come back.
         self.avoid.clear();
+        self.holder = None;
         self.pause_before_place(now);
     }
 
@@ -302,6 +331,7 @@ impl Request {
         if token.index == 0 {
             self.usage.timings.ttft_us = self.elapsed_us(now);
         }
+        self.note_recomputed(token.prefill.as_ref());
         self.note_prefill(token.prefill);
         self.pause.no_room_since = None;
         self.pause.length = PAUSE.0;
@@ -316,9 +346,19 @@ impl Request {
         }
     }
 
+    /// What a later ticket found cached need not be computed again.
+    fn note_recomputed(&mut self, stats: Option<&PrefillStats>) {
+        let Some((stats, running)) = stats.zip(self.running.as_ref()) else { return };
+        if running.id.attempt > 0 {
+            let tokens = self.prompt.tokens.len() as u32 + running.first;
+            self.usage.timings.recomputed_tokens += tokens.saturating_sub(stats.cached_tokens);
+        }
+    }
+
     fn note_prefill(&mut self, stats: Option<PrefillStats>) {
-        let Timings { prefill, .. } = &mut self.usage.timings;
-        if let (None, Some(stats)) = (&prefill, stats) {
+        let Some(stats) = stats else { return };
+        let prefill = &mut self.usage.timings.prefill;
+        if prefill.is_none() {
             // What a later attempt finds cached is this request's own work.
             if !self.resumed {
                 self.usage.cached_tokens = stats.cached_tokens.min(self.usage.prompt_tokens);
@@ -362,6 +402,16 @@ impl Request {
         if self.running.as_ref().is_some_and(|r| r.needs().any(|peer| peer.node == node)) {
             self.broken(now, Some(node), "the node is lost");
         }
+    }
+
+    /// The node that decodes is to be emptied: stops there, and goes on elsewhere with the KV that it has. It did not fail.
+    pub fn drained(&mut self, now: Instant) {
+        let Some(peer) = self.decoding().cloned().filter(|peer| self.left.as_ref() != Some(peer)) else { return };
+        self.stop_attempt();
+        self.holder = Some(peer.node);
+        self.left = Some(peer);
+        self.pause.retry = now;
+        self.ask_for_place();
     }
 
     /// The ticket could not be handed to its node: it had no effect.

@@ -89,6 +89,20 @@ fn the_last_token_finishes_with_the_truth_about_the_cache() {
 }
 
 #[test]
+fn what_later_attempts_compute_again_is_counted() {
+    let (mut request, t) = started();
+    let stats = |cached_tokens| Some(PrefillStats { cached_tokens, ..PrefillStats::default() });
+    request.token(t, P, TokenOut { prefill: stats(0), ..out(0, 0) });
+    request.token(t, D, out(0, 1));
+    request.lost(t, D);
+    request.placed(t, peer(P), None);
+    request.token(t, P, TokenOut { prefill: stats(3), finish: Some(Finish::Length), ..out(1, 2) });
+    let effects = drain(&mut request);
+    let Some(Effect::Deliver(Event::Finished { usage, .. })) = effects.last() else { panic!("{effects:?}") };
+    assert_eq!(usage.timings.recomputed_tokens, 3 + 2 - 3, "prompt and answer so far, but for what was cached");
+}
+
+#[test]
 fn a_lost_node_moves_the_request_with_what_was_delivered() {
     let (mut request, t) = started();
     request.token(t, P, out(0, 0));
@@ -143,6 +157,43 @@ fn who_reports_is_not_always_who_failed() {
         assert_eq!(request.avoid().iter().copied().next(), avoided, "{kind:?} from {from}");
         assert!(!request.ended());
     }
+}
+
+#[test]
+fn a_drained_node_is_left_with_its_kv_and_did_not_fail() {
+    let (mut request, t) = started();
+    request.drained(t);
+    assert_eq!((drain(&mut request), request.decoding()), (vec![], None), "the prompt is not there yet");
+    request.token(t, P, out(0, 0));
+    request.token(t, D, out(0, 1));
+    drain(&mut request);
+    assert_eq!(request.decoding(), Some(&peer(D)));
+    request.drained(t);
+    let id = AttemptId { request: RequestId(9), attempt: 0 };
+    assert_eq!(drain(&mut request), [Effect::Cancel(peer(P), id), Effect::Cancel(peer(D), id), Effect::Place]);
+    assert_eq!((request.holder(), request.avoid().len()), (Some(D), 0));
+    request.placed(t, peer(D), Some(peer(NodeId(3))));
+    assert_eq!(request.holder(), None);
+    let stats = PrefillStats { node: "n2".into(), cached_tokens: 4, queue_us: 1, compute_us: 2 };
+    request.token(t, D, TokenOut { prefill: Some(stats), ..out(1, 2) });
+    request.token(t, NodeId(3), TokenOut { finish: Some(Finish::Length), ..out(1, 3) });
+    let effects = drain(&mut request);
+    assert_eq!(delivered_tokens(&effects), [2, 3]);
+    let Some(Effect::Deliver(Event::Finished { usage, .. })) = effects.last() else { panic!("{effects:?}") };
+    assert_eq!((usage.completion_tokens, usage.timings.attempts, usage.timings.recomputed_tokens), (4, 2, 1));
+}
+
+#[test]
+fn one_that_comes_back_to_a_drained_node_stays() {
+    let (mut request, t) = started();
+    request.token(t, P, out(0, 0));
+    request.token(t, D, out(0, 1));
+    request.drained(t);
+    request.placed(t, peer(D), None);
+    request.token(t, D, out(1, 2));
+    drain(&mut request);
+    request.drained(t);
+    assert_eq!(drain(&mut request), []);
 }
 
 #[test]

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use millrace_core::message::{Message, Peer};
+use millrace_core::cluster::{Node, NodeState};
+use millrace_core::message::{Message, Peer, Role};
 use millrace_core::route::NoPlace;
 use tokio::sync::mpsc;
 use tracing::{debug, info};
@@ -125,7 +126,8 @@ impl Inner {
         let lost = {
             let cluster = self.cluster.read();
             let lost = |peer: &&Peer| {
-                let silent = self.nodes.seen(now, &peer.name, peer.epoch).is_none_or(|seen| seen.lost());
+                let placed = now.saturating_duration_since(running.placed());
+                let silent = self.nodes.seen(now, &peer.name, peer.epoch).is_none_or(|seen| seen.lost_since(placed));
                 silent || cluster.current(peer.node, peer.epoch).is_none()
             };
             running.needs().find(lost).cloned()
@@ -133,6 +135,19 @@ impl Inner {
         if let Some(peer) = lost {
             info!(attempt = %running.id, node = peer.name, "the node of an attempt is lost");
             request.lost(now, peer.node);
+        } else if let Some(peer) = request.decoding().filter(|peer| self.to_be_emptied(now, peer)) {
+            tracing::debug!(attempt = %running.id, node = peer.name, "decodes on a node that is drained");
+            request.drained(now);
         }
+    }
+
+    /// Whether what decodes there is to go on elsewhere: the node is drained, and another can decode.
+    fn to_be_emptied(&self, now: Instant, peer: &Peer) -> bool {
+        let cluster = self.cluster.read();
+        if cluster.current(peer.node, peer.epoch).is_none_or(|node| node.state != NodeState::Draining) {
+            return false;
+        }
+        let seen = |node: &Node| self.nodes.seen(now, &node.name, node.epoch).is_some_and(|seen| seen.usable());
+        cluster.nodes().any(|node| node.role == Role::Decode && node.state.usable() && seen(node))
     }
 }

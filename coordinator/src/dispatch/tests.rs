@@ -38,7 +38,7 @@ fn status() -> RaftStatus {
     RaftStatus {
         id: 1,
         term: 1,
-        role: crate::raft::Role::Leader,
+        role: millrace_log::Role::Leader,
         leader: Some(1),
         applied: 0,
         committed: 0,

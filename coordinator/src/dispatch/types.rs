@@ -120,6 +120,8 @@ pub struct Timings {
     pub decode_node: Option<String>,
     /// Tickets made; more than 1 after a migration.
     pub attempts: u16,
+    /// Tokens of later tickets whose KV was nowhere to be had and was computed again.
+    pub recomputed_tokens: u32,
     /// From submission to the first token, microseconds; 0 without one.
     pub ttft_us: u64,
     /// From submission to the end, microseconds.

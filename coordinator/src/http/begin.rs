@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use millrace_checkpoint::Checkpoint;
 use millrace_core::ids::TokenId;
 
 use super::answer::{Choice, Transcript};
@@ -54,16 +55,21 @@ impl Begin {
     ///
     /// # Errors
     /// The client cannot have what `resume` says.
-    pub(super) fn new(app: &App, mut wanted: Wanted, order: Option<Order>, resume: Option<Resume>) -> Result<Self, ApiError> {
+    pub(super) fn new(
+        checkpoint: &Checkpoint,
+        mut wanted: Wanted,
+        order: Option<Order>,
+        resume: Option<Resume>,
+    ) -> Result<Self, ApiError> {
         if let Some(order) = order.filter(|_| !wanted.seeded) {
             wanted.sampling.seed = order.seed;
         }
         let resumed = resume.is_some();
         let mut given = resume.unwrap_or_default().choices;
-        check(app, &wanted, resumed, &given)?;
+        check(checkpoint.config.vocab_size, &wanted, resumed, &given)?;
         given.resize_with(wanted.prompts.len(), Given::default);
         let part = |(prompt, given): (&Vec<TokenId>, Given)| {
-            let mut transcript = Transcript::new(&app.checkpoint, &wanted.shape, prompt.len(), wanted.sampling.ignore_eos);
+            let mut transcript = Transcript::new(checkpoint, &wanted.shape, prompt.len(), wanted.sampling.ignore_eos);
             if !given.tokens.is_empty() {
                 transcript.replay(&given, &wanted.sampling);
             }
@@ -123,9 +129,8 @@ fn took(prompt: &[TokenId], given: &Given) -> Usage {
 }
 
 /// A sender can only spoil its own answer; what is checked here is what the code behind relies on.
-fn check(app: &App, wanted: &Wanted, resumed: bool, given: &[Given]) -> Result<(), ApiError> {
+fn check(vocab: usize, wanted: &Wanted, resumed: bool, given: &[Given]) -> Result<(), ApiError> {
     let refuse = |why: &str| Err(ApiError::invalid(None, format!("what is to be resumed: {why}")));
-    let vocab = app.checkpoint.config.vocab_size;
     if resumed && !wanted.shape.stream {
         return refuse("only a stream can be");
     }
@@ -143,4 +148,102 @@ fn check(app: &App, wanted: &Wanted, resumed: bool, given: &[Given]) -> Result<(
         return refuse("more cached tokens than the prompt has");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use millrace_core::sampling::Sampling;
+
+    use super::*;
+    use crate::http::request::Shape;
+
+    /// A model of 300 tokens without a tokenizer; 2 ends an answer.
+    fn checkpoint() -> Checkpoint {
+        Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-llama-gqa-tied")).unwrap()
+    }
+
+    /// Two prompts of three and two tokens, answers of up to four.
+    fn wanted() -> Wanted {
+        let sampling = Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, seed: 5, max_new: 4, eos: vec![2], ignore_eos: false };
+        let shape =
+            Shape { chat: false, stream: true, include_usage: true, return_token_ids: true, timings: false, stops: Vec::new() };
+        Wanted { prompts: vec![vec![7, 8, 9], vec![7, 8]], sampling, seeded: false, cache_salt: Vec::new(), shape }
+    }
+
+    fn given(tokens: &[TokenId]) -> Given {
+        Given { tokens: tokens.to_vec(), cached_tokens: 2, ended: false }
+    }
+
+    fn begun(wanted: Wanted, order: Option<Order>, choices: Option<Vec<Given>>) -> Result<Begin, String> {
+        let resume = choices.map(|choices| Resume { choices });
+        Begin::new(&checkpoint(), wanted, order, resume).map_err(|error| error.message)
+    }
+
+    #[test]
+    fn what_a_front_hands_over_is_taken_off_the_body() {
+        let handed = serde_json::to_vec(&Resume { choices: vec![given(&[5, 6])] }).unwrap();
+        let order = |bytes| Some(Order { resume_bytes: bytes, ..Order::default() });
+        let mut body = Bytes::from([&handed[..], b"{}"].concat());
+        assert_eq!(resume(None, &mut body).unwrap(), None);
+        assert_eq!(resume(order(0), &mut body).unwrap(), None);
+        let whole = body.clone();
+        let taken = resume(order(handed.len()), &mut body).unwrap().unwrap();
+        assert_eq!((taken.choices, &body[..]), (vec![given(&[5, 6])], &b"{}"[..]));
+        for wrong in [handed.len() - 1, handed.len() + 1, whole.len() + 1] {
+            let error = resume(order(wrong), &mut whole.clone()).unwrap_err();
+            assert!(error.message.starts_with("what is to be resumed"), "{}", error.message);
+        }
+    }
+
+    #[test]
+    fn the_fronts_seed_counts_where_the_client_named_none() {
+        let order = Some(Order { seed: 99, ..Order::default() });
+        let seed = |wanted, order| begun(wanted, order, None).unwrap().wanted.sampling.seed;
+        assert_eq!(seed(wanted(), order), 99);
+        assert_eq!(seed(Wanted { seeded: true, ..wanted() }, order), 5);
+        assert_eq!(seed(wanted(), None), 5);
+    }
+
+    #[test]
+    fn a_fresh_request_has_a_part_for_each_prompt_and_nothing_in_it() {
+        let begin = begun(wanted(), None, None).unwrap();
+        assert_eq!((begin.size(), begin.resumed), ((2, 5), false));
+        assert!(begin.parts.iter().all(|(transcript, given)| !transcript.is_over() && *given == Given::default()));
+    }
+
+    #[test]
+    fn a_choice_that_has_all_its_tokens_is_over_and_one_behind_the_last_named_has_none() {
+        let over = |tokens: &[TokenId]| {
+            let begin = begun(wanted(), None, Some(vec![given(tokens)])).unwrap();
+            assert!(begin.resumed && !begin.parts[1].0.is_over() && begin.parts[1].1 == Given::default());
+            begin.parts[0].0.is_over()
+        };
+        assert!(!over(&[]) && !over(&[5, 6, 7]));
+        assert!(over(&[5, 6, 7, 8]), "as many as were asked for");
+        assert!(over(&[5, 2]), "it ended by itself");
+    }
+
+    #[test]
+    fn what_a_client_cannot_have_is_refused() {
+        let refused = |wanted: Wanted, choices: Vec<Given>, word: &str| {
+            let reason = begun(wanted, None, Some(choices)).err().expect("refused");
+            assert!(reason.contains(word), "{word:?} not in {reason:?}");
+        };
+        let mut whole = wanted();
+        whole.shape.stream = false;
+        refused(whole, vec![], "only a stream");
+        refused(wanted(), vec![Given::default(); 3], "more choices");
+        refused(wanted(), vec![given(&[5; 5])], "more tokens");
+        refused(wanted(), vec![given(&[300])], "no token ids");
+        refused(wanted(), vec![Given { cached_tokens: 4, ..Given::default() }], "more cached tokens");
+        begun(wanted(), None, Some(vec![Given { cached_tokens: 3, ..Given::default() }])).expect("all of it was cached");
+    }
+
+    #[test]
+    fn what_is_over_is_counted_as_it_was() {
+        let usage = took(&[7, 8, 9], &given(&[5, 6]));
+        assert_eq!((usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens), (3, 2, 2));
+    }
 }

@@ -16,8 +16,8 @@ use prometheus::{Registry, TextEncoder};
 
 use crate::App;
 use crate::dispatch::{BeliefCounts, Usage};
-use crate::raft::Role;
 use crate::traffic::Traffic;
+use millrace_log::Role;
 
 /// From arrival to the first token, seconds.
 pub const TIME_TO_FIRST_TOKEN: &str = "gen_ai.server.time_to_first_token";
@@ -31,6 +31,8 @@ pub const TOKENS: &str = "millrace.tokens";
 pub const REQUESTS: &str = "millrace.requests";
 /// Requests that a second ticket was made for.
 pub const MIGRATIONS: &str = "millrace.migrations";
+/// Tokens that tickets after the first computed again.
+pub const TOKENS_RECOMPUTED: &str = "millrace.tokens.recomputed";
 /// KV bytes that moved for requests of this gateway.
 pub const KV_BYTES: &str = "millrace.kv.bytes_moved";
 /// Time of hand-overs that compute did not hide, seconds.
@@ -55,6 +57,10 @@ pub const INDEX_DRIFT_REPAIRED: &str = "millrace.index.drift_repaired";
 pub const REPLICAS_DIFFERING: &str = "millrace.replicas.differing";
 /// Blocks of a node's pool, by `node` and `state`: free, evictable, pinned, in_use.
 pub const NODE_BLOCKS: &str = "millrace.node.blocks";
+/// Messages and streams of hand-overs that named an old generation or one that was over, by `node`: none had an effect.
+pub const NODE_STALE: &str = "millrace.node.stale_frames";
+/// Hand-overs that went on after a lost link, by `node`; each side counts.
+pub const NODE_RESUMES: &str = "millrace.node.handovers_resumed";
 
 /// Cached blocks that routing believed in, by `side`: prefill, decode.
 pub const ROUTE_BELIEF: &str = "millrace.route.belief_blocks";
@@ -82,6 +88,7 @@ pub struct Metrics {
     tokens: Counter<u64>,
     requests: Counter<u64>,
     migrations: Counter<u64>,
+    recomputed: Counter<u64>,
     kv_bytes: Counter<u64>,
     tenant_requests: Counter<u64>,
     tenant_tokens: Counter<u64>,
@@ -116,6 +123,7 @@ impl Metrics {
             tokens: count(TOKENS),
             requests: count(REQUESTS),
             migrations: count(MIGRATIONS),
+            recomputed: count(TOKENS_RECOMPUTED),
             kv_bytes: meter.u64_counter(KV_BYTES).with_unit("By").build(),
             tenant_requests: count(TENANT_REQUESTS),
             tenant_tokens: count(TENANT_TOKENS),
@@ -176,6 +184,8 @@ fn gauges(meter: &Meter, app: &Arc<App>) {
     gauge(INDEX_DRIFT_FOUND, |app| app.cluster.read().holders().drift().found);
     gauge(INDEX_DRIFT_REPAIRED, |app| app.cluster.read().holders().drift().repaired);
     gauge(REPLICAS_DIFFERING, |app| app.cluster.read().audit().differing().count() as u64);
+    per_node(meter, app, NODE_STALE, |load| load.stale_frames);
+    per_node(meter, app, NODE_RESUMES, |load| load.resumes);
     let app = Arc::downgrade(app);
     let blocks = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
         let Some(app) = app.upgrade() else { return };
@@ -189,6 +199,16 @@ fn gauges(meter: &Meter, app: &Arc<App>) {
         }
     };
     meter.u64_observable_gauge(NODE_BLOCKS).with_callback(blocks).build();
+}
+
+/// What each node counts, as its last heartbeat said it.
+fn per_node(meter: &Meter, app: &Arc<App>, name: &'static str, read: fn(&Load) -> u64) {
+    let app = Arc::downgrade(app);
+    let observe = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+        let Some(app) = app.upgrade() else { return };
+        loads(&app).into_iter().for_each(|(name, load)| observer.observe(read(&load), &[KeyValue::new("node", name)]));
+    };
+    meter.u64_observable_gauge(name).with_callback(observe).build();
 }
 
 /// Counters that the dispatcher keeps.
@@ -279,6 +299,7 @@ impl Watch {
         }
         if usage.timings.attempts > 1 {
             self.metrics.migrations.add(1, &[]);
+            self.metrics.recomputed.add(usage.timings.recomputed_tokens.into(), &[]);
         }
         if let Some(handover) = &usage.timings.handover {
             self.metrics.kv_bytes.add(handover.bytes, &[]);

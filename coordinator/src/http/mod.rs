@@ -128,7 +128,7 @@ impl Gateway {
             let resume = begin::resume(order, &mut bytes)?;
             let rules = Rules { checkpoint: &app.checkpoint, model: &app.model.name, answer_max };
             let wanted = check(&rules, serde_json::from_slice(&bytes).map_err(|e| broken_json(&e))?)?;
-            Begin::new(&app, wanted, order, resume)
+            Begin::new(&app.checkpoint, wanted, order, resume)
         };
         let begin = tokio::task::spawn_blocking(parse).await.map_err(|_| crashed())??;
         self.submit(caller, begin, ttft_max(headers)?, trace(headers)).await

@@ -302,6 +302,7 @@ fn timings_json(usage: &Usage) -> Value {
     });
     json!({
         "prefill": prefill, "handover": handover, "decode_node": timings.decode_node, "attempts": timings.attempts,
+        "recomputed_tokens": timings.recomputed_tokens,
         "ttft_us": timings.ttft_us, "total_us": timings.total_us,
     })
 }

@@ -3,11 +3,11 @@
 use crate::directory_config::{self, JsonFile};
 use crate::mapping::{MappedFile, read_small};
 use crate::template::ChatTemplate;
+use crate::text::{CONTRADICTION, guarded};
 use crate::weights::Weights;
 use crate::{CheckpointError, ModelConfig, Parts, TextCodec, safetensors};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Component, Path};
 use tokenizers::Tokenizer;
 
@@ -90,11 +90,15 @@ fn open_text(
         hasher.update(bytes);
     };
     digest(&bytes);
-    // The library indexes past its buffers on some files that contradict themselves: its panic is the file's fault, not ours.
-    let parsed = catch_unwind(AssertUnwindSafe(|| Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string())));
-    let parsed = parsed.unwrap_or_else(|_| Err("the tokenizer contradicts itself".into()));
-    let mut tokenizer = parsed.map_err(|reason| CheckpointError::malformed(&path, "tokenizer", reason))?;
+    let broken = |reason: String| CheckpointError::malformed(&path, "tokenizer", reason);
+    let mut tokenizer = guarded(|| Tokenizer::from_bytes(&bytes)).map_err(broken)?;
     check_ids(&path, &tokenizer, config)?;
+    // One that cannot do this can do nothing: better not to start.
+    if let Err(reason) = guarded(|| tokenizer.encode_fast("a", true))
+        && reason == CONTRADICTION
+    {
+        return Err(broken(reason));
+    }
     // transformers clears both for a plain call.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|e| CheckpointError::malformed(&path, "truncation", e.to_string()))?;

@@ -3,6 +3,7 @@
 //! A byte-level tokenizer (GPT-2, Llama 3, Qwen, SmolLM) is decoded byte by byte: exact, constant work a token. Any other is decoded by
 //! the difference of two short decodings (the way of vLLM's `detokenizer_utils.py`), exact as long as the model writes valid UTF-8.
 
+use crate::text::guarded;
 use std::sync::{Arc, LazyLock};
 use tokenizers::{DecoderWrapper, Tokenizer};
 
@@ -69,8 +70,8 @@ fn visible_token(tokenizer: &Tokenizer, id: u32) -> Option<String> {
 
 /// Gives the difference that the waiting tokens make to the text of those before them.
 fn step(tokenizer: &Tokenizer, ids: &mut Vec<u32>, settled: &mut usize, give_all: bool) -> Option<String> {
-    let before = tokenizer.decode(&ids[..*settled], true).ok()?;
-    let all = tokenizer.decode(ids, true).ok()?;
+    let before = guarded(|| tokenizer.decode(&ids[..*settled], true)).ok()?;
+    let all = guarded(|| tokenizer.decode(ids, true)).ok()?;
     if all.ends_with(char::REPLACEMENT_CHARACTER) && !give_all {
         return None;
     }

@@ -4,11 +4,22 @@
 
 use crate::template::ChatTemplate;
 use crate::{DecodeStream, TextError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use tokenizers::Tokenizer;
 
 /// Longest text that is tokenized, in bytes: far above any context length that is served.
 pub const TEXT_BYTES_MAX: usize = 32 << 20;
+
+/// Lets the tokenizer library do something. It indexes past its tables on some tokenizers that contradict themselves, when it reads them and
+/// when it uses them: its panic is the file's fault, not ours.
+pub(crate) fn guarded<T, E: ToString>(run: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+    let outcome = catch_unwind(AssertUnwindSafe(run));
+    outcome.map_or_else(|_| Err(CONTRADICTION.into()), |outcome| outcome.map_err(|error| error.to_string()))
+}
+
+/// What [`guarded`] says of a panic.
+pub(crate) const CONTRADICTION: &str = "the tokenizer contradicts itself";
 
 /// The tokenizer and chat template of a model. Cheap to clone, can be shared by threads.
 #[derive(Clone)]
@@ -53,7 +64,7 @@ impl TextCodec {
 
     /// Text of tokens. Ids that the tokenizer does not know give nothing; bytes that are not UTF-8 give U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
-        self.tokenizer.decode(ids, skip_special).map_err(|e| TextError::Tokenizer { reason: e.to_string() })
+        guarded(|| self.tokenizer.decode(ids, skip_special)).map_err(|reason| TextError::Tokenizer { reason })
     }
 
     /// A decoder for tokens that come one at a time. It leaves out special tokens. Owns what it needs.
@@ -70,7 +81,7 @@ impl TextCodec {
         if text.len() > TEXT_BYTES_MAX {
             return Err(TextError::TooLong { bytes: text.len(), max: TEXT_BYTES_MAX });
         }
-        let encoding = self.tokenizer.encode_fast(text, add_special);
-        encoding.map(|e| e.get_ids().to_vec()).map_err(|e| TextError::Tokenizer { reason: e.to_string() })
+        let encoding = guarded(|| self.tokenizer.encode_fast(text, add_special));
+        encoding.map(|e| e.get_ids().to_vec()).map_err(|reason| TextError::Tokenizer { reason })
     }
 }

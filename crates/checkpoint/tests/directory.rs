@@ -276,6 +276,11 @@ fn hostile_tokenizers() {
     bad["model"]["merges"] = json!([["Ġ", "Ġ"]]);
     write(&dir, "tokenizer.json", bad.to_string());
     refused(&dir, &["tokenizer.json", "contradicts itself"]);
+    // It reads a template whose special tokens it does not have, and stops when it is to put them in.
+    let mut bad = tokenizer_json();
+    bad["post_processor"]["special_tokens"] = json!({});
+    write(&dir, "tokenizer.json", bad.to_string());
+    refused(&dir, &["tokenizer.json", "tokenizer"]);
     write(&dir, "tokenizer.json", "{}");
     refused(&dir, &["tokenizer.json", "tokenizer"]);
     write(&dir, "tokenizer.json", "{\"version\"");

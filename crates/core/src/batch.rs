@@ -20,6 +20,7 @@ use crate::engine::{EngineError, Sampled};
 use crate::identity::Fingerprint;
 use crate::ids::{AttemptId, BlockHash, Slot, SlotRef, Time, TokenId};
 use crate::message::{AttemptFailed, BlockOp, FailKind, Finish, Load, Ticket, TokenOut};
+use crate::planted::{Bug, planted};
 use crate::pool::{Pool, PoolStats};
 use crate::route::pairs;
 use sequence::{Phase, Sequence};
@@ -199,7 +200,8 @@ impl Batch {
                 }
             }
             Input::Cancel(attempt) => {
-                if let Some(&serial) = self.serials.get(&attempt) {
+                let ignored = planted(Bug::CancelIgnored) && self.flight.is_some();
+                if let Some(&serial) = self.serials.get(&attempt).filter(|_| !ignored) {
                     self.end(serial);
                 }
             }
@@ -217,6 +219,12 @@ impl Batch {
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
         self.deadlines.first().map(|&(time, _)| time)
+    }
+
+    /// Whether anything is kept for an attempt.
+    #[must_use]
+    pub fn knows(&self, attempt: AttemptId) -> bool {
+        self.serials.contains_key(&attempt)
     }
 
     /// Whether no sequence is known and no step is in flight.
@@ -275,7 +283,7 @@ impl Batch {
     /// Why a ticket can never be taken here.
     fn judge(&self, ticket: &Ticket) -> Result<(), (FailKind, String)> {
         let (tokens, bad) = (ticket.tokens.len(), |detail: String| Err((FailKind::BadTicket, detail)));
-        if self.serials.contains_key(&ticket.attempt) {
+        if self.knows(ticket.attempt) {
             return bad("the attempt is known already".to_string());
         }
         if tokens == 0 {
@@ -315,7 +323,9 @@ impl Batch {
         let serial = self.next_serial;
         self.next_serial += 1;
         self.serials.insert(sequence.attempt, serial);
-        self.deadlines.insert((sequence.deadline, serial));
+        if !planted(Bug::DeadlineForgotten) {
+            self.deadlines.insert((sequence.deadline, serial));
+        }
         let phase = sequence.phase;
         self.sequences.insert(serial, sequence);
         self.count_phase(serial, phase, true);
@@ -357,13 +367,18 @@ impl Batch {
     fn release_table(&mut self, serial: Serial) {
         for at in core::mem::take(&mut self.sequence(serial).table).into_iter().rev() {
             self.pool.release(at);
+            if planted(Bug::FreeTwice) {
+                self.pool.release(at);
+            }
         }
         self.blocked = None;
     }
 
     /// Forgets a sequence that no step uses.
     fn free(&mut self, serial: Serial) {
-        self.release_table(serial);
+        if !planted(Bug::FreeForgotten) {
+            self.release_table(serial);
+        }
         let sequence = self.sequences.remove(&serial).expect("it was just there");
         self.count_phase(serial, sequence.phase, false);
         self.serials.remove(&sequence.attempt);
@@ -372,7 +387,8 @@ impl Batch {
 
     /// Forgets a sequence, now or, when the step in flight uses its slots, after it.
     fn end(&mut self, serial: Serial) {
-        if self.flight.as_ref().is_some_and(|rows| rows.iter().any(|row| row.serial == serial)) {
+        let computes = self.flight.as_ref().is_some_and(|rows| rows.iter().any(|row| row.serial == serial));
+        if computes && !planted(Bug::CancelInFlight) {
             self.set_phase(serial, Phase::Doomed);
             let deadline = self.sequence(serial).deadline;
             self.deadlines.remove(&(deadline, serial));
@@ -391,7 +407,7 @@ impl Batch {
     /// `Release` or `Cancel`: given out earlier, they would be read under names that are no longer theirs.
     fn retire(&mut self, serial: Serial) {
         let sequence = self.sequence(serial);
-        if sequence.split && matches!(sequence.phase, Phase::Running | Phase::Held) {
+        if sequence.split && matches!(sequence.phase, Phase::Running | Phase::Held) && !planted(Bug::FreeEarly) {
             let deadline = sequence.deadline;
             self.deadlines.remove(&(deadline, serial));
             self.set_phase(serial, Phase::Retired);
@@ -481,6 +497,9 @@ impl Batch {
         sequence.finished = finish.is_some();
         let (attempt, split, prefill) = (sequence.attempt, sequence.split, sequence.take_prefill_stats(now));
         let token = TokenOut { attempt, index, token: drawn.token, logprob: drawn.logprob, prefill, finish };
+        if planted(Bug::IndexTwice) {
+            self.outputs.push_back(Output::Token(token.clone()));
+        }
         self.outputs.push_back(Output::Token(token));
         if split {
             self.set_phase(serial, Phase::Held);
@@ -520,6 +539,7 @@ impl Batch {
             assert_eq!(count, self.pool.refs(Slot(slot as u32)), "references on slot {slot}");
         }
         let alone = self.sequences.len() == self.waiting.len();
-        assert!(!alone || self.waiting.is_empty(), "sequences wait while nothing holds room");
+        let pinned = self.pool.stats().pinned > 0; // a sequence may be larger than what pins leave
+        assert!(!alone || self.waiting.is_empty() || pinned, "sequences wait while nothing holds room");
     }
 }

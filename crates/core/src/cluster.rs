@@ -31,6 +31,7 @@ use crate::holders::Holders;
 use crate::identity::TenantKey;
 use crate::ids::{BlockHash, Epoch, NodeId, ReplicaId};
 use crate::message::{ModelIdentity, Peer};
+use crate::planted::{Bug, planted};
 
 /// Log time that a node may live without a renewal, microseconds.
 pub const LEASE_US: u64 = 6_000_000;
@@ -121,7 +122,7 @@ impl Cluster {
     /// A node if `epoch` is its current incarnation and it is alive: whether a message that names both is to be heard.
     #[must_use]
     pub fn current(&self, node: NodeId, epoch: Epoch) -> Option<&Node> {
-        self.nodes.get(&node).filter(|n| n.epoch == epoch && n.state.alive())
+        self.nodes.get(&node).filter(|n| (n.epoch == epoch || planted(Bug::EpochIgnored)) && n.state.alive())
     }
 
     /// A live node as a ticket names it.

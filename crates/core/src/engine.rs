@@ -4,6 +4,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::ids::{AttemptId, Slot, TokenId};
+use crate::planted::{Bug, planted};
 use crate::sampling::Sampling;
 
 /// One sequence's share of a step: compute `tokens` at positions `start..`, reading the KV of all earlier positions
@@ -27,6 +28,12 @@ impl Row {
     #[must_use]
     pub fn end(&self) -> u32 {
         self.start + self.tokens.len() as u32
+    }
+
+    /// What counts a seeded draw ([`crate::sampling::uniform`]): the position that the token takes, however the sequence came to be here.
+    #[must_use]
+    pub fn draw_position(&self) -> u32 {
+        if planted(Bug::DrawByStep) { self.tokens.len() as u32 } else { self.end() }
     }
 }
 

@@ -27,6 +27,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 use crate::cluster::{DeltaVerdict, DigestVerdict};
 use crate::ids::{BlockHash, NodeId};
 use crate::message::{CacheDigest, Delta, Tier};
+use crate::planted::{Bug, planted};
 use incarnations::Incarnations;
 use place::{Incarnation, Location, Locations};
 use shard::{SHARDS, Shard, shard_of};
@@ -131,7 +132,9 @@ impl Holders {
         if let Some(gone) = self.nodes.remove(&node) {
             self.locations -= gone.blocks as usize;
             self.off_device -= gone.off_device;
-            self.incarnations.end(gone.incarnation, gone.blocks as usize);
+            if !planted(Bug::DeadKeepsBlocks) {
+                self.incarnations.end(gone.incarnation, gone.blocks as usize);
+            }
         }
     }
 
@@ -164,7 +167,7 @@ impl Holders {
         if delta.seq <= last_seq {
             return DeltaVerdict::AlreadyApplied { seq: last_seq };
         }
-        if delta.base_seq != last_seq {
+        if delta.base_seq != last_seq && !planted(Bug::DeltaGap) {
             return DeltaVerdict::Gap { last_seq };
         }
         for op in &delta.ops {
@@ -181,7 +184,7 @@ impl Holders {
         if said.seq < node.seq {
             return DigestVerdict::Skipped; // deltas overtook it
         }
-        if (said.seq, said.blocks, said.digest) == (node.seq, node.blocks, node.digest) {
+        if (said.seq, said.blocks, said.digest) == (node.seq, node.blocks, node.digest) || planted(Bug::DigestAlwaysSame) {
             return DigestVerdict::Same;
         }
         if node.refused > 0 {

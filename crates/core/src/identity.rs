@@ -8,6 +8,7 @@ use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::ids::{BlockHash, TokenId};
+use crate::planted::{Bug, planted};
 
 /// A tenant's secret. Comes from the log; reaches a node only inside a ticket.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +56,8 @@ impl Chain {
     /// An empty chain for one tenant and one model. `salt` narrows sharing further (OpenAI's `cache_salt`); empty for none.
     #[must_use]
     pub fn new(key: TenantKey, fingerprint: &Fingerprint, salt: &[u8]) -> Self {
+        let key = if planted(Bug::HashWithoutTenant) { TenantKey([0; 32]) } else { key };
+        let salt = if planted(Bug::HashWithoutSalt) { &[] } else { salt };
         let mut hasher = blake3::Hasher::new_keyed(&key.0);
         hasher.update(b"millrace root v1").update(&fingerprint.0).update(salt);
         Self { key, state: *hasher.finalize().as_bytes() }
@@ -62,8 +65,11 @@ impl Chain {
 
     /// Appends one full block and returns its name.
     pub fn push(&mut self, tokens: &[TokenId]) -> BlockHash {
-        self.state = self.next(b"full", tokens);
-        name(&self.state)
+        let next = self.next(b"full", tokens);
+        if !planted(Bug::HashWithoutParent) {
+            self.state = next;
+        }
+        name(&next)
     }
 
     /// The name of an unfinished last block. It binds a digest to its tokens; it is never shared or indexed.
@@ -120,10 +126,14 @@ pub fn block_names(chain: &Chain, tokens: &[TokenId], block_tokens: usize) -> Ve
 /// faults, of memory, of buses and of ours; against those who mean ill there is TLS (decision 46).
 #[must_use]
 pub fn cell_digest(block: &BlockHash, layer: u16, bytes: &[u8]) -> u64 {
+    let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes);
+    if planted(Bug::DigestWithoutPlace) {
+        return crc;
+    }
     let mut place = [0; 16 + 2 + 8];
     place[..16].copy_from_slice(&block.0);
     place[16..18].copy_from_slice(&layer.to_le_bytes());
-    place[18..].copy_from_slice(&crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes).to_le_bytes());
+    place[18..].copy_from_slice(&crc.to_le_bytes());
     xxhash_rust::xxh3::xxh3_64(&place)
 }
 

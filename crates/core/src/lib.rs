@@ -16,6 +16,8 @@ pub mod identity;
 pub mod ids;
 pub mod layout;
 pub mod message;
+pub mod node;
+pub mod planted;
 pub mod pool;
 pub mod publish;
 pub mod quota;

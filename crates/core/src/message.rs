@@ -20,7 +20,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use crate::ids::{AttemptId, Epoch, NodeId};
+use crate::ids::{AttemptId, Epoch, Generation, NodeId};
 
 /// A control frame. The variant order is the wire format: append only, and raise the protocol version for any other change.
 #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -167,6 +167,15 @@ pub enum Message {
     NoMember(String),
     /// From a replica to a node: where the replicas are, for it to keep links to all. At most [`REPLICAS_TOLD_MAX`].
     Replicas(Vec<ReplicaAddress>),
+    /// Prefill goes on with a hand-over whose link was lost, on a new one.
+    Resume {
+        /// Which attempt.
+        attempt: AttemptId,
+        /// The reservation, as it was granted.
+        generation: Generation,
+    },
+    /// Decode goes on too.
+    Resumed(Resumed),
     /// From the side that accepted a link between nodes, once: where it takes connections for KV.
     Lanes {
         /// A UDP port of the address that was dialed.
@@ -207,8 +216,8 @@ impl Message {
             | Self::CacheReport(_)
             | Self::Lanes { .. }
             | Self::Abort { .. } => matches!(role, Role::Prefill | Role::Decode),
-            Self::Open(_) | Self::Fin(_) => matches!(role, Role::Prefill | Role::Decode),
-            Self::Granted(_) | Self::Declined { .. } | Self::Credit { .. } | Self::Received { .. } => {
+            Self::Open(_) | Self::Fin(_) | Self::Resume { .. } => matches!(role, Role::Prefill | Role::Decode),
+            Self::Granted(_) | Self::Declined { .. } | Self::Credit { .. } | Self::Received { .. } | Self::Resumed(_) => {
                 matches!(role, Role::Prefill | Role::Decode)
             }
             Self::Query { .. } => matches!(role, Role::Admin | Role::Coordinator),

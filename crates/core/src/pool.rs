@@ -17,6 +17,7 @@ use hashbrown::{HashMap, HashSet};
 use crate::identity::Owner;
 use crate::ids::{BlockHash, Generation, Slot, SlotRef};
 use crate::message::BlockOp;
+use crate::planted::{Bug, planted};
 
 /// The pool has not so many slots to give now. Nothing was given or evicted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -88,7 +89,7 @@ struct Entry {
 
 impl Entry {
     fn busy(&self) -> bool {
-        self.refs > 0 || self.block.is_some_and(|b| b.pinned || b.busy_children > 0)
+        self.refs > 0 || self.block.is_some_and(|b| b.pinned && !planted(Bug::EvictPinned) || b.busy_children > 0)
     }
 
     fn leaf(&self) -> bool {
@@ -146,10 +147,11 @@ impl Pool {
     }
 
     fn give(&mut self) -> SlotRef {
-        let slot = self.free.pop().unwrap_or_else(|| self.evict());
+        let free = if planted(Bug::SlotTwice) { self.free.last().copied() } else { self.free.pop() };
+        let slot = free.unwrap_or_else(|| self.evict());
         let entry = &mut self.entries[slot as usize];
         // After 2^32 giving-outs of one slot a generation returns; no reference lives that long.
-        entry.generation = entry.generation.wrapping_add(1);
+        entry.generation = entry.generation.wrapping_add(u32::from(!planted(Bug::GenerationKept)));
         entry.refs = 1;
         SlotRef { slot: Slot(slot), generation: Generation(entry.generation) }
     }
@@ -168,7 +170,9 @@ impl Pool {
         self.leaves.remove(&(entry.used, slot));
         self.by_name.remove(&block.name);
         self.evictable -= 1;
-        self.ops.push_back(BlockOp::Evicted(block.name));
+        if !planted(Bug::EvictionUnsaid) {
+            self.ops.push_back(BlockOp::Evicted(block.name));
+        }
         if let Some(parent) = block.parent {
             let entry = &mut self.entries[parent as usize];
             entry.block.as_mut().expect("a parent outlives its children").children -= 1;
@@ -191,7 +195,7 @@ impl Pool {
             let Some(&slot) = self.by_name.get(name) else { break };
             let entry = &mut self.entries[slot as usize];
             let was_busy = entry.busy();
-            entry.refs += 1;
+            entry.refs += u32::from(!planted(Bug::HitUnheld));
             self.pinned_idle -= u32::from(entry.refs == 1 && entry.block.is_some_and(|b| b.pinned));
             run.push(SlotRef { slot: Slot(slot), generation: Generation(entry.generation) });
             if !was_busy {
@@ -272,7 +276,9 @@ impl Pool {
     fn enter_use(&mut self, slot: u32) {
         self.evictable -= 1;
         let entry = &self.entries[slot as usize];
-        self.leaves.remove(&(entry.used, slot));
+        if !planted(Bug::EvictInUse) {
+            self.leaves.remove(&(entry.used, slot));
+        }
         if let Some(parent) = entry.block.expect("only cached blocks are idle").parent {
             self.count_busy_child(parent);
         }

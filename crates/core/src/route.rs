@@ -21,6 +21,7 @@ use alloc::vec::Vec;
 
 use crate::ids::{Epoch, NodeId};
 use crate::message::{Load, Role};
+use crate::planted::{Bug, planted};
 use correct::Correction;
 use hot::Hot;
 
@@ -194,7 +195,9 @@ pub fn place(view: &View, ask: &Ask) -> Result<Decision, NoPlace> {
 
 /// What each node that may be chosen would contribute.
 fn candidates(view: &View, ask: &Ask, exclude: &[NodeId]) -> Vec<Terms> {
-    let chosen = |n: &&NodeView| n.usable && n.serves() && !exclude.contains(&n.node);
+    let usable = |n: &NodeView| n.usable || planted(Bug::DeadRoutable);
+    let excluded = |n: &NodeView| exclude.contains(&n.node) && !planted(Bug::ExcludedChosen);
+    let chosen = |n: &&NodeView| usable(n) && n.serves() && !excluded(n);
     let costs = view.costs.informed(view.nodes);
     view.nodes.iter().filter(chosen).map(|n| Terms::new(n, ask, &costs)).collect()
 }

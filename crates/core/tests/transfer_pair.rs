@@ -1,9 +1,11 @@
 //! A sender and a receiver joined by a network that delays, reorders and breaks, over many seeds: a hand-over either ends whole
-//! and equal on both sides, or both sides know that it failed; nothing hangs past the deadline.
+//! and equal on both sides, or both sides know that it failed; nothing hangs past the deadline. A link that is cut and made anew costs
+//! what was on its way, and no more.
 
-use millrace_core::ids::{Generation, Time};
+use millrace_core::ids::{BlockHash, Generation, Slot, SlotRef, Time};
 use millrace_core::message::FailKind;
 use millrace_core::sampling::mix;
+use millrace_core::transfer::gate::{Gate, Place};
 use millrace_core::transfer::recv::{self, Receiver};
 use millrace_core::transfer::send::{self, Sender};
 use millrace_core::transfer::{Grid, Span};
@@ -22,7 +24,10 @@ impl Random {
 
 #[derive(Clone, Debug)]
 enum Wire {
+    Open,
     Granted,
+    Resume(Generation),
+    Resumed(Vec<u64>),
     Cells(Span),
     Fin(send::Output),
     Credit(u64),
@@ -42,15 +47,26 @@ struct Pair {
     now: Time,
     sender: Sender,
     receiver: Receiver,
+    gate: Gate,
+    grid: Grid,
     generation: Generation,
     have: u32,
     wire: Vec<Wire>,
+    /// Cells that the sender has put on streams, and those of them that a cut lost.
+    sent_cells: u64,
+    lost_cells: u64,
     sender_end: Option<End>,
     receiver_end: Option<End>,
 }
 
 fn digest(layer: u16, block: u32) -> u64 {
     mix(u64::from(layer) << 32 | u64::from(block))
+}
+
+/// Block `i` is in slot `i`.
+fn gate(grid: Grid, have: u32, generation: Generation) -> Gate {
+    let table = (0..grid.blocks).map(|block| SlotRef { slot: Slot(block), generation: Generation(0) }).collect();
+    Gate::new(grid, have, generation, table, vec![BlockHash::default(); grid.blocks as usize])
 }
 
 impl Pair {
@@ -65,25 +81,33 @@ impl Pair {
         let cached = random.below(u64::from(grid.blocks)) as u32;
         let generation = Generation(1 + random.below(9) as u32);
         let deadline = Time(100_000);
-        let pair = Self {
+        let mut pair = Self {
             random,
             now: Time(0),
             sender: Sender::new(grid, cached, deadline),
             receiver: Receiver::new(grid, have, generation, deadline),
+            gate: gate(grid, have, generation),
+            grid,
             generation,
             have,
-            wire: vec![Wire::Granted],
+            wire: vec![],
+            sent_cells: 0,
+            lost_cells: 0,
             sender_end: None,
             receiver_end: None,
         };
+        pair.sender.handle(Time(0), send::Input::Linked);
         (pair, grid)
     }
 
     fn drain(&mut self) {
         while let Some(out) = self.sender.poll() {
             match out {
+                send::Output::Open => self.wire.push(Wire::Open),
+                send::Output::Resume(generation) => self.wire.push(Wire::Resume(generation)),
                 send::Output::Cells { span, generation } => {
                     assert_eq!(generation, self.generation);
+                    self.sent_cells += span.cells();
                     self.wire.push(Wire::Cells(span));
                     let digest_sum = span.iter().fold(0u64, |sum, (l, b)| sum.wrapping_add(digest(l, b)));
                     self.sender.handle(self.now, send::Input::Sent { span, digest_sum });
@@ -96,6 +120,8 @@ impl Pair {
         }
         while let Some(out) = self.receiver.poll() {
             match out {
+                recv::Output::Granted => self.wire.push(Wire::Granted),
+                recv::Output::Resumed => self.wire.push(Wire::Resumed(self.gate.stands().words().to_vec())),
                 recv::Output::Credit(bytes) => self.wire.push(Wire::Credit(bytes)),
                 recv::Output::Complete { .. } => {
                     self.receiver_end = Some(End::Whole);
@@ -115,6 +141,12 @@ impl Pair {
         let is_cells = matches!(self.wire[at], Wire::Cells(_));
         let at = if is_cells { at } else { self.wire.iter().position(|w| !matches!(w, Wire::Cells(_))).expect("it is there") };
         match self.wire.remove(at) {
+            Wire::Open => self.receiver.handle(self.now, recv::Input::Reopened),
+            Wire::Resume(generation) => self.receiver.handle(self.now, recv::Input::Resume(generation)),
+            Wire::Resumed(stands) => {
+                let (generation, credit_bytes) = (self.generation, self.receiver.credit_bytes());
+                self.sender.handle(self.now, send::Input::Resumed { generation, credit_bytes, stands });
+            }
             Wire::Granted => {
                 let (have_blocks, generation, credit_bytes) = (self.have, self.generation, self.receiver.credit_bytes());
                 self.sender.handle(self.now, send::Input::Granted { have_blocks, generation, credit_bytes });
@@ -132,21 +164,44 @@ impl Pair {
     }
 
     fn deliver_cells(&mut self, span: Span, corrupt: bool) {
-        if !self.receiver.admit(self.generation, &span) {
-            return;
-        }
-        for (layer, block) in span.iter() {
-            if !self.receiver.may_write(self.generation, layer, block) {
-                return;
+        if self.gate.admit(self.generation, &span) {
+            for (layer, block) in span.iter() {
+                match self.gate.place(self.generation, layer, block) {
+                    Place::Write(slot, _) => {
+                        assert_eq!(slot, Slot(block));
+                        let expected = digest(layer, block);
+                        self.gate.placed(layer, block, expected ^ u64::from(corrupt), expected);
+                    }
+                    Place::Stands => {}
+                    Place::Closed => break,
+                }
             }
-            let (generation, digest) = (self.generation, digest(layer, block));
-            self.receiver.handle(self.now, recv::Input::Cell { generation, layer, block, digest, verified: !corrupt });
+        }
+        self.gate.check();
+        self.receiver.handle(self.now, recv::Input::Standing(self.gate.standing().clone()));
+    }
+}
+
+impl Pair {
+    /// Cuts the link and makes another; the ends notice in this order. What is on its way is lost, but that a receiver which has
+    /// everything says so again, as a node does.
+    fn cut(&mut self) {
+        let cells = |wire: &Wire| if let Wire::Cells(span) = wire { span.cells() } else { 0 };
+        self.lost_cells += self.wire.iter().map(cells).sum::<u64>();
+        self.wire.clear();
+        self.sender.handle(self.now, send::Input::LinkLost);
+        self.receiver.handle(self.now, recv::Input::LinkLost);
+        self.sender.handle(self.now, send::Input::Linked);
+        self.drain();
+        if self.receiver_end == Some(End::Whole) && self.wire.iter().any(|wire| matches!(wire, Wire::Resume(_))) {
+            self.wire = vec![Wire::Complete];
         }
     }
 }
 
 /// Runs one seed: compute goes layer by layer in chunks while the wire delivers in random order.
-fn run(seed: u64, fault: u64) -> Pair {
+/// `fault` ends it at that step; `cut` cuts the link three times, so many steps apart; 0 is never.
+fn run(seed: u64, fault: u64, cut: u64) -> Pair {
     let (mut pair, grid) = Pair::new(seed);
     let chunk = 1 + pair.random.below(u64::from(grid.blocks)) as u32;
     let mut work: Vec<(u16, u32)> = (0..grid.blocks.div_ceil(chunk))
@@ -160,6 +215,9 @@ fn run(seed: u64, fault: u64) -> Pair {
         if pair.sender_end.is_some() && pair.receiver_end.is_some() {
             break;
         }
+        if cut > 0 && step % cut == 0 && step / cut <= 3 {
+            pair.cut();
+        }
         if fault > 0 && step == fault {
             match fault % 3 {
                 0 => pair.sender.handle(pair.now, send::Input::Cancel(FailKind::Stopping, String::new())),
@@ -167,7 +225,7 @@ fn run(seed: u64, fault: u64) -> Pair {
                 _ => {
                     pair.wire.clear();
                     pair.sender.handle(pair.now, send::Input::PeerLost(String::new()));
-                    pair.receiver.handle(pair.now, recv::Input::PeerLost(String::new()));
+                    pair.receiver.handle(pair.now, recv::Input::LinkLost);
                 }
             }
             continue;
@@ -194,7 +252,7 @@ fn run(seed: u64, fault: u64) -> Pair {
 #[test]
 fn undisturbed_hand_overs_are_whole() {
     for seed in 0..500 {
-        let pair = run(seed, 0);
+        let pair = run(seed, 0, 0);
         assert_eq!((&pair.sender_end, &pair.receiver_end), (&Some(End::Whole), &Some(End::Whole)), "seed {seed}");
     }
 }
@@ -202,10 +260,21 @@ fn undisturbed_hand_overs_are_whole() {
 #[test]
 fn a_fault_at_any_step_ends_both_sides() {
     for seed in 0..500 {
-        let pair = run(seed, 1 + seed % 90);
+        let pair = run(seed, 1 + seed % 90, 0);
         assert!(pair.sender_end.is_some() && pair.receiver_end.is_some(), "seed {seed}");
         let whole_at_sender = pair.sender_end == Some(End::Whole);
         assert!(!whole_at_sender || pair.receiver_end == Some(End::Whole), "seed {seed}: sender believes what is not so");
+    }
+}
+
+#[test]
+fn a_cut_link_costs_what_was_on_its_way() {
+    for seed in 0..500 {
+        let pair = run(seed, 0, 1 + seed % 50);
+        assert_eq!((&pair.sender_end, &pair.receiver_end), (&Some(End::Whole), &Some(End::Whole)), "seed {seed}");
+        let moved = u64::from(pair.grid.layers) * u64::from(pair.grid.blocks - pair.have);
+        assert_eq!(pair.sent_cells, moved + pair.lost_cells, "seed {seed}: more was sent than was missing");
+        assert_eq!((pair.gate.standing().cells, pair.sender.stale_frames()), (moved, 0), "seed {seed}");
     }
 }
 
@@ -224,11 +293,12 @@ fn a_wrong_byte_is_never_decoded() {
     let (mut pair, grid) = Pair::new(3);
     pair.have = 0;
     pair.receiver = Receiver::new(grid, 0, pair.generation, Time(100));
+    pair.gate = gate(grid, 0, pair.generation);
     let span = Span { layer: 0, layers: grid.layers, block: 0, blocks: grid.blocks };
     pair.deliver_cells(span, true);
     pair.drain();
     assert_eq!(pair.receiver_end, Some(End::Failed(FailKind::Integrity)));
-    assert!(!pair.receiver.may_write(pair.generation, 0, 0));
+    assert_eq!(pair.gate.place(pair.generation, 0, 0), Place::Closed);
 }
 
 #[test]
@@ -236,10 +306,13 @@ fn an_old_generation_has_no_effect() {
     let grid = Grid { layers: 1, blocks: 1, cell_bytes: 64 };
     let mut receiver = Receiver::new(grid, 0, Generation(2), Time(100));
     let span = Span { layer: 0, layers: 1, block: 0, blocks: 1 };
-    assert!(!receiver.admit(Generation(1), &span));
+    let mut gate = gate(grid, 0, Generation(2));
+    assert!(!gate.admit(Generation(1), &span));
+    assert_eq!(gate.place(Generation(1), 0, 0), Place::Closed);
+    assert_eq!(gate.standing().fault, None, "it is late, and no fault");
     receiver
         .handle(Time(1), recv::Input::Fin { generation: Generation(1), cells: 1, digest_sum: 0, first_token: 1, finished: false });
-    assert_eq!((receiver.poll(), receiver.is_over(), receiver.stale_frames()), (None, false, 2));
+    assert_eq!((receiver.poll(), receiver.is_over(), receiver.stale_frames()), (None, false, 1));
 }
 
 #[test]
@@ -247,6 +320,8 @@ fn full_prefix_hit_sends_nothing_and_completes() {
     let grid = Grid { layers: 4, blocks: 2, cell_bytes: 64 };
     let mut sender = Sender::new(grid, 2, Time(100));
     let mut receiver = Receiver::new(grid, 2, Generation(1), Time(100));
+    sender.handle(Time(1), send::Input::Linked);
+    assert_eq!(sender.poll(), Some(send::Output::Open));
     sender
         .handle(Time(1), send::Input::Granted { have_blocks: 2, generation: Generation(1), credit_bytes: receiver.credit_bytes() });
     sender.handle(Time(2), send::Input::Computed { first_token: 9, finished: true });
@@ -259,11 +334,13 @@ fn full_prefix_hit_sends_nothing_and_completes() {
 }
 
 #[test]
-fn a_cell_sent_twice_breaks_the_hand_over_before_it_is_written() {
+fn a_cell_sent_twice_is_written_once() {
     let grid = Grid { layers: 1, blocks: 2, cell_bytes: 64 };
-    let mut receiver = Receiver::new(grid, 0, Generation(1), Time(100));
-    let cell = recv::Input::Cell { generation: Generation(1), layer: 0, block: 0, digest: 1, verified: true };
-    receiver.handle(Time(1), cell);
-    assert!(!receiver.may_write(Generation(1), 0, 0));
-    assert!(receiver.may_write(Generation(1), 0, 1));
+    let mut gate = gate(grid, 0, Generation(1));
+    assert!(matches!(gate.place(Generation(1), 0, 0), Place::Write(Slot(0), _)));
+    gate.placed(0, 0, 1, 1);
+    assert_eq!(gate.place(Generation(1), 0, 0), Place::Stands);
+    assert!(matches!(gate.place(Generation(1), 0, 1), Place::Write(Slot(1), _)));
+    gate.close();
+    assert_eq!(gate.place(Generation(1), 0, 1), Place::Closed);
 }

@@ -80,8 +80,8 @@ impl Engine for LlamaEngine {
         let logits = self.logits(step, on_layer)?;
         let rows = step.rows.iter().filter_map(|row| Some((row, row.sample.as_ref()?)));
         let draw = |((row, sampling), logits): ((&millrace_core::engine::Row, _), &Vec<f32>)| {
-            let draw =
-                sampler::draw(logits, sampling, row.end()).ok_or_else(|| EngineError("a row's logits are not numbers".into()))?;
+            let draw = sampler::draw(logits, sampling, row.draw_position())
+                .ok_or_else(|| EngineError("a row's logits are not numbers".into()))?;
             Ok(Sampled { attempt: row.attempt, token: draw.token, logprob: draw.logprob })
         };
         rows.zip(&logits).map(draw).collect()

@@ -27,7 +27,8 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// What may be set about an endpoint.
 #[derive(Clone, Debug)]
 pub struct EndpointConfig {
-    /// A peer that is silent this long is lost. Generous beside the keep-alive: the processors are busy computing.
+    /// A peer that is silent this long is lost: six keep-alives, since the processors are busy computing. Whoever waits for a killed
+    /// process waits for this.
     pub idle_timeout: Duration,
     /// Each side says something at least this often.
     pub keep_alive: Duration,
@@ -42,8 +43,8 @@ pub struct EndpointConfig {
 impl Default for EndpointConfig {
     fn default() -> Self {
         Self {
-            idle_timeout: Duration::from_secs(3),
-            keep_alive: Duration::from_millis(300),
+            idle_timeout: Duration::from_millis(1500),
+            keep_alive: Duration::from_millis(250),
             connect_timeout: Duration::from_secs(3),
             datagram_max: DATAGRAM_MAX,
             lanes: crate::lane::lanes_for(std::thread::available_parallelism().map_or(1, usize::from)),

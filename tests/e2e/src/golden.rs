@@ -63,7 +63,9 @@ impl Row {
         }
     }
 
-    fn near_tie(&self, position: usize) -> bool {
+    /// Whether the reference's first two tokens at a position are so close that either may come out.
+    #[must_use]
+    pub fn near_tie(&self, position: usize) -> bool {
         self.top5.get(position).is_some_and(|top| top.len() > 1 && top[0].1 - top[1].1 < NEAR_TIE)
     }
 

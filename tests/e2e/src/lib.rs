@@ -7,7 +7,10 @@
 pub mod cluster;
 pub mod golden;
 pub mod http;
+pub mod matrix;
+pub mod parts;
 pub mod process;
+pub mod relay;
 pub mod stream;
 
 use std::path::{Path, PathBuf};

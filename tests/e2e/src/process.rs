@@ -26,15 +26,16 @@ impl Ended {
     }
 }
 
-/// A binary of the workspace, beside the test executable.
+/// A binary of the workspace, beside this program or the folder of the test executables.
 ///
 /// # Panics
 /// When it was not built.
 #[must_use]
 pub fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("a test has an executable");
-    let release = test.parent().and_then(|deps| deps.parent()).expect("tests lie in the folder `deps`");
-    let path = release.join(name);
+    let program = std::env::current_exe().expect("a program has a file");
+    let folder = program.parent().expect("a file is in a folder");
+    let folder = if folder.ends_with("deps") { folder.parent().expect("`deps` is in a folder") } else { folder };
+    let path = folder.join(name);
     assert!(path.exists(), "{} is not there; build the workspace first: cargo build --release --workspace", path.display());
     path
 }
@@ -76,6 +77,12 @@ pub fn signal(name: &str, pid: u32) -> bool {
 /// Whether a process lives. A process that ended and was not waited for does not.
 #[must_use]
 pub fn lives(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    state(pid).is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
+/// The state of a process as `/proc` has it: `T` for one that was stopped; `None` when there is no such process.
+#[must_use]
+pub fn state(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
 }

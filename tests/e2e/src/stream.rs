@@ -49,6 +49,8 @@ pub struct Answer {
     pub finish: Option<String>,
     /// The usage, if it was asked for.
     pub usage: Value,
+    /// Where the time went, if that was asked for.
+    pub timings: Value,
     /// How it ended.
     pub end: End,
 }
@@ -158,8 +160,10 @@ impl Answer {
         if let Some(reason) = choice["finish_reason"].as_str() {
             self.finish = Some(reason.to_owned());
         }
-        if !chunk["usage"].is_null() {
-            self.usage = chunk["usage"].clone();
+        for (kept, key) in [(&mut self.usage, "usage"), (&mut self.timings, "millrace")] {
+            if !chunk[key].is_null() {
+                kept.clone_from(&chunk[key]);
+            }
         }
         End::Open
     }

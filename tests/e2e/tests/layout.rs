@@ -11,31 +11,36 @@ use millrace_e2e::repository;
 /// Lines of a file.
 const LINES_MAX: usize = 600;
 /// Each member, and the members that it may depend on.
-const EDGES: [(&str, &[&str]); 11] = [
+const EDGES: [(&str, &[&str]); 13] = [
     ("millrace-core", &[]),
     ("millrace-kernels", &[]),
     ("millrace-checkpoint", &["millrace-core"]),
+    ("millrace-log", &[]),
     ("millrace-model", &["millrace-core", "millrace-checkpoint", "millrace-kernels"]),
     ("millrace-node", &["millrace-core", "millrace-kernels"]),
     ("prefill-node", &["millrace-core", "millrace-model", "millrace-node", "millrace-checkpoint", "millrace-kernels"]),
     ("decode-node", &["millrace-core", "millrace-model", "millrace-node", "millrace-checkpoint", "millrace-kernels"]),
-    ("coordinator", &["millrace-core", "millrace-checkpoint", "millrace-node"]),
+    ("coordinator", &["millrace-core", "millrace-checkpoint", "millrace-log", "millrace-node"]),
     ("millrace-e2e", TESTED),
     ("millrace-sim", TESTED),
     ("millrace-load", TESTED),
+    ("millrace-fuzz", &["millrace-core", "millrace-checkpoint", "millrace-node", "millrace-log", "coordinator", "millrace-load"]),
 ];
 /// What the packages of tests may depend on: everything but LibTorch, which comes with the nodes.
-const TESTED: &[&str] = &["millrace-core", "millrace-checkpoint", "millrace-kernels", "millrace-node", "coordinator"];
+const TESTED: &[&str] =
+    &["millrace-core", "millrace-checkpoint", "millrace-kernels", "millrace-log", "millrace-node", "coordinator"];
 /// Members that must build without LibTorch.
-const WITHOUT_LIBTORCH: [&str; 8] = [
+const WITHOUT_LIBTORCH: [&str; 10] = [
     "millrace-core",
     "millrace-kernels",
     "millrace-checkpoint",
+    "millrace-log",
     "millrace-node",
     "coordinator",
     "millrace-e2e",
     "millrace-sim",
     "millrace-load",
+    "millrace-fuzz",
 ];
 
 /// The workspace as Cargo resolves it for this machine.

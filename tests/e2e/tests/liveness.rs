@@ -259,7 +259,8 @@ async fn delta(link: &Link, receiver: &mut LinkReceiver, (node, epoch): (NodeId,
     link.send(&Message::Delta(Delta { node, epoch, base_seq: seq - 1, seq, ops: vec![] })).unwrap();
     loop {
         match receiver.recv().await.expect("the link is up") {
-            Message::Ping => {}
+            // Said to every node, whatever it asks.
+            Message::Ping | Message::Replicas(_) => {}
             other => return other,
         }
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use millrace_e2e::cluster::{Cluster, Plan};
 use millrace_e2e::process::{self, Ended};
-use millrace_e2e::stream::{Answer, End, Events};
+use millrace_e2e::stream::{self, Answer, End, Events};
 use millrace_e2e::{WAIT_MAX, eventually};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -155,7 +155,8 @@ async fn cordons(cluster: &Cluster) {
     .await;
 }
 
-/// A drain waits for what runs, says what it waits for, and gives up in time; the stream is whole.
+/// A drain waits for what runs while nobody else can decode, says what it waits for, and gives up in time. As soon as another can, the stream
+/// goes on there with the same tokens.
 async fn drains(cluster: &Cluster) {
     let prompt: Vec<u32> = (0..64).map(|token| token % 250).collect();
     let body = json!({"model": cluster.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": true, "stream": true, "return_token_ids": true});
@@ -170,16 +171,21 @@ async fn drains(cluster: &Cluster) {
         busy.and_then(|name| name.as_str().map(str::to_owned)).ok_or_else(|| nodes.to_string())
     })
     .await;
+    let other = if busy == "decode-1" { "decode-2" } else { "decode-1" };
+    assert_eq!(code(cluster, &["nodes", "cordon", other]).await, 0);
     let late = cluster.millctl(&["nodes", "drain", &busy, "--wait", "--timeout", "0.3"]).await;
     assert!(late.code == Some(7) && late.stderr.contains("1 requests") && late.stderr.contains("of coordinator-"), "{late:?}");
     let shown = json(cluster, &["nodes", "show", &busy]).await;
     assert_eq!((&shown["state"], &shown["requests"], &shown["usable"]), (&json!("draining"), &json!(1), &json!(false)));
+    assert_eq!(code(cluster, &["nodes", "uncordon", other]).await, 0);
     let done = json(cluster, &["nodes", "drain", &busy, "--wait"]).await;
     assert_eq!((&done["drained"], &done["remaining"], &done["state"]), (&json!(true), &json!(0), &json!("draining")));
     let answer = reading.await.unwrap();
     assert_eq!((answer.end, answer.ids.len()), (End::Whole, TOKENS), "a drain disturbs nobody");
     assert_eq!(code(cluster, &["nodes", "uncordon", &busy]).await, 0);
     cluster.rests().await;
+    let again = stream::complete(cluster.http, "/v1/completions", &body).await;
+    assert_eq!((again.end, again.ids), (End::Whole, answer.ids), "the tokens are those of an undisturbed answer");
 }
 
 /// Traffic was counted.
@@ -187,7 +193,7 @@ async fn traffic(cluster: &Cluster) {
     let status = json(cluster, &["cluster", "status"]).await;
     let sum =
         |field: &str| status["members"].as_array().unwrap().iter().map(|m| m["traffic"][field].as_u64().unwrap()).sum::<u64>();
-    assert_eq!((sum("ended"), sum("failed"), sum("output_tokens"), sum("prompt_tokens")), (1, 0, TOKENS as u64, 64));
+    assert_eq!((sum("ended"), sum("failed"), sum("output_tokens"), sum("prompt_tokens")), (2, 0, 2 * TOKENS as u64, 128));
 }
 
 /// Named clusters: by flag, by variable, by use; forgotten names are not found.

@@ -74,7 +74,7 @@ pub async fn measure(quick: bool, print: &dyn Fn(Row)) -> Result<()> {
     if !cut {
         println!("(no network namespace can be had here: the leader is not cut off)");
     }
-    let (kills, stops, cuts) = if quick { (3, 1, 1) } else { (100, 20, 10) };
+    let (kills, stops, cuts) = if quick { (3, 1, 1) } else { (100, 100, 100) };
     let mut plan = vec![(Fault::Kill, kills), (Fault::Stop, stops)];
     if cut {
         plan.extend([(Fault::Cut(Direction::From), cuts), (Fault::Cut(Direction::To), cuts)]);

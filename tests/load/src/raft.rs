@@ -1,7 +1,7 @@
 //! Commits a second of three replicas with real syncs to the disk that holds the build, and the time that one commit takes.
 
 use anyhow::{Context, Result};
-use coordinator::raft::bench_commits;
+use millrace_log::bench_commits;
 
 use crate::rebuild;
 use crate::report::Row;

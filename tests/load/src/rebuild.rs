@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use coordinator::raft::{RaftConfig, RaftHandle, Role, found, start};
 use coordinator::state::{Replicated, SharedCluster};
 use millrace_core::cluster::{self, Answer, Cluster, Command, DELTAS_OPS_MAX};
 use millrace_core::ids::{BlockHash, Epoch, NodeId};
 use millrace_core::layout::{KvDtype, KvLayout};
 use millrace_core::message::{BlockOp, DELTA_OPS_MAX, Delta, Join, ModelIdentity, Role as Kind};
+use millrace_log::{RaftConfig, RaftHandle, Role, found, start};
 use tokio::sync::mpsc;
 
 use crate::report::Row;

@@ -1,11 +1,18 @@
 //! What happens in the world, as data. The text of an event (`Debug`) is the trace.
 
-use millrace_core::engine::Sampled;
-use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, RequestId, SlotRef};
-use millrace_core::message::{Message, Peer};
-use millrace_core::transfer::Span;
+use std::fmt;
 
-/// A node's place in the world, which outlives its processes.
+use millrace_core::cluster::NodeState;
+use millrace_core::engine::Sampled;
+use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, NodeId, ReplicaId, SlotRef};
+use millrace_core::message::{Hello, Message, Peer};
+use millrace_core::transfer::Span;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::quic::QuicEvent;
+use crate::replica::{Asked, Outcome};
+
+/// A place in the world, which outlives its processes. Replicas come first, then nodes.
 pub type Host = usize;
 /// Counts the processes that ran on a host.
 pub type Life = u32;
@@ -13,14 +20,18 @@ pub type Life = u32;
 pub type LinkNo = u64;
 /// Names a KV stream; never used twice.
 pub type StreamNo = u64;
+/// Counts clients' requests.
+pub type Client = u64;
 
 /// An event of the world.
 #[derive(Debug)]
 pub enum Event {
     /// Something for a node's drive loop, if that process still lives.
     Node(Host, Life, NodeEvent),
-    /// The drive loop of a node wakes up.
+    /// The loop of a process wakes up.
     Turn(Host, Life),
+    /// What a process wanted done is done: its disk was slow.
+    Acts(Host, Life, Later),
     /// The engine of a node computes a layer of its step.
     Layer(Host, Life, u16),
     /// A control message at the end of its way.
@@ -30,7 +41,7 @@ pub enum Event {
         /// To the end that dialled it, or to the other.
         to_dialler: bool,
         /// What.
-        message: Box<Message>,
+        message: Said,
     },
     /// An end of a link notices that it is gone.
     Notices {
@@ -39,33 +50,58 @@ pub enum Event {
         /// The end that dialled it, or the other.
         dialler: bool,
     },
-    /// A node tries to reach the coordinator.
-    DialUp(Host, Life),
+    /// A process tries to reach a replica, to which it keeps a link.
+    Dial(Host, Life, Host),
     /// A node tries to reach another.
     DialPeer(Host, Life, Box<Peer>),
     /// A KV stream gets on.
     Stream(StreamNo, StreamEvent),
-    /// The coordinator's log gets on.
-    Commit,
-    /// The coordinator folds reports into an entry.
-    Fold,
-    /// The coordinator renews leases.
-    Renew,
+    /// Something happens to the network of a process.
+    Quic(Host, Life, QuicEvent),
     /// A client sends a request.
     Client,
     /// Something about one request.
-    Request(RequestId, RequestEvent),
+    Request(Client, RequestEvent),
+    /// An operator asks a replica something.
+    Operator,
+    /// An operator does something to a cache.
+    Order,
     /// Something goes wrong.
     Fault,
+    /// There is room on the disk of a host again.
+    Room(Host),
+    /// An operator cordons, drains or readmits the node of a host.
+    SetState(Host, NodeState),
     /// A process starts on a host that has none.
     Start(Host),
+}
+
+/// A message whose text is short.
+pub struct Said(pub Box<Message>);
+
+impl fmt::Debug for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            Message::Raft(frame) => write!(f, "Raft({} bytes, {:016x})", frame.len(), xxh3_64(frame)),
+            message => message.fmt(f),
+        }
+    }
+}
+
+/// What is done later. Its text is that of what follows.
+pub struct Later(pub Vec<Act>);
+
+impl fmt::Debug for Later {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} acts", self.0.len())
+    }
 }
 
 /// Something for a node's drive loop.
 #[derive(Debug)]
 pub enum NodeEvent {
-    /// A link to the coordinator is up.
-    UplinkUp(LinkNo),
+    /// A link to a replica of the coordinator is up.
+    UplinkUp(ReplicaId, LinkNo),
     /// A link to another node is up: its name and incarnation.
     PeerUp(LinkNo, String, Epoch),
     /// A link is gone.
@@ -86,6 +122,23 @@ pub enum NodeEvent {
     Arrived(AttemptId),
     /// An operator stops the process.
     Stop,
+}
+
+/// Something for a replica.
+#[derive(Debug)]
+pub enum ReplicaEvent {
+    /// A link to another replica is up.
+    ReplicaUp(ReplicaId, LinkNo),
+    /// A node's link is up, with its first words.
+    NodeUp(LinkNo, Box<Hello>),
+    /// A link is gone.
+    Down(LinkNo),
+    /// A message on a link.
+    Message(LinkNo, Box<Message>),
+    /// An operator's question and its number.
+    Operator(u64, Asked),
+    /// An operator cordons, drains or readmits a node.
+    SetState(NodeId, NodeState),
 }
 
 /// How a KV stream gets on.
@@ -133,7 +186,7 @@ pub struct SpanJob {
     pub tokens: u32,
 }
 
-/// What a node wants done.
+/// What a process wants done.
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "a few live at a time")]
 pub enum Act {
@@ -151,4 +204,10 @@ pub enum Act {
     Step,
     /// The process is over.
     Exit,
+    /// A node says something to the gateway of this replica.
+    Gateway(NodeId, Message),
+    /// The gateway of this replica looks after its requests.
+    Look,
+    /// What an operator gets.
+    Operated(u64, Outcome),
 }

@@ -1,22 +1,34 @@
-//! Clients and the gateway: places requests with the real router, delivers tokens in order, and makes a new ticket (prompt and
-//! delivered tokens, attempt + 1) when an attempt is lost. Every delivered token is compared with the undisturbed answer.
+//! Clients and gateways: a gateway places requests with the real router over its replica's applied state, delivers tokens in order, and makes
+//! a new ticket (prompt and delivered tokens, attempt + 1) when an attempt is lost. When the gateway itself is lost, the client's front goes
+//! on at another one, under another request id, after the tokens that went through. Every delivered token is compared with the
+//! undisturbed answer.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use millrace_core::cluster::{Cluster, NodeState};
 use millrace_core::identity::{Chain, block_names};
-use millrace_core::ids::{AttemptId, BlockHash, NodeId, ReplicaId, RequestId, Time, TokenId};
+use millrace_core::ids::{AttemptId, BlockHash, Epoch, NodeId, ReplicaId, RequestId, Time, TokenId};
 use millrace_core::message::{AttemptFailed, FailKind, Finish, Message, Peer, Role, Ticket, TokenOut};
-use millrace_core::route::{self, Ask, CostModel, NodeView, View};
-use millrace_core::sampling::Sampling;
+use millrace_core::route::{self, Ask, CostModel, Decision, NodeView, View};
+use millrace_core::sampling::{Sampling, mix};
 
-use crate::coordinator::{Coordinator, TENANT};
-use crate::event::LinkNo;
+use crate::callers::Caller;
+use crate::event::{Client, Host, LinkNo};
 use crate::plan::Plan;
+use crate::replica::Replica;
 
 /// Broken attempts after which a request fails.
 const FAILURES_MAX: u32 = 8;
 /// First and longest pause before the next try to place, microseconds.
 const PAUSE_US: (u64, u64) = (10_000, 1_000_000);
+
+/// How long the front waits before it goes to another gateway, microseconds.
+const FRONT_PAUSE_US: u64 = 20_000;
+/// How long the next token of an attempt may take, microseconds, as in `coordinator`: the first one, a further one, one that others have
+/// overtaken.
+const FIRST_WAIT_US: u64 = 180_000_000;
+const NEXT_WAIT_US: u64 = 60_000_000;
+const GAP_WAIT_US: u64 = 5_000_000;
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +49,10 @@ struct Running {
     prefill: Peer,
     decode: Option<Peer>,
     first: usize,
+    /// When the ticket was made, and the last moment that it got further, on the gateway's clock.
+    placed: Time,
+    /// See `placed`.
+    progress: Time,
     handed_over: bool,
 }
 
@@ -62,6 +78,12 @@ impl Running {
 /// One client's request.
 #[derive(Debug)]
 pub struct Request {
+    /// Whose.
+    tenant: &'static str,
+    /// The gateway that runs it.
+    pub home: Host,
+    /// Gateways that ran it before.
+    moves: u16,
     prompt: Vec<TokenId>,
     sampling: Sampling,
     /// The undisturbed answer.
@@ -85,28 +107,66 @@ pub enum Act {
     /// Say this on a link.
     Send(LinkNo, Message),
     /// Place the request after so many microseconds.
-    PlaceIn(u64, RequestId),
+    PlaceIn(u64, Client),
+}
+
+/// A gateway: its host, its replica and what its clock shows.
+#[derive(Clone, Copy)]
+pub struct Desk<'a> {
+    /// Where.
+    pub host: Host,
+    /// Its replica.
+    pub replica: &'a Replica,
+    /// Its time.
+    pub local: Time,
+}
+
+/// A request at one gateway, as tickets name it.
+pub(crate) fn name(client: Client, moves: u16) -> RequestId {
+    RequestId(u128::from(client) << 16 | u128::from(moves))
+}
+
+/// Whose request it is.
+pub(crate) fn client(id: RequestId) -> Client {
+    (id.0 >> 16) as Client
 }
 
 /// All requests.
 #[derive(Debug, Default)]
 pub struct Gateway {
-    /// By name.
-    pub requests: BTreeMap<RequestId, Request>,
+    /// By number.
+    pub requests: BTreeMap<Client, Request>,
+    /// Those that have not ended.
+    pub live: BTreeSet<Client>,
     /// Attempts of which a KV stream was damaged on purpose.
     pub damaged: BTreeSet<AttemptId>,
     /// Attempts that were broken, and why.
     pub broken: BTreeMap<String, u64>,
     /// Tickets that were handed over.
     pub split: u64,
+    /// Requests that went on at another gateway.
+    pub moved: u64,
+    /// Which tenant a name belongs to: no two may share one.
+    owners: BTreeMap<BlockHash, &'static str>,
     /// What is to be done.
     pub acts: Vec<Act>,
 }
 
 impl Gateway {
-    /// A client's request; it wants a place at once.
-    pub fn open(&mut self, id: RequestId, prompt: Vec<TokenId>, sampling: Sampling, expected: Vec<TokenId>, until: Time) {
+    /// A client's request at a gateway; it wants a place at once.
+    pub fn open(
+        &mut self,
+        (tenant, home): (&'static str, Host),
+        prompt: Vec<TokenId>,
+        sampling: Sampling,
+        expected: Vec<TokenId>,
+        until: Time,
+    ) {
+        let id = self.requests.len() as Client + 1;
         let request = Request {
+            tenant,
+            home,
+            moves: 0,
             prompt,
             sampling,
             expected,
@@ -121,54 +181,90 @@ impl Gateway {
             end: None,
         };
         self.requests.insert(id, request);
+        self.live.insert(id);
         self.acts.push(Act::PlaceIn(0, id));
     }
 
-    /// Whether every request has ended.
-    #[must_use]
-    pub fn is_quiet(&self) -> bool {
-        self.requests.values().all(|request| request.end.is_some())
+    /// The gateways on a host are gone: the fronts go on at others. `pick` names one for each.
+    pub fn move_from(&mut self, host: Host, mut pick: impl FnMut() -> Host) {
+        for (id, request) in self.requests.iter_mut().filter(|(_, r)| r.home == host && r.end.is_none()) {
+            request.home = pick();
+            request.moves += 1;
+            (request.attempts, request.failures, request.pause_us) = (0, 0, PAUSE_US.0);
+            request.running = None;
+            request.early.clear();
+            request.avoid.clear();
+            self.moved += 1;
+            self.acts.push(Act::PlaceIn(FRONT_PAUSE_US, *id));
+        }
+    }
+
+    /// The gateway of a request is not there: the front tries another one in a while.
+    pub fn seek(&mut self, id: Client, home: Host, after_us: u64) {
+        if let Some(request) = self.requests.get_mut(&id).filter(|r| r.end.is_none()) {
+            request.home = home;
+            request.moves += 1;
+            request.attempts = 0;
+            self.acts.push(Act::PlaceIn(after_us, id));
+        }
     }
 
     /// Finds nodes for the next attempt and sends the ticket.
-    pub fn place(&mut self, now: Time, id: RequestId, coordinator: &Coordinator, plan: &Plan) {
+    ///
+    /// # Panics
+    /// When two tenants share a name.
+    pub fn place(&mut self, now: Time, id: Client, desk: Desk<'_>, plan: &Plan) {
         let Some(request) = self.requests.get_mut(&id).filter(|r| r.end.is_none() && r.running.is_none()) else { return };
-        let Some(key) = coordinator.cluster.tenant(TENANT).copied() else { return self.acts.push(Act::PlaceIn(PAUSE_US.0, id)) };
+        let cluster = desk.replica.cluster();
+        let Some(key) = cluster.tenant(request.tenant).copied() else { return self.acts.push(Act::PlaceIn(PAUSE_US.0, id)) };
         let tokens = request.tokens();
-        let chain = Chain::new(key, &plan.model.fingerprint(), &[]);
+        let salt = Caller::of_client(id).salt;
+        let chain = Chain::new(key, &plan.model.fingerprint(), salt);
         let block_tokens = usize::from(plan.model.layout.block_tokens);
         let names = block_names(&chain, &tokens[..tokens.len() / block_tokens * block_tokens], block_tokens);
-        let avoid: Vec<_> = request.avoid.iter().copied().collect();
+        for block in &names {
+            let owner = *self.owners.entry(*block).or_insert(request.tenant);
+            assert_eq!(owner, request.tenant, "I8: two tenants share the block {block}");
+        }
+        let mut avoid: Vec<_> = request.avoid.iter().copied().collect();
+        if request.attempts == 0 && mix(id) % 1000 < plan.whole {
+            avoid.extend(cluster.nodes().filter(|n| n.role == Role::Decode).map(|n| n.node));
+        }
         let ask = request.ask(id, &tokens, plan, &avoid);
-        let views = views(now, coordinator, plan, &names);
+        drop(cluster);
+        let views = views(desk, plan, &names);
         let Ok(decision) = route::place(&View { nodes: &views, costs: CostModel { handover_us: 0, ..CostModel::default() } }, &ask)
         else {
             return self.wait(id);
         };
-        let peer = |node| coordinator.cluster.peer(node).expect("chosen nodes are alive");
+        check_choice(desk, &decision, &avoid);
+        let cluster = desk.replica.cluster();
+        let peer = |node| cluster.peer(node).expect("chosen nodes are alive");
         let (prefill, decode) = (peer(decision.prefill), decision.decode.map(peer));
         let ticket = Ticket {
-            attempt: AttemptId { request: id, attempt: request.attempts },
-            gateway: ReplicaId(1),
+            attempt: AttemptId { request: name(id, request.moves), attempt: request.attempts },
+            gateway: ReplicaId(desk.host as u64 + 1),
             decode: decode.clone(),
             tokens,
             prompt_tokens: request.prompt.len() as u32,
             sampling: request.sampling.clone(),
             tenant_key: key,
-            cache_salt: Vec::new(),
+            cache_salt: salt.to_vec(),
             budget_us: request.until.since(now),
             trace: [0; 25],
         };
         request.attempts += 1;
         self.split += u64::from(decode.is_some());
         let first = request.delivered;
-        let link = coordinator.link_of(prefill.node, prefill.epoch).expect("usable nodes are linked").link;
-        request.running = Some(Running { id: ticket.attempt, prefill, decode, first, handed_over: false });
+        let (link, _) = desk.replica.link_of(prefill.node, prefill.epoch).expect("usable nodes are linked");
+        let placed = desk.local;
+        request.running =
+            Some(Running { id: ticket.attempt, prefill, decode, first, placed, progress: placed, handed_over: false });
         self.acts.push(Act::Send(link, Message::Assign(ticket)));
     }
 
     /// Pauses before the next try to place, and forgets who failed.
-    fn wait(&mut self, id: RequestId) {
+    fn wait(&mut self, id: Client) {
         let Some(request) = self.requests.get_mut(&id) else { return };
         request.avoid.clear();
         self.acts.push(Act::PlaceIn(request.pause_us, id));
@@ -176,59 +272,75 @@ impl Gateway {
     }
 
     /// A token from the node `from`.
-    pub fn token(&mut self, from: NodeId, token: TokenOut, coordinator: &Coordinator) {
-        let id = token.attempt.request;
-        let Some(request) = self.requests.get_mut(&id) else { return };
+    pub fn token(&mut self, from: NodeId, token: TokenOut, desk: Desk<'_>) {
+        let id = client(token.attempt.request);
+        let Some(request) = self.requests.get_mut(&id).filter(|r| r.home == desk.host) else { return };
         let Some(running) = request.running.as_ref().filter(|r| r.id == token.attempt) else { return };
         if running.peers().all(|peer| peer.node != from) || (token.index as usize) < request.delivered {
             return;
         }
         request.early.insert(token.index, token);
         while let Some(token) = request.early.remove(&(request.delivered as u32)) {
-            request.deliver(id, &token);
+            request.deliver(id, desk.local, &token);
             if request.end.is_some() {
-                return self.stop_attempt(id, coordinator, false);
+                self.live.remove(&id);
+                return self.stop_attempt(id, None);
             }
         }
     }
 
     /// A hand-over is done.
     pub fn handed_over(&mut self, attempt: AttemptId) {
-        let request = self.requests.get_mut(&attempt.request);
+        let request = self.requests.get_mut(&client(attempt.request));
         if let Some(running) = request.and_then(|r| r.running.as_mut()).filter(|r| r.id == attempt) {
             running.handed_over = true;
         }
     }
 
     /// The node `from` gave up on an attempt.
-    pub fn failed(&mut self, from: NodeId, failed: AttemptFailed, coordinator: &Coordinator) {
+    pub fn failed(&mut self, from: NodeId, failed: AttemptFailed, desk: Desk<'_>) {
         let AttemptFailed { attempt, kind, detail } = failed;
-        let Some(request) = self.requests.get_mut(&attempt.request) else { return };
+        let id = client(attempt.request);
+        let Some(request) = self.requests.get_mut(&id).filter(|r| r.home == desk.host) else { return };
         let Some(running) = request.running.as_ref().filter(|r| r.id == attempt) else { return };
         let suspect = running.suspect(from, kind);
-        assert!(kind != FailKind::BadTicket, "a node does not understand a ticket of this gateway: {detail}");
+        assert!(kind != FailKind::BadTicket, "I3: a node does not understand a ticket of this gateway: {detail}");
         let honest = kind != FailKind::Integrity || self.damaged.contains(&attempt);
-        assert!(honest, "{attempt}: KV that nobody damaged is refused: {detail}");
+        assert!(honest, "I2: {attempt}: KV that nobody damaged is refused: {detail}");
         match kind {
-            FailKind::Deadline => self.end(attempt.request, End::Deadline, coordinator),
+            FailKind::Deadline => self.end(id, End::Deadline, Some(desk)),
             FailKind::NoRoom => {
                 self.count("no room");
-                self.stop_attempt(attempt.request, coordinator, true);
-                self.wait(attempt.request);
+                self.stop_attempt(id, Some(desk));
+                self.wait(id);
             }
-            _ => self.break_attempt(attempt.request, suspect, &format!("{kind:?}"), coordinator),
+            _ => self.break_attempt(id, suspect, &format!("{kind:?}"), desk),
         }
     }
 
-    /// Looks for attempts whose nodes are lost.
-    pub fn sweep(&mut self, now: Time, coordinator: &Coordinator) {
+    /// Who computes the prompt of an attempt that runs.
+    #[must_use]
+    pub fn prefill_of(&self, attempt: AttemptId) -> Option<NodeId> {
+        let running = self.requests.get(&client(attempt.request))?.running.as_ref()?;
+        (running.id == attempt).then_some(running.prefill.node)
+    }
+
+    /// Incarnations that attempts wait for.
+    pub fn waits_for(&self) -> impl Iterator<Item = (AttemptId, NodeId, Epoch)> {
+        let running = self.live.iter().filter_map(|id| self.requests[id].running.as_ref());
+        running.flat_map(|running| running.needs().map(|peer| (running.id, peer.node, peer.epoch)))
+    }
+
+    /// Looks for attempts of this gateway whose nodes are lost, or too slow.
+    pub fn sweep(&mut self, desk: Desk<'_>) {
         let lost = |request: &Request| {
-            let running = request.running.as_ref()?;
-            running.needs().find(|peer| coordinator.lost(now, peer.node, peer.epoch)).map(|peer| peer.node)
+            let running = request.running.as_ref().filter(|_| request.home == desk.host)?;
+            let lost = running.needs().find(|peer| desk.replica.lost(desk.local, (peer.node, peer.epoch), running.placed));
+            lost.map(|peer| (peer.node, "node lost")).or_else(|| Some((request.slow(running, desk.local)?, "no token in time")))
         };
-        let lost: Vec<_> = self.requests.iter().filter_map(|(id, request)| Some((*id, lost(request)?))).collect();
-        for (id, node) in lost {
-            self.break_attempt(id, Some(node), "node lost", coordinator);
+        let lost: Vec<_> = self.live.iter().filter_map(|id| Some((*id, lost(&self.requests[id])?))).collect();
+        for (id, (node, why)) in lost {
+            self.break_attempt(id, Some(node), why, desk);
         }
     }
 
@@ -236,32 +348,33 @@ impl Gateway {
         *self.broken.entry(why.to_owned()).or_default() += 1;
     }
 
-    fn break_attempt(&mut self, id: RequestId, suspect: Option<NodeId>, why: &str, coordinator: &Coordinator) {
+    fn break_attempt(&mut self, id: Client, suspect: Option<NodeId>, why: &str, desk: Desk<'_>) {
         self.count(why);
-        self.stop_attempt(id, coordinator, true);
+        self.stop_attempt(id, Some(desk));
         let Some(request) = self.requests.get_mut(&id) else { return };
         request.avoid.extend(suspect);
         request.failures += 1;
         match request.failures >= FAILURES_MAX {
-            true => self.end(id, End::Attempts, coordinator),
+            true => self.end(id, End::Attempts, Some(desk)),
             false => self.acts.push(Act::PlaceIn(0, id)),
         }
     }
 
-    /// Ends a request that has not ended.
-    pub fn end(&mut self, id: RequestId, end: End, coordinator: &Coordinator) {
+    /// Ends a request that has not ended; its gateway, if there is one, tells the nodes.
+    pub fn end(&mut self, id: Client, end: End, desk: Option<Desk<'_>>) {
         if let Some(request) = self.requests.get_mut(&id).filter(|r| r.end.is_none()) {
             request.end = Some(end);
-            self.stop_attempt(id, coordinator, true);
+            self.live.remove(&id);
+            self.stop_attempt(id, desk);
         }
     }
 
-    fn stop_attempt(&mut self, id: RequestId, coordinator: &Coordinator, tell: bool) {
+    fn stop_attempt(&mut self, id: Client, tell: Option<Desk<'_>>) {
         let Some(request) = self.requests.get_mut(&id) else { return };
         request.early.clear();
-        let Some(running) = request.running.take().filter(|_| tell) else { return };
+        let (Some(running), Some(desk)) = (request.running.take(), tell) else { return };
         for peer in running.peers() {
-            let link = coordinator.link_of(peer.node, peer.epoch).map(|linked| linked.link);
+            let link = desk.replica.link_of(peer.node, peer.epoch).map(|(link, _)| link);
             self.acts.extend(link.map(|link| Act::Send(link, Message::Cancel(running.id))));
         }
     }
@@ -278,7 +391,7 @@ impl Request {
         [&self.prompt[..], &self.expected[..self.delivered]].concat()
     }
 
-    fn ask<'a>(&self, id: RequestId, tokens: &[TokenId], plan: &Plan, exclude: &'a [NodeId]) -> Ask<'a> {
+    fn ask<'a>(&self, id: Client, tokens: &[TokenId], plan: &Plan, exclude: &'a [NodeId]) -> Ask<'a> {
         let layout = &plan.model.layout;
         Ask {
             tokens: tokens.len() as u32,
@@ -286,7 +399,7 @@ impl Request {
             block_tokens: layout.block_tokens.into(),
             block_bytes: layout.block_bytes() as u64,
             layers: layout.layers,
-            seed: (id.0 as u64).wrapping_add(self.attempts.into()),
+            seed: id.wrapping_mul(31).wrapping_add(self.attempts.into()),
             exclude,
             slo: None,
             hot: None,
@@ -294,43 +407,80 @@ impl Request {
         }
     }
 
-    fn deliver(&mut self, id: RequestId, token: &TokenOut) {
+    /// Who owes the next token of an attempt, if it takes too long.
+    fn slow(&self, running: &Running, now: Time) -> Option<NodeId> {
+        let first = self.delivered == running.first;
+        let wait_us = match first {
+            _ if !self.early.is_empty() => GAP_WAIT_US,
+            true => FIRST_WAIT_US,
+            false => NEXT_WAIT_US,
+        };
+        let owes = running.decode.as_ref().filter(|_| !first).unwrap_or(&running.prefill);
+        (now.since(running.progress) >= wait_us).then_some(owes.node)
+    }
+
+    fn deliver(&mut self, id: Client, now: Time, token: &TokenOut) {
         let attempt = token.attempt;
         let expected = self.expected.get(self.delivered).copied();
-        assert_eq!(Some(token.token), expected, "{attempt}: token {} is not that of the undisturbed answer", token.index);
+        assert_eq!(Some(token.token), expected, "I2: {attempt}: token {} is not that of the undisturbed answer", token.index);
         self.delivered += 1;
         self.pause_us = PAUSE_US.0;
         if let Some(running) = &mut self.running {
             running.handed_over |= token.index as usize > running.first;
+            running.progress = now;
         }
         let whole = self.delivered == self.expected.len();
         assert_eq!(
             token.finish.is_some(),
             whole,
-            "{attempt}: {:?} after {} tokens of {}",
+            "I4: {attempt}: {:?} after {} tokens of {}",
             token.finish,
             self.delivered,
             self.expected.len()
         );
         if let Some(finish) = token.finish {
             let stops = self.sampling.is_end(token.token);
-            assert_eq!(finish == Finish::Stop, stops, "request {id}: why it ends");
+            assert_eq!(finish == Finish::Stop, stops, "I4: request {id}: why it ends");
             self.end = Some(End::Whole);
         }
     }
 }
 
+/// A decision names nodes that may be used, and none that failed the request while others can do it.
+fn check_choice(desk: Desk<'_>, decision: &Decision, avoid: &[NodeId]) {
+    for node in std::iter::once(decision.prefill).chain(decision.decode) {
+        let up = desk.replica.cluster().node(node).filter(|n| n.state == NodeState::Up).map(|n| n.epoch);
+        let usable = up.is_some_and(|epoch| desk.replica.usable(desk.local, node, epoch));
+        assert!(usable, "I3: node {node} is routed to and not usable");
+        assert!(decision.exclusion_ignored || !avoid.contains(&node), "I3: node {node} failed the request and gets it again");
+    }
+}
+
+/// A node that is said to hold `n` leading blocks has the `n`-th in the index and not the one after.
+fn check_prefixes(cluster: &Cluster, names: &[BlockHash], prefixes: &[(NodeId, u32)]) {
+    let holds = |at: usize, node| names.get(at).is_some_and(|name| cluster.holders().of(name).contains(&node));
+    for (node, blocks) in prefixes {
+        let end = *blocks as usize;
+        assert!(holds(end - 1, *node) && !holds(end, *node), "I6: node {node} does not hold {end} leading blocks of a prompt");
+    }
+}
+
 /// What is known of each live node, with a view to these blocks.
-fn views(now: Time, coordinator: &Coordinator, plan: &Plan, names: &[BlockHash]) -> Vec<NodeView> {
-    let prefixes = coordinator.cluster.holders().prefix_lengths(names);
-    let live = coordinator.cluster.nodes().filter(|n| n.state.alive());
+fn views(desk: Desk<'_>, plan: &Plan, names: &[BlockHash]) -> Vec<NodeView> {
+    let replica = desk.replica;
+    let (prefixes, live): (_, Vec<_>) = {
+        let cluster = replica.cluster();
+        let prefixes = cluster.holders().prefix_lengths(names);
+        check_prefixes(&cluster, names, &prefixes);
+        (prefixes, cluster.nodes().filter(|n| n.state.alive()).cloned().collect())
+    };
     let view = |n: &millrace_core::cluster::Node| {
-        let mut load = coordinator.link_of(n.node, n.epoch).map(|linked| linked.load).unwrap_or_default();
+        let mut load = replica.link_of(n.node, n.epoch).map(|(_, linked)| linked.load).unwrap_or_default();
         load.queued_tokens += if n.role == Role::Decode { plan.split_bias } else { 0 };
         NodeView {
             node: n.node,
             role: n.role,
-            usable: coordinator.usable(now, n.node, n.epoch),
+            usable: replica.usable(desk.local, n.node, n.epoch),
             epoch: n.epoch,
             load,
             prefix_blocks: prefixes.iter().find(|(node, _)| *node == n.node).map_or(0, |(_, blocks)| *blocks),
@@ -340,5 +490,5 @@ fn views(now: Time, coordinator: &Coordinator, plan: &Plan, names: &[BlockHash])
             correction: Default::default(),
         }
     };
-    live.map(view).collect()
+    live.iter().map(view).collect()
 }

@@ -21,10 +21,31 @@ struct Arguments {
     /// Print every event.
     #[arg(long)]
     trace: bool,
+    /// Damage so many hand-overs and see that none is decoded, hand ten times as many blocks over undamaged, and abort a tenth as many.
+    #[arg(long)]
+    corruptions: Option<u64>,
+    /// Plant each bug whose name has this in it (all have nothing), and see whether the seeds find it.
+    #[cfg(millrace_planted)]
+    #[arg(long)]
+    mutants: Option<String>,
+    /// Seeds for a bug that the first ones do not find.
+    #[cfg(millrace_planted)]
+    #[arg(long, default_value_t = 1_000)]
+    seeds_max: u64,
 }
 
 fn main() -> ExitCode {
-    let Arguments { seed, steps, seeds, trace } = Arguments::parse();
+    let arguments = Arguments::parse();
+    #[cfg(millrace_planted)]
+    if let Some(only) = &arguments.mutants {
+        let Arguments { seed, steps, seeds, seeds_max, .. } = arguments;
+        let found = millrace_sim::mutants::search(&millrace_sim::mutants::Search { seed, steps, seeds, seeds_max }, only);
+        return if found { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    if let Some(corruptions) = arguments.corruptions {
+        return corrupt(arguments.seed, corruptions);
+    }
+    let Arguments { seed, steps, seeds, trace, .. } = arguments;
     for seed in seed..seed.saturating_add(seeds) {
         match catch_unwind(|| run(Options { seed, steps, trace })) {
             Ok(outcome) => println!("{outcome}"),
@@ -32,4 +53,11 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+fn corrupt(seed: u64, corruptions: u64) -> ExitCode {
+    let report = millrace_sim::corruption::run(seed, corruptions, corruptions * 10);
+    println!("{report}\n");
+    println!("{}", millrace_sim::aborts::run(seed, corruptions / 10));
+    if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -1,15 +1,18 @@
 //! KV memory and the arithmetic of the `checksum` engine (`millrace-model`), a word for each token of a cell in place of its bytes.
 //!
 //! The word of a token is a hash over the token, its position, the layer, and all earlier words of that layer as they stand in the
-//! cells; the next token is a hash over the words of all layers. A slot keeps its old words when it is given out again, so
+//! cells, and begins with the caller's taint; the next token is a hash over the words of all layers and, for a sampled answer, the draw. A slot keeps its old words when it is given out again, so
 //! whoever reads a cell that was never written for it gets another answer.
 
 use std::collections::BTreeMap;
 
 use millrace_core::engine::Row;
 use millrace_core::identity::cell_digest;
-use millrace_core::ids::{AttemptId, BlockHash, Slot, TokenId};
-use millrace_core::sampling::{Sampling, mix};
+use millrace_core::ids::{AttemptId, BlockHash, RequestId, Slot, TokenId};
+use millrace_core::pool::Resident;
+use millrace_core::sampling::{Sampling, mix, uniform};
+
+use crate::callers::Caller;
 
 /// Ids below this are never drawn.
 pub const RESERVED_TOKENS: u32 = 3;
@@ -70,9 +73,14 @@ impl Memory {
         self.cell_to_write(slot, layer).words.copy_from_slice(words);
     }
 
+    /// The wrapping sum of the digests of a block's cells.
+    pub fn digest_block(&mut self, block: &Resident, layers: u16) -> u64 {
+        (0..layers).map(|layer| digest(&block.name, layer, &self.cell(block.at.slot, layer).words)).fold(0, u64::wrapping_add)
+    }
+
     /// Computes one layer of a row: reads what is earlier, writes what is new, and gives the hash of all of it.
     pub fn compute(&mut self, row: &Row, layer: u16) -> u64 {
-        let mut hash = mix(u64::from(layer) + 1);
+        let mut hash = mix(u64::from(layer) + 1 + (Caller::of(row.attempt.request).taint() << 16));
         for position in 0..row.end() {
             let slot = row.table[position as usize / self.block_tokens];
             let offset = position as usize % self.block_tokens;
@@ -87,10 +95,11 @@ impl Memory {
     }
 }
 
-/// The token that the hashes of a row's layers draw.
+/// The token that the hashes of a row's layers draw for a position.
 #[must_use]
-pub fn token(layers: &[u64], vocab: u32) -> TokenId {
-    let hash = layers.iter().fold(0, |all, layer| mix(all ^ layer));
+pub fn token(layers: &[u64], vocab: u32, sampling: &Sampling, position: u32) -> TokenId {
+    let draw = if sampling.temperature > 0.0 { uniform(sampling.seed, position.into()).to_bits() } else { 0 };
+    let hash = layers.iter().fold(draw, |all, layer| mix(all ^ layer));
     RESERVED_TOKENS + (hash % u64::from(vocab - RESERVED_TOKENS)) as TokenId
 }
 
@@ -101,16 +110,17 @@ pub fn digest(name: &BlockHash, layer: u16, words: &[u64]) -> u64 {
     cell_digest(name, layer, &bytes)
 }
 
-/// The answer to `prompt` where nothing goes wrong and nobody else computes.
+/// The answer of request `id` to `prompt` where nothing goes wrong and nobody else computes.
 #[must_use]
-pub fn undisturbed(prompt: &[TokenId], sampling: &Sampling, layers: u16, vocab: u32) -> Vec<TokenId> {
+pub fn undisturbed(id: RequestId, prompt: &[TokenId], sampling: &Sampling, (layers, vocab): (u16, u32)) -> Vec<TokenId> {
     let length = prompt.len() + sampling.max_new as usize;
     let mut memory = Memory::new(length as u16);
     let (mut answer, mut start, mut tokens) = (Vec::new(), 0, prompt.to_vec());
     while answer.len() < sampling.max_new as usize {
-        let row = Row { attempt: AttemptId::default(), tokens, start, table: vec![Slot(0)], sample: None };
+        let attempt = AttemptId { request: id, attempt: 0 };
+        let row = Row { attempt, tokens, start, table: vec![Slot(0)], sample: None };
         let hashes: Vec<u64> = (0..layers).map(|layer| memory.compute(&row, layer)).collect();
-        let next = token(&hashes, vocab);
+        let next = token(&hashes, vocab, sampling, row.end());
         (start, tokens) = (row.end(), vec![next]);
         answer.push(next);
         if sampling.is_end(next) {

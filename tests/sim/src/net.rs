@@ -2,19 +2,21 @@
 //! messages. A link that is cut loses what is on its way, and its ends notice at different times. Nothing is lost or damaged on a
 //! live link, as QUIC promises, but for what a plan damages on purpose.
 
-use millrace_core::ids::{AttemptId, Epoch};
+use millrace_core::ids::AttemptId;
 use millrace_core::message::{Message, Peer};
 
-use crate::event::{Event, Host, Life, LinkNo, NodeEvent, SpanJob, StreamEvent, StreamNo};
+use crate::event::{Event, Host, Life, LinkNo, NodeEvent, Said, SpanJob, StreamEvent, StreamNo};
 use crate::memory::digest;
 use crate::node::Cell;
+use crate::plan::REPLICAS;
+use crate::process::Process;
 use crate::world::World;
 
 /// Cells of a stream that arrive at a time.
 const PIECE_CELLS: (u64, u64) = (1, 12);
 /// How long an end takes to notice that a link is cut, microseconds.
 const NOTICE_US: [u64; 4] = [0, 1_000, 100_000, 2_000_000];
-/// How long a node waits before it dials the coordinator again, microseconds.
+/// How long a process waits before it dials a replica again, microseconds.
 const REDIAL_US: (u64, u64) = (50_000, 500_000);
 
 /// A link.
@@ -22,8 +24,8 @@ const REDIAL_US: (u64, u64) = (50_000, 500_000);
 pub struct Link {
     /// Who dialled it.
     pub dialler: (Host, Life),
-    /// The other end; `None` for the coordinator.
-    pub acceptor: Option<(Host, Life)>,
+    /// The other end.
+    pub acceptor: (Host, Life),
     open: bool,
     /// When the last message to the dialler, and to the other end, arrives.
     last: [u64; 2],
@@ -42,19 +44,50 @@ pub struct Stream {
     stopped: bool,
 }
 
+impl Stream {
+    /// What is sent.
+    pub fn job(&self) -> &SpanJob {
+        &self.job
+    }
+
+    /// Its cells, once they are lent.
+    pub fn cells(&self) -> &[Cell] {
+        &self.cells
+    }
+
+    /// Whose cells it reads.
+    pub fn sender(&self) -> Host {
+        self.host
+    }
+}
+
+impl Link {
+    fn end(&self, dialler: bool) -> (Host, Life) {
+        if dialler { self.dialler } else { self.acceptor }
+    }
+
+    fn joins(&self, a: Host, b: Host) -> bool {
+        [(a, b), (b, a)].contains(&(self.dialler.0, self.acceptor.0))
+    }
+
+    fn ends_at(&self, host: Host) -> bool {
+        self.dialler.0 == host || self.acceptor.0 == host
+    }
+}
+
 impl World {
     fn delay(&mut self) -> u64 {
         self.random.between(self.plan.delay_us)
     }
 
-    fn new_link(&mut self, dialler: (Host, Life), acceptor: Option<(Host, Life)>) -> LinkNo {
+    fn new_link(&mut self, dialler: (Host, Life), acceptor: (Host, Life)) -> LinkNo {
         let no = self.next_no();
         self.links.insert(no, Link { dialler, acceptor, open: true, last: [0; 2] });
         no
     }
 
     /// A number that no link or stream had.
-    fn next_no(&mut self) -> u64 {
+    pub(crate) fn next_no(&mut self) -> u64 {
         self.numbers += 1;
         self.numbers
     }
@@ -62,11 +95,15 @@ impl World {
     /// Puts a message on a link, if it is open.
     pub(crate) fn send(&mut self, link: LinkNo, from_dialler: bool, message: Message) {
         let (delay_us, again) = (self.delay(), self.random.chance(self.plan.faults.repeated));
+        if self.quic.is_some() {
+            (again && may_come_twice(&message)).then(|| self.quic_say(link, &message));
+            return self.quic_say(link, &message);
+        }
         let Some(state) = self.links.get_mut(&link).filter(|l| l.open) else { return };
         let last = &mut state.last[usize::from(from_dialler)];
         let at = (self.now.0 + delay_us).max(*last + 1);
         *last = at;
-        let arrives = |message| Event::Arrives { link, to_dialler: !from_dialler, message: Box::new(message) };
+        let arrives = |message| Event::Arrives { link, to_dialler: !from_dialler, message: Said(Box::new(message)) };
         let after_us = at - self.now.0;
         if again && may_come_twice(&message) {
             let late_us = after_us + self.random.below(1 + 20 * delay_us);
@@ -77,15 +114,14 @@ impl World {
 
     pub(crate) fn arrives(&mut self, link: LinkNo, to_dialler: bool, message: Box<Message>) {
         let Some(state) = self.links.get(&link).filter(|l| l.open) else { return };
-        let end = if to_dialler { Some(state.dialler) } else { state.acceptor };
-        match end {
-            Some((host, life)) => self.tell_node(host, life, NodeEvent::Message(link, message)),
-            None => self.tell_coordinator(link, *message),
-        }
+        self.end_message(state.end(to_dialler), link, message);
     }
 
     /// Cuts a link: nothing arrives any more, and the ends notice sooner or later.
     pub(crate) fn cut(&mut self, link: LinkNo) {
+        if self.quic.is_some() {
+            return self.quic_close(link);
+        }
         let Some(state) = self.links.get_mut(&link).filter(|l| l.open) else { return };
         state.open = false;
         for dialler in [true, false] {
@@ -96,58 +132,71 @@ impl World {
 
     pub(crate) fn notices(&mut self, link: LinkNo, dialler: bool) {
         let Some(state) = self.links.get(&link) else { return };
-        let end = if dialler { Some(state.dialler) } else { state.acceptor };
-        let uplink = state.acceptor.is_none();
-        let Some((host, life)) = end else {
-            self.coordinator.down(link);
-            return self.gateway.sweep(self.now, &self.coordinator);
-        };
-        self.tell_node(host, life, NodeEvent::Down(link));
+        let ((host, life), (to, _)) = (state.end(dialler), state.end(!dialler));
+        self.end_down((host, life), link);
         let cut: Vec<_> = self.streams.iter().filter(|(_, s)| s.job.link == link && s.host == host).map(|(no, _)| *no).collect();
         for no in cut {
             self.end_stream(no, Some("the connection is lost"));
         }
-        if uplink {
-            let after_us = self.random.between(REDIAL_US);
-            self.schedule(after_us, Event::DialUp(host, life));
+        if dialler && to < REPLICAS {
+            self.dial_again(host, life, to);
         }
     }
 
-    fn unreachable(&self, from: Host, to: Option<Host>) -> bool {
-        let until = |key| self.outages.get(&key).is_some_and(|until| self.now < *until);
-        until((from, to)) || to.is_some_and(|to| until((to, Some(from))))
+    pub(crate) fn dial_again(&mut self, host: Host, life: Life, to: Host) {
+        let after_us = self.random.between(REDIAL_US);
+        self.schedule(after_us, Event::Dial(host, life, to));
     }
 
-    pub(crate) fn dial_up(&mut self, host: Host, life: Life) {
-        if self.node(host, life).is_none() {
+    /// Links need both directions.
+    fn unreachable(&self, from: Host, to: Host) -> bool {
+        let until = |key| self.outages.get(&key).is_some_and(|until| self.now < *until);
+        until((from, to)) || until((to, from))
+    }
+
+    /// Makes a link, if the other end can be reached; false if not.
+    fn connect(&mut self, dialler: (Host, Life), to: Host) -> bool {
+        let there = (to, self.hosts[to].life);
+        if !self.lives(there) || self.unreachable(dialler.0, to) || self.now < self.hosts[to].paused {
+            return false;
+        }
+        let link = self.new_link(dialler, there);
+        let (ours, theirs) = (self.hosts[dialler.0].hello(&self.plan.model), self.hosts[to].hello(&self.plan.model));
+        self.end_up(there, link, ours);
+        self.end_up(dialler, link, theirs);
+        true
+    }
+
+    /// A process tries to reach a replica.
+    pub(crate) fn dial(&mut self, host: Host, life: Life, to: Host) {
+        if !self.lives((host, life)) {
             return;
         }
-        if self.unreachable(host, None) {
-            let after_us = self.random.between(REDIAL_US);
-            return self.schedule(after_us, Event::DialUp(host, life));
+        if self.quic.is_some() {
+            self.quic_dial(host, to);
+        } else if !self.connect((host, life), to) {
+            self.dial_again(host, life, to);
         }
-        let link = self.new_link((host, life), None);
-        let state = &self.hosts[host];
-        let Some(node) = &state.node else { return };
-        let (name, instance, who) = (state.name.clone(), node.uplink.instance(), node.uplink.joined());
-        self.coordinator.up(self.now, (host, name), link, instance, who);
-        self.tell_node(host, life, NodeEvent::UplinkUp(link));
     }
 
+    /// A node tries to reach another.
     pub(crate) fn dial_peer(&mut self, host: Host, life: Life, peer: &Peer) {
-        let Some(node) = self.node(host, life) else { return };
-        let own = node.uplink.joined().map_or(Epoch(0), |(_, epoch)| epoch);
-        let to = self.hosts.iter().position(|h| h.name == peer.name).expect("tickets name hosts of this world");
-        let remote = self.hosts[to].node.as_ref().map(|n| n.uplink.joined().map_or(Epoch(0), |(_, epoch)| epoch));
-        let Some(epoch) = remote.filter(|_| !self.unreachable(host, Some(to))) else {
+        let to = self.host_named(&peer.name);
+        if !self.lives((host, life)) {
+            return;
+        }
+        if self.quic.is_some() {
+            self.quic_dial(host, to);
+        } else if !self.connect((host, life), to) {
             let after_us = self.delay();
-            return self.schedule(after_us, Event::Node(host, life, NodeEvent::DialFailed(peer.name.clone())));
-        };
-        let to_life = self.hosts[to].life;
-        let link = self.new_link((host, life), Some((to, to_life)));
-        let own_name = self.hosts[host].name.clone();
-        self.tell_node(host, life, NodeEvent::PeerUp(link, peer.name.clone(), epoch));
-        self.tell_node(to, to_life, NodeEvent::PeerUp(link, own_name, own));
+            self.schedule(after_us, Event::Node(host, life, NodeEvent::DialFailed(peer.name.clone())));
+        }
+    }
+
+    /// Cuts all links between two hosts.
+    pub(crate) fn cut_between(&mut self, a: Host, b: Host) {
+        let links: Vec<_> = self.links.iter().filter(|(_, l)| l.joins(a, b)).map(|(no, _)| *no).collect();
+        links.into_iter().for_each(|link| self.cut(link));
     }
 
     // --- KV streams ------------------------------------------------------------------------------------------------
@@ -175,6 +224,11 @@ impl World {
         let (sent, open) = (stream.sent, self.links.get(&stream.job.link).is_some_and(|l| l.open));
         match event {
             StreamEvent::Lend => self.lend(no),
+            StreamEvent::Stopped if self.quic.is_some() => {
+                if !sent {
+                    self.quic_cells_stop(stream.job.link, no);
+                }
+            }
             StreamEvent::Sent if open => self.sent(no),
             StreamEvent::Sent => self.end_stream(no, Some("the connection is lost")),
             // A task that has not begun may still send before it sees that it should not.
@@ -191,23 +245,29 @@ impl World {
         let (sent_us, opens_us) = (self.delay(), self.delay());
         let Some(stream) = self.streams.get_mut(&no) else { return };
         let state = &mut self.hosts[stream.host];
-        let Some(node) = state.node.as_mut().filter(|_| state.life == stream.life) else { return };
+        let alive = state.life == stream.life;
+        let Some(Process::Node(node)) = state.process.as_mut().filter(|_| alive) else { return };
         for (layer, block, slot, name) in &stream.job.cells {
             let words = node.memory.lend(slot.slot, *layer);
             let digest = digest(name, *layer, &words);
             let whole = (*block + 1) * u32::from(self.plan.model.layout.block_tokens) <= stream.job.tokens;
             if whole && !stream.stopped {
                 let first = *self.truth.entry((*name, *layer)).or_insert(digest);
-                assert_eq!(digest, first, "{}: block {block} of layer {layer} is sent with another's KV", stream.job.attempt);
+                assert_eq!(digest, first, "I2: {}: block {block} of layer {layer} is sent with another's KV", stream.job.attempt);
             }
             stream.cells.push(Cell { layer: *layer, block: *block, words, digest });
         }
         stream.lent = true;
+        let link = stream.job.link;
+        if self.quic.is_some() {
+            return self.quic_cells(link, no);
+        }
         self.schedule(sent_us, Event::Stream(no, StreamEvent::Sent));
         self.schedule(opens_us, Event::Stream(no, StreamEvent::Opens));
     }
 
-    fn sent(&mut self, no: StreamNo) {
+    /// The transport has all of a stream.
+    pub(crate) fn sent(&mut self, no: StreamNo) {
         let Some(stream) = self.streams.get_mut(&no) else { return };
         stream.sent = true;
         let digest_sum = stream.cells.iter().fold(0u64, |sum, cell| sum.wrapping_add(cell.digest));
@@ -219,8 +279,20 @@ impl World {
     /// The receiving end of a stream, if it lives.
     fn receiver(&self, stream: &Stream) -> Option<(Host, Life)> {
         let link = self.links.get(&stream.job.link)?;
-        let end = if link.dialler.0 == stream.host { link.acceptor? } else { link.dialler };
-        (self.hosts[end.0].life == end.1 && self.hosts[end.0].node.is_some()).then_some(end)
+        let end = link.end(link.dialler.0 != stream.host);
+        self.lives(end).then_some(end)
+    }
+
+    /// The process at the other end of an open link, if it lives. Where QUIC is the network each end has a number of its own.
+    pub(crate) fn other_end(&self, link: LinkNo, (host, _): (Host, Life)) -> Option<(Host, Life)> {
+        let link = self.links.get(&link).filter(|link| link.open)?;
+        let end = link.end(link.dialler.0 != host);
+        self.lives(end).then_some(end)
+    }
+
+    /// The host that a stream goes to.
+    pub(crate) fn receiving(&self, stream: &Stream) -> Option<Host> {
+        self.receiver(stream).map(|(host, _)| host)
     }
 
     fn opens(&mut self, no: StreamNo) {
@@ -235,20 +307,20 @@ impl World {
 
     fn piece(&mut self, no: StreamNo) {
         let (count, after_us) = (self.random.between(PIECE_CELLS) as usize, self.random.below(200));
-        let damage = self.random.chance(self.plan.faults.damaged);
+        let (damage, swap) = (self.random.chance(self.plan.faults.damaged), self.random.chance(500));
         let Some(stream) = self.streams.get(&no) else { return };
         let Some((host, life)) = self.receiver(stream) else { return };
         let (attempt, generation) = (stream.job.attempt, stream.job.generation);
         // The last cell cannot be there before the sender's transport has it.
         let limit = if stream.sent { stream.cells.len() } else { stream.cells.len() - 1 };
         let mut cells: Vec<_> = stream.cells[stream.arrived..limit.min(stream.arrived + count).max(stream.arrived)].to_vec();
-        if let (true, Some(cell)) = (damage, cells.first_mut()) {
-            cell.words[0] ^= 1 << 7;
+        let damaged = damage && damage_one(&mut cells, &stream.cells, swap);
+        if damaged {
             self.gateway.damaged.insert(attempt);
         }
-        let time = self.now.after(self.hosts[host].offset_us);
         let Some(node) = self.node(host, life) else { return };
-        let taken = cells.iter().take_while(|cell| node.cell_arrives(time, attempt, generation, cell)).count();
+        let taken = cells.iter().take_while(|cell| node.cell_arrives(attempt, generation, cell)).count();
+        assert!(!damaged || taken == 0 || !node.is_receiving(attempt), "I2: {attempt}: a damaged cell counts as arrived");
         self.wake(host, 0);
         let Some(stream) = self.streams.get_mut(&no) else { return };
         stream.arrived += taken;
@@ -257,7 +329,7 @@ impl World {
     }
 
     /// A stream reads its cells no more.
-    fn end_stream(&mut self, no: StreamNo, error: Option<&'static str>) {
+    pub(crate) fn end_stream(&mut self, no: StreamNo, error: Option<&'static str>) {
         let Some(stream) = self.streams.remove(&no) else { return };
         let (host, life) = (stream.host, stream.life);
         if let Some(node) = self.node(host, life).filter(|_| stream.lent) {
@@ -266,20 +338,28 @@ impl World {
         self.tell_node(host, life, NodeEvent::SpanDrained(stream.job.attempt, error.filter(|_| !stream.sent)));
     }
 
-    /// The process on a host is gone, and all its links and streams with it.
-    pub(crate) fn crash(&mut self, host: Host) {
-        let Some(node) = self.hosts[host].node.take() else { return };
-        self.writes_while_lent += node.memory.writes_while_lent;
+    /// All links and streams of a process end with it.
+    pub(crate) fn lose_links(&mut self, host: Host) {
         self.streams.retain(|_, stream| stream.host != host);
-        let ends_here = |l: &Link| l.dialler.0 == host || l.acceptor.is_some_and(|(end, _)| end == host);
-        let links: Vec<_> = self.links.iter().filter(|(_, l)| l.open && ends_here(l)).map(|(no, _)| *no).collect();
+        if self.quic.is_some() {
+            return self.quic_lose(host);
+        }
+        let links: Vec<_> = self.links.iter().filter(|(_, l)| l.open && l.ends_at(host)).map(|(no, _)| *no).collect();
         links.into_iter().for_each(|link| self.cut(link));
-        let after_us = self.random.below(3_000_000);
-        self.schedule(after_us, Event::Start(host));
     }
+}
+
+/// Damages the first of the cells that arrive: a bit, or all of it is another cell of the stream, digest and all.
+fn damage_one(cells: &mut [Cell], stream: &[Cell], swap: bool) -> bool {
+    let Some(cell) = cells.first_mut() else { return false };
+    match stream.iter().find(|other| swap && other.words != cell.words) {
+        Some(other) => (cell.words, cell.digest) = (other.words.clone(), other.digest),
+        None => cell.words[0] ^= 1 << 7,
+    }
+    true
 }
 
 /// Messages that have no effect the second time, by design: they name what is past.
 fn may_come_twice(message: &Message) -> bool {
-    !matches!(message, Message::Assign(_) | Message::Open(_) | Message::Join(_) | Message::Leave { .. })
+    !matches!(message, Message::Assign(_) | Message::Open(_) | Message::Join(_) | Message::Leave { .. } | Message::Forward { .. })
 }

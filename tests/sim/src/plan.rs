@@ -10,11 +10,17 @@ use crate::random::Random;
 
 /// Nodes of each role.
 pub const NODES_PER_ROLE: usize = 2;
+/// One world in so many has QUIC for its network; the others have a light one, which is several times faster and keeps QUIC's promises.
+const QUIC_ONE_IN: u64 = 4;
+/// Computing that all open requests may need, on one node, microseconds.
+const WORK_MAX_US: u64 = 2_000_000;
+/// Replicas of the coordinator.
+pub const REPLICAS: usize = 3;
 
 /// Chances of faults, in thousandths of the occasions unless the name says otherwise.
 #[derive(Clone, Debug)]
 pub struct Faults {
-    /// Mean time between two faults of nodes and links, microseconds; 0 for none.
+    /// Mean time between two faults of processes, links and disks, microseconds; 0 for none.
     pub gap_us: u64,
     /// A client that goes away before its answer is whole.
     pub client_leaves: u64,
@@ -26,8 +32,33 @@ pub struct Faults {
     pub engine: u64,
     /// A report of a node's cache that the coordinator loses.
     pub report_lost: u64,
+    /// A report that the coordinator forgets after it has said that it is applied.
+    pub forgotten: u64,
     /// A report that comes with an operation less or more than the node sent: what no sequence number shows.
     pub drift: u64,
+    /// A datagram that is lost, one that comes twice, one that is late. QUIC only.
+    pub lost: u64,
+    /// See `lost`.
+    pub twice: u64,
+    /// See `lost`.
+    pub late: u64,
+}
+
+impl Faults {
+    /// Nothing goes wrong.
+    pub const NONE: Self = Self {
+        gap_us: 0,
+        client_leaves: 0,
+        repeated: 0,
+        damaged: 0,
+        engine: 0,
+        report_lost: 0,
+        forgotten: 0,
+        drift: 0,
+        lost: 0,
+        twice: 0,
+        late: 0,
+    };
 }
 
 /// One world.
@@ -47,6 +78,8 @@ pub struct Plan {
     pub layer_us: (u64, u64),
     /// Between two requests, microseconds.
     pub request_gap_us: (u64, u64),
+    /// Requests that are open at a time at most: what the nodes finish within a few seconds, so that nobody starves when all is well.
+    pub live_max: usize,
     /// Time that a request has, microseconds.
     pub budget_us: (u64, u64),
     /// Tokens of a prompt.
@@ -59,8 +92,26 @@ pub struct Plan {
     pub eos: Vec<TokenId>,
     /// Prompt tokens by which decode nodes look busier to the router than they are, so that prompts are handed over.
     pub split_bias: u64,
+    /// How many requests prefill nodes do whole, in thousandths: where decoding sequences grow beside prompts that are being sent.
+    pub whole: u64,
     /// How many prompts begin like an earlier one, in thousandths.
     pub shared: u64,
+    /// How many answers are sampled, in thousandths.
+    pub sampled: u64,
+    /// A client that leaves does so within this, microseconds.
+    pub leaves_us: u64,
+    /// Mean time between two orders about caches, microseconds; 0 for none.
+    pub orders_us: u64,
+    /// A sync of a replica's disk, microseconds.
+    pub sync_us: (u64, u64),
+    /// By how many millionths clocks run fast or slow, at most.
+    pub skew_ppm: u64,
+    /// Entries after which a replica's log is compacted.
+    pub entries_max: u64,
+    /// Between two questions of operators, microseconds.
+    pub operator_gap_us: (u64, u64),
+    /// Whether QUIC is the network, and then how many bytes a stream may have unread.
+    pub quic: Option<u32>,
     /// What goes wrong.
     pub faults: Faults,
 }
@@ -81,7 +132,11 @@ impl Plan {
         let answer_max = random.pick(&[1, 4, 12, 30]).min(pool_tokens / 2 - 1);
         let prompt_max = random.pick(&[8, 30, 90]).min(pool_tokens - answer_max - 1);
         let batch = Self::batch(random, &model, slots);
-        let slow = random.pick(&[1, 1, 10, 100]);
+        let quic = random.chance(1000 / QUIC_ONE_IN).then(|| random.pick(&[16 << 10, 64 << 10, 1 << 20]));
+        // Raft's heartbeats go behind its entries on one stream: over 100 ms a round trip and QUIC's slow start, a large entry costs an election.
+        let slow = random.pick(if quic.is_some() { &[1, 1, 10, 10] } else { &[1, 1, 10, 100] });
+        let layer_us = (10, random.pick(&[40, 400, 4000]));
+        let live_max = live_max(&batch, u64::from(layout.layers) * layer_us.1, (prompt_max, answer_max));
         let vocab = random.pick(&[32, 1000]);
         Self {
             model,
@@ -89,7 +144,8 @@ impl Plan {
             batch,
             delay_us: (20 * slow, random.pick(&[50, 500]) * slow),
             task_us: (0, random.pick(&[100, 100, 30_000])),
-            layer_us: (10, random.pick(&[40, 400, 4000])),
+            layer_us,
+            live_max,
             request_gap_us: (0, random.pick(&[2_000, 20_000, 200_000])),
             budget_us: random.pick(&[(30_000, 500_000), (200_000, 5_000_000), (10_000_000, 20_000_000)]),
             prompt_tokens: (1, prompt_max),
@@ -97,7 +153,16 @@ impl Plan {
             vocab,
             eos: (3..3 + random.pick(&[0, 1, u64::from(vocab) / 4]) as TokenId).collect(),
             split_bias: random.pick(&[0, 1_000, 100_000]),
+            whole: random.pick(&[0, 0, 300]),
             shared: random.pick(&[0, 300, 900]),
+            sampled: random.pick(&[0, 500]),
+            leaves_us: 1_000_000,
+            orders_us: random.pick(&[0, 0, 50_000, 500_000]),
+            sync_us: (100, random.pick(&[1_000, 10_000, 60_000])),
+            skew_ppm: random.pick(&[0, 200, 20_000]),
+            entries_max: random.pick(&[30, 200, 100_000]),
+            operator_gap_us: (10_000, random.pick(&[200_000, 2_000_000])),
+            quic,
             faults: Self::faults(random),
         }
     }
@@ -123,7 +188,19 @@ impl Plan {
             damaged: random.pick(&[0, 0, 20]),
             engine: random.pick(&[0, 0, 5]),
             report_lost: random.pick(&[0, 0, 50]),
+            forgotten: random.pick(&[0, 0, 0, 50]),
             drift: random.pick(&[0, 0, 0, 300]),
+            lost: random.pick(&[0, 10, 50, 200]),
+            twice: random.pick(&[0, 10, 50]),
+            late: random.pick(&[0, 50, 200]),
         }
     }
+}
+
+/// How many requests of such lengths need at most [`WORK_MAX_US`], with so many microseconds for a step of one token.
+fn live_max(batch: &BatchConfig, step_us: u64, (prompt, answer): (u64, u64)) -> usize {
+    let chunk = u64::from(batch.step_tokens_max).min(prompt);
+    let prompt_us = prompt.div_ceil(chunk) * step_us * (1 + chunk / 4);
+    let answer_us = answer * step_us * (1 + u64::from(batch.rows_max) / 4);
+    (WORK_MAX_US / (prompt_us + answer_us)).clamp(3, 100) as usize
 }

@@ -1,32 +1,27 @@
-//! The world: virtual time, a queue of events, and what each event does to nodes, coordinator and gateway. Between two events nothing
+//! The world: virtual time, a queue of events, and whom each event concerns. Between two events nothing
 //! happens; every machine that an event touched has asserted its invariants before the next.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use std::time::Instant;
 
 use millrace_core::holders::Drift;
-use millrace_core::ids::{BlockHash, RequestId, Time, TokenId};
-use millrace_core::message::{BlockOp, Delta, Join, Message, Role};
-use millrace_core::sampling::Sampling;
+use millrace_core::ids::{BlockHash, Time};
+use millrace_core::message::{Message, Role};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::coordinator::Coordinator;
-use crate::event::{Act, Event, Host, Life, LinkNo, NodeEvent, RequestEvent, StreamNo};
+use crate::aborts::Aborts;
+use crate::audit::Audit;
+use crate::event::{Event, Host, Later, LinkNo, StreamEvent, StreamNo};
 use crate::gateway::{self, End, Gateway};
-use crate::memory::{RESERVED_TOKENS, undisturbed};
+use crate::invariants::Watch;
 use crate::net::{Link, Stream};
-use crate::node::Node;
-use crate::plan::{NODES_PER_ROLE, Plan};
+use crate::operators::Operators;
+use crate::plan::{NODES_PER_ROLE, Plan, REPLICAS};
+use crate::process::HostState;
+use crate::quic::Quic;
 use crate::random::Random;
-
-/// Between two renewals of leases, microseconds.
-const RENEW_US: u64 = 1_000_000;
-/// How long the coordinator gathers reports, microseconds.
-const FOLD_US: u64 = 10_000;
-/// An entry's way through the log, microseconds.
-const COMMIT_US: (u64, u64) = (500, 15_000);
-/// How long a busy drive loop lets an event wait, microseconds.
-const TURN_US: (u64, u64) = (0, 150);
+use crate::replica::Ledger;
 
 /// What to run.
 #[derive(Clone, Copy, Debug)]
@@ -54,10 +49,16 @@ pub struct Outcome {
     pub ends: [u64; 4],
     /// Tickets that named two nodes.
     pub split: u64,
+    /// Requests that went on at another gateway, because theirs was lost.
+    pub moved: u64,
+    /// Terms in which a replica was seen to lead, and questions of operators that were answered.
+    pub leaders: u64,
+    /// See `leaders`.
+    pub answered: u64,
+    /// Datagrams of QUIC, where that was the network, and how many were lost.
+    pub datagrams: (u64, u64),
     /// Broken attempts, by reason.
     pub broken: BTreeMap<String, u64>,
-    /// Writes that a real memory's locks would have made wait.
-    pub writes_while_lent: u64,
     /// Reports that were changed on their way.
     pub drift_planted: u64,
     /// Caches that the index was found to disagree with, and those mended by a snapshot.
@@ -68,10 +69,16 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [whole, deadline, attempts, left] = self.ends;
         write!(f, "seed {} trace {:016x}: {} events, {:.1} s; ", self.seed, self.trace, self.events, self.elapsed_us as f64 / 1e6)?;
-        write!(f, "{whole} whole, {deadline} too late, {attempts} given up, {left} left; {} handed over; broken", self.split)?;
-        if self.writes_while_lent > 0 {
-            write!(f, " ({} writes had to wait for a stream)", self.writes_while_lent)?;
+        write!(
+            f,
+            "{whole} whole, {deadline} too late, {attempts} given up, {left} left; {} handed over, {} moved; ",
+            self.split, self.moved
+        )?;
+        write!(f, "{} terms, {} asked; ", self.leaders, self.answered)?;
+        if self.datagrams.0 > 0 {
+            write!(f, "{} datagrams, {} lost; ", self.datagrams.0, self.datagrams.1)?;
         }
+        f.write_str("broken")?;
         if self.drift_planted > 0 {
             write!(
                 f,
@@ -93,17 +100,6 @@ struct Trace {
     print: bool,
 }
 
-/// A place where processes of one node run, one after another.
-pub(crate) struct HostState {
-    pub name: String,
-    pub role: Role,
-    pub life: Life,
-    /// What its clock showed when the world began.
-    pub offset_us: u64,
-    pub node: Option<Node>,
-    turn: Option<Time>,
-}
-
 /// Everything.
 pub struct World {
     pub(crate) plan: Plan,
@@ -113,20 +109,29 @@ pub struct World {
     serial: u64,
     /// The last number that a link or stream was given.
     pub(crate) numbers: u64,
-    events: u64,
+    pub(crate) events: u64,
     pub(crate) hosts: Vec<HostState>,
     pub(crate) links: BTreeMap<LinkNo, Link>,
     pub(crate) streams: BTreeMap<StreamNo, Stream>,
-    /// Until when an end (or the coordinator, `None`) cannot be reached by a host.
-    pub(crate) outages: BTreeMap<(Host, Option<Host>), Time>,
-    pub(crate) coordinator: Coordinator,
+    /// Until when nothing gets from one host to another.
+    pub(crate) outages: BTreeMap<(Host, Host), Time>,
+    /// The network, where it is not the light one.
+    pub(crate) quic: Option<Quic>,
     pub(crate) gateway: Gateway,
+    pub(crate) operators: Operators,
+    pub(crate) audit: Audit,
+    pub(crate) watch: Watch,
+    pub(crate) aborts: Aborts,
+    /// Orders about caches that operators gave.
+    pub(crate) orders: u64,
+    pub(crate) ledger: Ledger,
+    /// What [`Time`] 0 is.
+    pub(crate) base: Instant,
     /// Digest of every whole block that was ever sent: the same name must always mean the same KV.
     pub(crate) truth: BTreeMap<(BlockHash, u16), u64>,
-    committing: bool,
     pub(crate) calm: bool,
     pub(crate) writes_while_lent: u64,
-    drift_planted: u64,
+    pub(crate) drift_planted: u64,
     trace: Trace,
 }
 
@@ -135,7 +140,7 @@ struct Repeat(Options);
 
 impl Drop for Repeat {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if std::thread::panicking() && !cfg!(millrace_planted) {
             let Options { seed, steps, .. } = self.0;
             eprintln!("\nrepeat with: cargo run --release -p millrace-sim -- --seed {seed} --steps {steps} --trace");
         }
@@ -150,28 +155,22 @@ impl Drop for Repeat {
 pub fn run(options: Options) -> Outcome {
     let _repeat = Repeat(options);
     let mut world = World::new(options);
-    while world.events < options.steps {
-        world.step();
-    }
-    world.become_calm();
+    world.run_to_rest(options.steps);
     world.outcome(options.seed)
 }
 
 impl World {
-    fn new(options: Options) -> Self {
+    pub(crate) fn new(options: Options) -> Self {
         let mut random = Random::new(options.seed);
         let plan = Plan::draw(&mut random);
-        let host = |role: Role, number: usize| HostState {
-            name: format!("{}-{number}", role.as_str()),
-            role,
-            life: 0,
-            offset_us: 0,
-            node: None,
-            turn: None,
-        };
-        let hosts = [Role::Prefill, Role::Decode].into_iter().flat_map(|role| (0..NODES_PER_ROLE).map(move |n| host(role, n)));
+        let host = |role: Role, number: usize| HostState::new(format!("{}-{number}", role.as_str()), role);
+        let kinds = [(Role::Coordinator, REPLICAS), (Role::Prefill, NODES_PER_ROLE), (Role::Decode, NODES_PER_ROLE)];
+        let hosts = kinds.into_iter().flat_map(|(role, count)| (0..count).map(move |n| host(role, n)));
+        let hosts: Vec<_> = hosts.collect();
+        let quic = plan.quic.map(|window| Quic::new(hosts.len(), window));
         let mut world = Self {
-            hosts: hosts.collect(),
+            quic,
+            hosts,
             plan,
             random,
             now: Time(0),
@@ -182,23 +181,37 @@ impl World {
             links: BTreeMap::new(),
             streams: BTreeMap::new(),
             outages: BTreeMap::new(),
-            coordinator: Coordinator::new(),
             gateway: Gateway::default(),
+            operators: Operators::default(),
+            audit: Audit::default(),
+            watch: Watch::default(),
+            aborts: Aborts::default(),
+            orders: 0,
+            ledger: Ledger::default(),
+            base: Instant::now(),
             truth: BTreeMap::new(),
-            committing: false,
             calm: false,
             writes_while_lent: 0,
             drift_planted: 0,
             trace: Trace { hash: Xxh3::new(), line: String::new(), print: options.trace },
         };
         (0..world.hosts.len()).for_each(|host| world.schedule(0, Event::Start(host)));
-        world.schedule(0, Event::Renew);
-        world.schedule(100_000, Event::Client);
-        world.schedule(1_000_000, Event::Fault);
+        world.schedule(700_000, Event::Client);
+        world.schedule(700_000, Event::Operator);
+        world.schedule(2_000_000, Event::Fault);
+        world.schedule(2_000_000, Event::Order);
         if options.trace {
             eprintln!("{:#?}", world.plan);
         }
         world
+    }
+
+    /// So many events with faults and clients, then rest.
+    pub(crate) fn run_to_rest(&mut self, steps: u64) {
+        while self.events < steps {
+            self.step();
+        }
+        self.become_calm();
     }
 
     pub(crate) fn schedule(&mut self, after_us: u64, event: Event) {
@@ -206,256 +219,104 @@ impl World {
         self.queue.insert((self.now.after(after_us), self.serial), event);
     }
 
-    /// One event, and what the gateway and the log want done after it.
+    /// One event, and what the gateways want done after it.
     pub(crate) fn step(&mut self) {
-        let ((time, _), event) = self.queue.pop_first().expect("leases are renewed for ever");
+        let ((time, _), event) = self.queue.pop_first().expect("replicas have turns for ever");
         self.now = time;
+        if let Some(until) = self.frozen(&event) {
+            return self.schedule(until.since(time), event);
+        }
         self.events += 1;
         self.trace.record(time, &event);
         self.handle(event);
+        self.audit();
         for act in std::mem::take(&mut self.gateway.acts) {
             match act {
-                gateway::Act::Send(link, message) => self.send(link, false, message),
-                gateway::Act::PlaceIn(after_us, id) => self.schedule(after_us, Event::Request(id, RequestEvent::Place)),
+                gateway::Act::Send(link, message) => {
+                    self.watch_gateway(&message);
+                    self.send(link, false, message);
+                }
+                gateway::Act::PlaceIn(after_us, id) => {
+                    self.schedule(after_us, Event::Request(id, crate::event::RequestEvent::Place))
+                }
             }
         }
-        if self.coordinator.has_proposals() && !self.committing {
-            self.committing = true;
-            let after_us = self.random.between(COMMIT_US);
-            self.schedule(after_us, Event::Commit);
+    }
+
+    fn watch_gateway(&mut self, message: &Message) {
+        match message {
+            Message::Assign(ticket) => {
+                let prefill = self.gateway.prefill_of(ticket.attempt);
+                prefill.into_iter().for_each(|prefill| self.watch.assigned(prefill, ticket));
+            }
+            Message::Cancel(attempt) => self.count_abort(*attempt),
+            _ => {}
         }
+    }
+
+    /// Puts something into the history that is not an event of its own.
+    pub(crate) fn note(&mut self, what: &dyn fmt::Debug) {
+        self.trace.record(self.now, what);
+    }
+
+    /// Until when an event has to wait, because the process that it concerns stands still.
+    fn frozen(&self, event: &Event) -> Option<Time> {
+        let host = match event {
+            Event::Layer(host, ..)
+            | Event::Acts(host, ..)
+            | Event::Dial(host, ..)
+            | Event::DialPeer(host, ..)
+            | Event::Quic(host, ..) => Some(*host),
+            Event::Stream(no, StreamEvent::Opens | StreamEvent::Piece) => {
+                self.streams.get(no).and_then(|stream| self.receiving(stream))
+            }
+            Event::Stream(no, _) => self.streams.get(no).map(Stream::sender),
+            _ => None,
+        };
+        host.map(|host| self.hosts[host].paused).filter(|until| self.now < *until)
     }
 
     fn handle(&mut self, event: Event) {
         match event {
             Event::Node(host, life, event) => self.tell_node(host, life, event),
             Event::Turn(host, life) => self.turn(host, life),
+            Event::Acts(host, life, Later(acts)) => self.acts(host, life, acts),
             Event::Layer(host, life, layer) => self.compute(host, life, layer),
-            Event::Arrives { link, to_dialler, message } => self.arrives(link, to_dialler, message),
+            Event::Arrives { link, to_dialler, message } => self.arrives(link, to_dialler, message.0),
             Event::Notices { link, dialler } => self.notices(link, dialler),
-            Event::DialUp(host, life) => self.dial_up(host, life),
+            Event::Dial(host, life, to) => self.dial(host, life, to),
             Event::DialPeer(host, life, peer) => self.dial_peer(host, life, &peer),
             Event::Stream(no, event) => self.stream(no, event),
-            Event::Commit => {
-                self.committing = false;
-                for (link, message) in self.coordinator.commit() {
-                    self.send(link, false, message);
-                }
-                self.gateway.sweep(self.now, &self.coordinator);
-            }
-            Event::Fold => self.coordinator.fold(),
-            Event::Renew => {
-                self.coordinator.renew(self.now);
-                self.gateway.sweep(self.now, &self.coordinator);
-                self.schedule(RENEW_US, Event::Renew);
-            }
+            Event::Quic(host, life, event) => self.quic_event(host, life, event),
             Event::Client => self.client(),
             Event::Request(id, event) => self.request(id, event),
+            Event::Operator => self.operator(),
+            Event::Order => self.order(),
             Event::Fault => self.fault(),
+            Event::Room(host) => self.hosts[host].disk.free(),
+            Event::SetState(host, state) => self.set_state(host, state),
             Event::Start(host) => self.start(host),
         }
     }
 
-    // --- nodes -----------------------------------------------------------------------------------------------------
-
-    /// The process on a host, if it still is the one that is meant.
-    pub(crate) fn node(&mut self, host: Host, life: Life) -> Option<&mut Node> {
-        let state = &mut self.hosts[host];
-        state.node.as_mut().filter(|_| state.life == life)
-    }
-
-    pub(crate) fn tell_node(&mut self, host: Host, life: Life, event: NodeEvent) {
-        let after_us = self.random.between(TURN_US);
-        if let Some(node) = self.node(host, life) {
-            node.push(event);
-            self.wake(host, after_us);
-        }
-    }
-
-    /// Lets the drive loop of a host have a turn after so long, or earlier.
-    pub(crate) fn wake(&mut self, host: Host, after_us: u64) {
-        let (at, state) = (self.now.after(after_us), &mut self.hosts[host]);
-        if state.turn.is_none_or(|turn| at < turn) {
-            state.turn = Some(at);
-            let life = state.life;
-            self.schedule(after_us, Event::Turn(host, life));
-        }
-    }
-
-    fn turn(&mut self, host: Host, life: Life) {
-        let (now, state) = (self.now, &mut self.hosts[host]);
-        if state.life != life || state.turn != Some(now) {
-            return;
-        }
-        state.turn = None;
-        let time = now.after(state.offset_us);
-        let Some(node) = &mut state.node else { return };
-        let acts = node.turn(time);
-        let after_us = node.deadline().since(time).max(1_000);
-        for act in acts {
-            self.act(host, life, act);
-        }
-        self.wake(host, after_us);
-    }
-
-    fn act(&mut self, host: Host, life: Life, act: Act) {
-        match act {
-            Act::Send(link, message) => {
-                let from_dialler = self.links.get(&link).is_some_and(|l| l.dialler.0 == host);
-                self.send(link, from_dialler, message);
-            }
-            Act::Dial(peer) => {
-                let after_us = self.random.between(self.plan.delay_us);
-                self.schedule(after_us, Event::DialPeer(host, life, Box::new(peer)));
-            }
-            Act::Close(link) => self.cut(link),
-            Act::Span(job) => self.start_stream(host, life, job),
-            Act::StopSpans(attempt) => self.stop_streams(host, attempt),
-            Act::Step => self.next_layer(host, life, 0),
-            Act::Exit => self.crash(host),
-        }
-    }
-
-    fn next_layer(&mut self, host: Host, life: Life, layer: u16) {
-        let tokens = self.node(host, life).map_or(0, |node| node.step_tokens()) as u64;
-        let after_us = self.random.between(self.plan.layer_us) * (1 + tokens / 4);
-        self.schedule(after_us, Event::Layer(host, life, layer));
-    }
-
-    fn compute(&mut self, host: Host, life: Life, layer: u16) {
-        let breaks = self.random.chance(self.plan.faults.engine);
-        let Some(node) = self.node(host, life) else { return };
-        let result = node.compute(layer);
-        node.push(NodeEvent::Layer(layer));
-        match result {
-            None => self.next_layer(host, life, layer + 1),
-            Some(sampled) => {
-                let result = if breaks { Err("it broke".to_owned()) } else { Ok(sampled) };
-                node.push(NodeEvent::Stepped(result));
-            }
-        }
-        let after_us = self.random.between(TURN_US);
-        self.wake(host, after_us);
-    }
-
-    fn start(&mut self, host: Host) {
-        let (instance, offset_us) = (self.random.word().into(), self.random.below(1 << 40));
-        let state = &mut self.hosts[host];
-        if state.node.is_some() {
-            return;
-        }
-        state.life += 1;
-        (state.offset_us, state.turn) = (offset_us, None);
-        let join = Join {
-            name: state.name.clone(),
-            role: state.role,
-            address: format!("host-{host}"),
-            instance,
-            pid: state.life,
-            model: self.plan.model.clone(),
-            slots: self.plan.slots,
-        };
-        state.node = Some(Node::new(&self.plan, join));
-        let life = state.life;
-        self.schedule(0, Event::DialUp(host, life));
-        self.wake(host, 0);
-    }
-
-    // --- coordinator and clients -----------------------------------------------------------------------------------
-
-    pub(crate) fn tell_coordinator(&mut self, link: LinkNo, message: Message) {
-        let from = self.coordinator.speaker(link);
-        match (message, from) {
-            (Message::Token(token), Some(from)) => self.gateway.token(from, token, &self.coordinator),
-            (Message::Failed(failed), Some(from)) => self.gateway.failed(from, failed, &self.coordinator),
-            (Message::Handover(stats), Some(_)) => self.gateway.handed_over(stats.attempt),
-            (Message::Token(_) | Message::Failed(_) | Message::Handover(_), None) => {}
-            (Message::Delta(_) | Message::Snapshot(_), _) if self.random.chance(self.plan.faults.report_lost) => {}
-            (mut message, _) => {
-                if let Message::Delta(delta) = &mut message {
-                    self.plant_drift(delta);
-                }
-                let (reply, fold) = self.coordinator.on_message(self.now, link, message);
-                if let Some(reply) = reply {
-                    self.send(link, false, reply);
-                }
-                if fold {
-                    self.schedule(FOLD_US, Event::Fold);
-                }
-            }
-        }
-    }
-
-    /// A defect on the way of a report, now and then: an operation is lost, or one is there that nobody sent.
-    fn plant_drift(&mut self, delta: &mut Delta) {
-        if !self.random.chance(self.plan.faults.drift) {
-            return;
-        }
-        self.drift_planted += 1;
-        if self.random.chance(500) {
-            delta.ops.pop();
-        } else {
-            let name = u128::from(self.random.below(1 << 60)) << 64 | u128::from(self.random.below(1 << 60));
-            delta.ops.push(BlockOp::Stored(BlockHash(name.to_le_bytes())));
-        }
-    }
-
-    fn client(&mut self) {
-        if self.calm {
-            return;
-        }
-        let after_us = self.random.between(self.plan.request_gap_us);
-        self.schedule(after_us, Event::Client);
-        let id = RequestId(self.gateway.requests.len() as u128 + 1);
-        let prompt = self.prompt();
-        let sampling = Sampling {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            seed: 0,
-            max_new: self.random.between(self.plan.answer_tokens) as u32,
-            eos: self.plan.eos.clone(),
-            ignore_eos: self.random.chance(100),
-        };
-        let expected = undisturbed(&prompt, &sampling, self.plan.model.layout.layers, self.plan.vocab);
-        let budget_us = self.random.between(self.plan.budget_us);
-        self.gateway.open(id, prompt, sampling, expected, self.now.after(budget_us));
-        self.schedule(budget_us, Event::Request(id, RequestEvent::Deadline));
-        if self.random.chance(self.plan.faults.client_leaves) {
-            let after_us = self.random.below(budget_us.min(1_000_000));
-            self.schedule(after_us, Event::Request(id, RequestEvent::ClientLeaves));
-        }
-    }
-
-    /// A new prompt; often one that begins like an earlier one.
-    fn prompt(&mut self) -> Vec<TokenId> {
-        let length = self.random.between(self.plan.prompt_tokens) as usize;
-        let earlier = self.gateway.requests.len() as u64;
-        let mut prompt = Vec::new();
-        if earlier > 0 && self.random.chance(self.plan.shared) {
-            let id = RequestId(u128::from(self.random.below(earlier) + 1));
-            let model = self.gateway.requests[&id].prompt();
-            let take = self.random.below(model.len() as u64 + 1) as usize;
-            prompt.extend_from_slice(&model[..take.min(length)]);
-        }
-        let fresh = u64::from(self.plan.vocab - RESERVED_TOKENS);
-        prompt.resize_with(length, || RESERVED_TOKENS + self.random.below(fresh) as TokenId);
-        prompt
-    }
-
-    fn request(&mut self, id: RequestId, event: RequestEvent) {
-        match event {
-            RequestEvent::Place => self.gateway.place(self.now, id, &self.coordinator, &self.plan),
-            RequestEvent::ClientLeaves => self.gateway.end(id, End::ClientLeft, &self.coordinator),
-            RequestEvent::Deadline => self.gateway.end(id, End::Deadline, &self.coordinator),
-        }
-    }
-
     fn outcome(mut self, seed: u64) -> Outcome {
-        self.trace.hash.update(&self.coordinator.cluster.snapshot());
+        let (state, drift) = {
+            let replica = self.hosts[0].replica().expect("a world at rest has all its replicas");
+            let cluster = replica.cluster();
+            (cluster.snapshot(), cluster.holders().drift())
+        };
+        self.trace.hash.update(&state);
         let count = |end| self.gateway.requests.values().filter(|r| r.end == Some(end)).count() as u64;
-        let drift = self.coordinator.cluster.holders().drift();
-        assert!(drift.found == 0 || self.drift_planted > 0, "{} caches differ from the index by themselves", drift.found);
+        let (forgotten, gaps) = (self.watch.forgotten, self.ledger.gaps());
+        assert!(gaps == 0 || forgotten > 0, "I6: {gaps} reports do not build on what the index has, and none was lost");
+        let writes =
+            self.writes_while_lent + self.hosts.iter().filter_map(HostState::node).map(|n| n.memory.writes_while_lent).sum::<u64>();
+        assert_eq!(writes, 0, "I5: writes into cells that streams read");
+        assert!(
+            drift.found == 0 || self.drift_planted + forgotten > 0,
+            "I6: {} caches differ from the index by themselves",
+            drift.found
+        );
         Outcome {
             drift_planted: self.drift_planted,
             drift,
@@ -465,15 +326,17 @@ impl World {
             elapsed_us: self.now.0,
             ends: [End::Whole, End::Deadline, End::Attempts, End::ClientLeft].map(count),
             split: self.gateway.split,
+            moved: self.gateway.moved,
+            leaders: self.audit.terms(),
+            answered: self.operators.answered(),
+            datagrams: self.quic.as_ref().map_or((0, 0), |quic| (quic.sent, quic.lost)),
             broken: self.gateway.broken,
-            writes_while_lent: self.writes_while_lent
-                + self.hosts.iter().filter_map(|h| h.node.as_ref()).map(|n| n.memory.writes_while_lent).sum::<u64>(),
         }
     }
 }
 
 impl Trace {
-    fn record(&mut self, time: Time, event: &Event) {
+    fn record(&mut self, time: Time, event: &dyn fmt::Debug) {
         self.line.clear();
         writeln!(self.line, "{time} {event:?}").expect("a string takes all");
         self.hash.update(self.line.as_bytes());

@@ -1,9 +1,11 @@
 //! `millctl local up`: a whole cluster on one machine, in the foreground.
 //!
-//! `place` is its folder, `process` keeps each process running, `watcher` knows how they all are, `crate::ctl::front` is its door.
+//! `place` is its folder, `crew` starts its processes and `process` keeps each running, `watcher` knows how they all are,
+//! `crate::ctl::front` is its door.
 //! Here they are put together and, in the reverse order, taken apart: door, nodes, coordinators, folder.
 
 mod control;
+mod crew;
 mod place;
 mod process;
 mod watcher;
@@ -17,12 +19,13 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use millrace_node::shutdown::Shutdown;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 pub use self::control::{DownArgs, StatusArgs, down, status};
+use self::crew::Crew;
 pub use self::place::Place;
-use self::process::{Board, Keeper, Spec, log_tail};
+use self::process::log_tail;
 pub use self::process::{Kind, Order, State};
 pub use self::watcher::View;
 use self::watcher::{Watcher, missing};
@@ -31,8 +34,6 @@ use super::front;
 
 /// Time that open answers have when the door closes.
 const FRONT_WAIT_MAX: Duration = Duration::from_secs(1);
-/// Orders to one process that wait.
-const ORDERS_MAX: usize = 4;
 
 /// Where progress is told, one line at a time.
 pub type Say = Arc<dyn Fn(&str) + Send + Sync>;
@@ -138,20 +139,11 @@ fn announce(http: SocketAddr) {
     let _ = writeln!(out, "ready http://{http}").and_then(|()| out.flush());
 }
 
-struct Kept {
-    name: String,
-    kind: Kind,
-    orders: mpsc::Sender<Order>,
-    task: JoinHandle<()>,
-}
-
 /// A running cluster. [`Local::stop`] ends it; when it is merely dropped, its processes are killed.
 pub struct Local {
     http: SocketAddr,
     dir: PathBuf,
-    logs: Vec<(String, PathBuf)>,
-    kept: Vec<Kept>,
-    board: Board,
+    crew: Arc<Crew>,
     view: watch::Receiver<View>,
     watching: JoinHandle<Place>,
     stop_watching: Shutdown,
@@ -174,32 +166,15 @@ impl Local {
         let http = listener.local_addr().context("the front's own address")?;
         let place = Place::open(&args, http).await?;
         say(&format!("folder {}", place.dir.display()));
-        let specs = specs(&args, &place, &bin);
-        let state = |spec: &Spec| State {
-            name: spec.name.clone(),
-            kind: spec.kind,
-            pid: None,
-            serves: false,
-            http: None,
-            starts: 0,
-            failed: None,
-        };
-        let board = Board::new(specs.iter().map(state).collect());
-        let logs = specs.iter().map(|spec| (spec.name.clone(), spec.log.clone())).collect();
-        let keep = |(index, spec): (usize, Spec)| {
-            let (orders, inbox) = mpsc::channel(ORDERS_MAX);
-            let (name, kind) = (spec.name.clone(), spec.kind);
-            let task = tokio::spawn(Keeper::new(spec, index, board.clone(), inbox, say.clone()).run());
-            Kept { name, kind, orders, task }
-        };
-        let kept = specs.into_iter().enumerate().map(keep).collect();
+        let crew = Arc::new(Crew::new(args, bin, say.clone()));
+        crew.start_all(&place);
         let (stop_watching, stop_front) = (Shutdown::new(), Shutdown::new());
         let dir = place.dir.clone();
-        let (watcher, view, gateways) = Watcher::new(place, board.subscribe())?;
+        let (watcher, view, gateways) = Watcher::new(place, &crew)?;
         let watching = tokio::spawn(watcher.run(stop_watching.clone()));
         let stopping = stop_front.clone();
         let front = tokio::spawn(front::serve(listener, gateways, async move { drop(stopping.wait().await) }));
-        Ok(Self { http, dir, logs, kept, board, view, watching, stop_watching, front, stop_front, say })
+        Ok(Self { http, dir, crew, view, watching, stop_watching, front, stop_front, say })
     }
 
     /// Where clients are served.
@@ -217,7 +192,7 @@ impl Local {
     /// How the processes are.
     #[must_use]
     pub fn states(&self) -> Vec<State> {
-        self.board.borrow().clone()
+        self.crew.board().borrow().clone()
     }
 
     /// What the cluster says of itself.
@@ -231,9 +206,7 @@ impl Local {
     /// # Errors
     /// There is no such process.
     pub async fn kill(&self, name: &str) -> Result<()> {
-        let kept = self.kept.iter().find(|kept| kept.name == name);
-        let kept = kept.ok_or_else(|| Exit::NotFound.error(format!("no process {name:?}")))?;
-        kept.orders.send(Order::Kill).await.with_context(|| format!("{name} is not kept any more"))
+        self.crew.order(name, Order::Kill).await
     }
 
     /// Waits until every gateway is ready, a leader is known and every node has joined; tells of each.
@@ -241,7 +214,7 @@ impl Local {
     /// # Errors
     /// [`Exit::Timeout`] with what is missing; [`Exit::Failed`] with the last words of a process that cannot be started.
     pub async fn ready(&mut self, wait: Duration) -> Result<()> {
-        let (mut board, mut view) = (self.board.subscribe(), self.view.clone());
+        let (mut board, mut view) = (self.crew.board().subscribe(), self.view.clone());
         let (mut told, began) = (Vec::new(), Instant::now());
         let deadline = tokio::time::sleep(wait);
         tokio::pin!(deadline);
@@ -279,7 +252,7 @@ impl Local {
     }
 
     fn tail(&self, name: &str) -> String {
-        self.logs.iter().find(|(other, _)| other == name).map(|(_, log)| log_tail(log)).unwrap_or_default()
+        log_tail(&place::log(&self.dir, name))
     }
 
     /// Stops everything and waits for it: the door, the nodes, the coordinators; then the folder is let go.
@@ -289,16 +262,7 @@ impl Local {
         if tokio::time::timeout(FRONT_WAIT_MAX, &mut front).await.is_err() {
             front.abort();
         }
-        let (coordinators, nodes): (Vec<_>, Vec<_>) = self.kept.into_iter().partition(|kept| kept.kind == Kind::Coordinator);
-        for group in [nodes, coordinators] {
-            for kept in &group {
-                // A keeper that has ended already has nothing to stop.
-                let _ = kept.orders.send(Order::Stop).await;
-            }
-            for kept in group {
-                let _ = kept.task.await;
-            }
-        }
+        self.crew.stop().await;
         self.stop_watching.begin("stopping");
         drop(self.watching.await);
         (self.say)("stopped");
@@ -330,44 +294,4 @@ fn binaries() -> Result<PathBuf> {
         }
     }
     Ok(dir)
-}
-
-fn specs(args: &UpArgs, place: &Place, bin: &Path) -> Vec<Spec> {
-    let file = &place.file;
-    let peers: Vec<String> = file.coordinators.iter().map(|c| format!("{}={}", c.id, c.quic)).collect();
-    let peers = peers.join(",");
-    let text = |path: PathBuf| path.to_string_lossy().into_owned();
-    let spec = |name: &str, kind: Kind, own: Vec<(&str, String)>| {
-        let common = [
-            ("--name", name.to_owned()),
-            ("--cluster", file.cluster.clone()),
-            ("--certs", text(file.certs.join(name))),
-            ("--model", text(args.model.clone())),
-            ("--dtype", args.dtype.as_str().to_owned()),
-        ];
-        let args_of = common.into_iter().chain(own).flat_map(|(flag, value)| [flag.to_owned(), value]);
-        let (program, log) = (bin.join(kind.binary()), place.log(name));
-        Spec { name: name.to_owned(), kind, program, args: args_of.collect(), log, restart: !args.no_restart }
-    };
-    let threads = engine_threads(args.threads, file.nodes.len());
-    let mut specs = Vec::new();
-    for c in &file.coordinators {
-        let own = [("--id", c.id.to_string()), ("--peers", peers.clone()), ("--listen", c.quic.to_string())];
-        let more = [("--dir", text(place.dir.join(&c.name))), ("--route", args.route.clone())];
-        specs.push(spec(&c.name, Kind::Coordinator, own.into_iter().chain(more).collect()));
-    }
-    for node in &file.nodes {
-        let kind = if node.kind == Kind::Prefill.as_str() { Kind::Prefill } else { Kind::Decode };
-        let mut own = vec![("--coordinators", peers.clone()), ("--threads", threads.to_string())];
-        own.extend(args.kv_blocks.map(|blocks| ("--kv-blocks", blocks.to_string())));
-        own.extend(args.checksum_engine.map(|us| ("--checksum-engine", us.to_string())));
-        specs.push(spec(&node.name, kind, own));
-    }
-    specs
-}
-
-/// Engines that wait for one another's processors are slower than engines with fewer threads.
-fn engine_threads(asked: u16, nodes: usize) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    if asked > 0 { usize::from(asked) } else { (cores / nodes.max(1)).max(1) }
 }

@@ -1,7 +1,7 @@
 //! A local cluster's folder: what is in it, who may use it, and that a nameless one is gone afterwards.
 //!
 //! `lock`, `cluster.json`, `certs/` (authority; one folder for each process, `admin` among them), `logs/NAME.log`, `NAME/` (a
-//! replica's log). A second start in the same folder finds all of it.
+//! replica's log). A second start in the same folder finds all of it, and the replicas that were taken in and out since.
 
 use std::fs::{self, File};
 use std::net::{SocketAddr, UdpSocket};
@@ -21,6 +21,26 @@ use crate::ctl::{certs, running};
 const ORPHANS_WAIT_MAX: Duration = Duration::from_secs(15);
 /// The operator's name in its certificate.
 const ADMIN: &str = "admin";
+
+/// A replica that the cluster names as a member.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Its number.
+    pub id: u64,
+    /// Its name.
+    pub name: String,
+    /// Where its QUIC endpoint listens.
+    pub address: SocketAddr,
+}
+
+/// What is different from what the folder knew.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Replicas to be started.
+    pub came: Vec<CoordinatorEntry>,
+    /// Names of replicas that are none any more.
+    pub went: Vec<String>,
+}
 
 /// The folder of a running cluster.
 #[derive(Debug)]
@@ -73,22 +93,69 @@ impl Place {
     /// Where the output of a process goes.
     #[must_use]
     pub fn log(&self, name: &str) -> PathBuf {
-        self.dir.join("logs").join(format!("{name}.log"))
+        log(&self.dir, name)
     }
+
+    /// Takes note of who the members are; `members` is empty where that is not known. A new one is ours when it listens on this machine
+    /// alone; one that listens elsewhere is somebody else's to start.
+    pub fn follow(&mut self, members: &[Seen]) -> Changes {
+        let mut changes = Changes::default();
+        if members.is_empty() {
+            return changes;
+        }
+        for entry in self.file.coordinators.iter_mut().filter(|entry| !entry.removed) {
+            if members.iter().all(|seen| seen.id != entry.id) {
+                entry.removed = true;
+                changes.went.push(entry.name.clone());
+            }
+        }
+        for Seen { id, name, address } in members.iter().filter(|seen| seen.address.ip().is_loopback()) {
+            if self.file.coordinators.iter().all(|entry| entry.id != *id) {
+                let (name, quic) = (name.clone(), *address);
+                let entry = CoordinatorEntry { id: *id, name, quic, http: None, pid: None, joined: true, removed: false };
+                self.file.coordinators.push(entry.clone());
+                changes.came.push(entry);
+            }
+        }
+        changes
+    }
+
+    /// Gives a replica its certificate.
+    ///
+    /// # Errors
+    /// The authority cannot be read, or a file not be written.
+    pub fn issue(&self, entry: &CoordinatorEntry) -> Result<()> {
+        let certs = self.dir.join("certs");
+        certs::issue(&Authority::load(&certs)?, &certs, Role::Coordinator, &entry.name).map(drop)
+    }
+}
+
+/// Where the output of a process goes.
+#[must_use]
+pub fn log(dir: &Path, name: &str) -> PathBuf {
+    dir.join("logs").join(format!("{name}.log"))
 }
 
 /// What the file will say; ports of a former start are kept where they are free.
 fn describe(args: &UpArgs, dir: &Path, former: Option<ClusterFile>, http: SocketAddr) -> Result<ClusterFile> {
-    let coordinators = names(Kind::Coordinator, args.coordinators);
-    let former_ports: Vec<SocketAddr> = former.iter().flat_map(|file| &file.coordinators).map(|c| c.quic).collect();
-    if former.is_some() && former_ports.len() != coordinators.len() {
-        let (was, is) = (former_ports.len(), coordinators.len());
+    let founders = names(Kind::Coordinator, args.coordinators);
+    let known = former.iter().flat_map(|file| file.coordinators.clone());
+    let (later, known): (Vec<_>, Vec<_>) = known.partition(|entry| entry.joined);
+    if former.is_some() && known.len() != founders.len() {
+        let (was, is) = (known.len(), founders.len());
         return Err(
             Exit::Conflict.error(format!("{} holds a cluster of {was} coordinators, not {is}; take another folder", dir.display()))
         );
     }
-    let ports = free_ports(coordinators.len(), &former_ports)?;
-    let entry = |(i, name): (usize, String)| CoordinatorEntry { id: i as u64 + 1, name, quic: ports[i], http: None, pid: None };
+    let fresh = founders.into_iter().zip(1..).skip(known.len());
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+    let fresh =
+        fresh.map(|(name, id)| CoordinatorEntry { id, name, quic: nowhere, http: None, pid: None, joined: false, removed: false });
+    let mut coordinators: Vec<CoordinatorEntry> = known.into_iter().chain(fresh).chain(later).collect();
+    let ports = free_ports(&coordinators.iter().map(|entry| entry.quic).collect::<Vec<_>>())?;
+    for (entry, port) in coordinators.iter_mut().zip(ports) {
+        (entry.quic, entry.http, entry.pid) = (port, None, None);
+    }
     let node = |kind: Kind, count| {
         names(kind, count).into_iter().map(move |name| NodeEntry { name, kind: kind.as_str().into(), pid: None })
     };
@@ -101,16 +168,16 @@ fn describe(args: &UpArgs, dir: &Path, former: Option<ClusterFile>, http: Socket
         admin_certs: certs.join(ADMIN),
         certs,
         pid: Some(std::process::id()),
-        coordinators: coordinators.into_iter().enumerate().map(entry).collect(),
+        coordinators,
         nodes: node(Kind::Prefill, args.prefill).chain(node(Kind::Decode, args.decode)).collect(),
     })
 }
 
-/// Free UDP ports on loopback: `wanted` ones where they are free. All are held until all are found, so that they differ.
-fn free_ports(count: usize, wanted: &[SocketAddr]) -> Result<Vec<SocketAddr>> {
+/// Free UDP ports on loopback: the `wanted` ones where they are free. All are held until all are found, so that they differ.
+fn free_ports(wanted: &[SocketAddr]) -> Result<Vec<SocketAddr>> {
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    let bind = |i: usize| wanted.get(i).and_then(|addr| UdpSocket::bind(addr).ok()).map_or_else(|| UdpSocket::bind(any), Ok);
-    let held = (0..count).map(bind).collect::<Result<Vec<_>, _>>().context("finding free UDP ports")?;
+    let bind = |addr: &SocketAddr| UdpSocket::bind(addr).or_else(|_| UdpSocket::bind(any));
+    let held = wanted.iter().map(bind).collect::<Result<Vec<_>, _>>().context("finding free UDP ports")?;
     held.iter().map(|socket| socket.local_addr().context("a socket's own address")).collect()
 }
 
@@ -120,7 +187,7 @@ fn make_certs(dir: &Path, file: &ClusterFile) -> Result<()> {
     let authority =
         if certs.join("ca.key").exists() { Authority::load(&certs)? } else { Authority::create(&certs, &file.cluster)? };
     certs::issue(&authority, &certs, Role::Admin, ADMIN)?;
-    for coordinator in &file.coordinators {
+    for coordinator in file.coordinators.iter().filter(|entry| !entry.removed) {
         certs::issue(&authority, &certs, Role::Coordinator, &coordinator.name)?;
     }
     for node in &file.nodes {
@@ -195,5 +262,34 @@ mod tests {
         assert!(dir.join(FILE).exists());
         drop(place);
         assert!(!dir.exists());
+    }
+
+    #[tokio::test]
+    async fn replicas_that_came_and_went_are_remembered() {
+        let scratch = tempfile::tempdir().unwrap();
+        let named = args(&format!("--dir {}", scratch.path().join("c").display()));
+        let mut place = Place::open(&named, http()).await.unwrap();
+        let seen = |place: &Place, ids: &[u64]| -> Vec<Seen> {
+            let known = place.file.coordinators.iter().filter(|entry| ids.contains(&entry.id));
+            known.map(|entry| Seen { id: entry.id, name: entry.name.clone(), address: entry.quic }).collect()
+        };
+        assert_eq!(place.follow(&[]), Changes::default(), "nothing is known");
+        let founders = seen(&place, &[1, 2, 3]);
+        assert_eq!(place.follow(&founders), Changes::default(), "nothing is new");
+        let own = free_ports(&[SocketAddr::from(([127, 0, 0, 1], 0))]).unwrap()[0];
+        let new = |id: u64, address| Seen { id, name: format!("coordinator-{id}"), address };
+        let elsewhere = new(5, SocketAddr::from(([10, 0, 0, 5], 7000)));
+        let changes = place.follow(&[founders, vec![new(4, own), elsewhere]].concat());
+        assert_eq!((changes.came.len(), changes.came[0].id, changes.went.len()), (1, 4, 0), "another machine's is not ours");
+        place.issue(&changes.came[0]).unwrap();
+        assert!(Identity::load(&place.dir.join("certs/coordinator-4")).is_ok());
+        let rest = seen(&place, &[1, 3, 4]);
+        assert_eq!(place.follow(&rest).went, ["coordinator-2"]);
+        assert_eq!(place.follow(&rest), Changes::default(), "once");
+        drop(place);
+        let again = Place::open(&named, http()).await.unwrap();
+        let all = again.file.coordinators.iter().map(|entry| (entry.id, entry.joined, entry.removed));
+        assert_eq!(all.collect::<Vec<_>>(), [(1, false, false), (2, false, true), (3, false, false), (4, true, false)]);
+        assert_eq!(again.file.coordinators[3].quic, own, "where the log says that it listens");
     }
 }

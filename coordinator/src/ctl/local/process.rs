@@ -98,6 +98,8 @@ pub struct State {
     pub starts: u32,
     /// Why it will not be started again.
     pub failed: Option<String>,
+    /// It is needed no more.
+    pub dismissed: bool,
 }
 
 /// What a process may be told.
@@ -323,7 +325,8 @@ mod tests {
         let args = ["-c".into(), script.into(), dir.path().display().to_string()];
         let (program, log) = ("/bin/sh".into(), dir.path().join("log"));
         let spec = Spec { name: "x".into(), kind: Kind::Decode, program, args: args.into(), log, restart };
-        let state = State { name: "x".into(), kind: Kind::Decode, pid: None, serves: false, http: None, starts: 0, failed: None };
+        let (name, kind) = ("x".into(), Kind::Decode);
+        let state = State { name, kind, pid: None, serves: false, http: None, starts: 0, failed: None, dismissed: false };
         let (board, (orders, inbox)) = (watch::Sender::new(vec![state]), mpsc::channel(4));
         let task = tokio::spawn(Keeper::new(spec, 0, board.clone(), inbox, Arc::new(|_| {})).run());
         Kept { board, orders, task, _dir: dir }

@@ -8,6 +8,7 @@ use crate::batch::{Batch, Flight, Output, Serial};
 use crate::engine::{Row, Step};
 use crate::ids::{SlotRef, Time};
 use crate::message::{FailKind, Ticket};
+use crate::planted::{Bug, planted};
 
 impl Batch {
     /// The next step to compute; `None` while one is in flight or when there is nothing to do. Answered by [`super::Input::Stepped`].
@@ -18,6 +19,10 @@ impl Batch {
         }
         self.admit();
         self.grow();
+        if self.running.is_empty() {
+            // Whoever found no room to grow and sent itself back finds it now, in what it gave back.
+            self.admit();
+        }
         let (flight, rows): (Vec<Flight>, Vec<Row>) = self.plan().into_iter().map(|(s, n)| self.row(now, s, n)).unzip();
         if rows.is_empty() {
             return None;
@@ -83,7 +88,8 @@ impl Batch {
         }
         let mut sequence = self.sequences.remove(&serial).expect("serials in sets name sequences");
         // The last token is always computed: its logits are what is wanted.
-        let hits_max = (sequence.tokens.len() - 1) / usize::from(self.config.block_tokens);
+        let last = usize::from(!planted(Bug::NothingToCompute));
+        let hits_max = (sequence.tokens.len() - last) / usize::from(self.config.block_tokens);
         let seats = self.seats(&sequence, hits_max, sequence.blocks());
         let seated = seats.is_ok();
         if let Ok((table, cached)) = seats {
@@ -127,6 +133,9 @@ impl Batch {
                     names: sequence.all_names(),
                     have_blocks: cached as u32,
                 });
+                if planted(Bug::PublishUnverified) {
+                    (0..sequence.names.len()).for_each(|block| _ = sequence.offer(&mut self.pool, block));
+                }
                 self.insert(sequence);
             }
             Err((need, room)) => self.refuse(attempt, FailKind::NoRoom, format!("{need} blocks needed, {room} to be had")),
@@ -148,7 +157,7 @@ impl Batch {
 
     /// Sends the youngest sequence that may go back to the queue. Its full blocks stay cached until their room is needed.
     fn preempt(&mut self) {
-        let youngest = self.running.iter().rev().copied().find(|serial| !self.sequences[serial].split);
+        let youngest = self.running.iter().rev().copied().find(|serial| !self.sequences[serial].split || planted(Bug::PreemptSent));
         let victim = youngest.expect("only a sequence that decodes here grows, and it may go itself");
         self.release_table(victim);
         self.sequence(victim).unseat();
@@ -179,9 +188,10 @@ impl Batch {
         sequence.first_step.get_or_insert(now);
         let (start, end) = (sequence.computed, sequence.computed + tokens);
         let sample = end == sequence.tokens.len();
+        let back = usize::from(planted(Bug::TokenOffByOne) && start > 0);
         let row = Row {
             attempt: sequence.attempt,
-            tokens: sequence.tokens[start..end].to_vec(),
+            tokens: sequence.tokens[start - back..end - back].to_vec(),
             start: start as u32,
             table: sequence.table[..end.div_ceil(block_tokens)].iter().map(|at| at.slot).collect(),
             sample: sample.then(|| sequence.sampling.clone()),

@@ -7,6 +7,7 @@ use crate::batch::BatchConfig;
 use crate::identity::{Chain, Owner};
 use crate::ids::{AttemptId, BlockHash, SlotRef, Time, TokenId};
 use crate::message::{Finish, PrefillStats, Ticket};
+use crate::planted::{Bug, planted};
 use crate::pool::{Pool, Published};
 use crate::sampling::Sampling;
 
@@ -69,7 +70,7 @@ impl Sequence {
             deadline: now.after(ticket.budget_us),
             split: ticket.decode.is_some() && phase == Phase::Waiting,
             sampling: ticket.sampling,
-            prompt_tokens: ticket.prompt_tokens as usize,
+            prompt_tokens: if planted(Bug::ResumeIndex) { ticket.tokens.len() } else { ticket.prompt_tokens as usize },
             tokens: ticket.tokens,
             computed: 0,
             table: Vec::new(),
@@ -119,7 +120,7 @@ impl Sequence {
 
     /// Whether the newest token ends the answer, and why.
     pub fn finish(&self, context_max: u32) -> Option<Finish> {
-        let end = self.tokens.last().is_some_and(|&token| self.sampling.is_end(token));
+        let end = self.tokens.last().is_some_and(|&token| self.sampling.is_end(token)) && !planted(Bug::EndUnseen);
         let full = self.answered() >= self.sampling.max_new || self.tokens.len() >= context_max as usize;
         if end { Some(Finish::Stop) } else { full.then_some(Finish::Length) }
     }
@@ -149,19 +150,23 @@ impl Sequence {
     pub fn seat(&mut self, table: Vec<SlotRef>, cached: usize) {
         (self.table, self.computed, self.published) = (table, cached * self.block_tokens, cached);
         if self.stats_due {
-            self.cached_tokens = self.computed as u32;
+            let found = if planted(Bug::UsageWrong) { self.tokens.len() } else { self.computed };
+            self.cached_tokens = found as u32;
         }
     }
 
     /// Has no table any more: everything is to be computed again.
     pub fn unseat(&mut self) {
-        (self.computed, self.published) = (0, 0);
+        if !planted(Bug::RecomputeSkipped) {
+            (self.computed, self.published) = (0, 0);
+        }
     }
 
     /// Offers newly completed full blocks to the cache. When the block before one is gone, which another sequence had cached
     /// and this one holds too, its whole run is offered again.
     pub fn publish(&mut self, pool: &mut Pool, block_tokens: usize) {
-        let full = self.computed / block_tokens;
+        let ahead = if planted(Bug::PublishEarly) { block_tokens } else { 0 };
+        let full = (self.computed + ahead).min(self.tokens.len()) / block_tokens;
         for block in self.published..full {
             if self.offer(pool, block) == Published::Orphan {
                 for earlier in 0..=block {
@@ -172,7 +177,7 @@ impl Sequence {
         self.published = full;
     }
 
-    fn offer(&self, pool: &mut Pool, block: usize) -> Published {
+    pub(super) fn offer(&self, pool: &mut Pool, block: usize) -> Published {
         let parent = block.checked_sub(1).map(|before| self.names[before]);
         pool.publish(self.table[block], parent, self.names[block], self.owner)
     }

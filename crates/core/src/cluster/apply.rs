@@ -10,6 +10,7 @@ use super::{
 };
 use crate::ids::{Epoch, NodeId, ReplicaId};
 use crate::message::{CacheDigest, Delta, Join, Role, SnapshotPage};
+use crate::planted::{Bug, planted};
 
 impl Cluster {
     /// Applies the entry at `index` of the log. One command an entry, indexes strictly growing (gaps are fine: the consensus
@@ -48,7 +49,7 @@ impl Cluster {
         let lease_until_us = self.now_us.saturating_add(LEASE_US);
         let known = self.names.get(&join.name).and_then(|id| self.nodes.get_mut(id));
         let (id, cordoned) = match known {
-            Some(node) if node.state.alive() && node.instance == join.instance => {
+            Some(node) if node.state.alive() && (node.instance == join.instance || planted(Bug::RestartKeepsEpoch)) => {
                 node.lease_until_us = lease_until_us;
                 return Answer::Joined { node: node.node, epoch: node.epoch };
             }
@@ -134,7 +135,7 @@ impl Cluster {
                 _ => stale.push(*id),
             }
         }
-        let over = |n: &&Node| n.state.alive() && n.lease_until_us <= self.now_us;
+        let over = |n: &&Node| n.state.alive() && n.lease_until_us <= self.now_us && !planted(Bug::LeaseEndless);
         let expired: Vec<_> = self.nodes.values().filter(over).map(|n| n.node).collect();
         expired.iter().for_each(|id| self.bury(*id, NodeState::Dead));
         self.policy.expire(self.now_us);
@@ -178,7 +179,7 @@ impl Cluster {
             return SnapshotVerdict::StaleEpoch;
         }
         let seq = self.holders.tally(page.node).map_or(0, |tally| tally.seq);
-        if page.seq < seq {
+        if page.seq < seq && !planted(Bug::StaleSnapshot) {
             self.assemblies.remove(&page.node); // deltas overtook it
             return SnapshotVerdict::Applied { seq };
         }

@@ -13,6 +13,7 @@ use super::{Drift, Holders, NodeBlocks, toggle};
 use crate::cluster::NODES_MAX;
 use crate::ids::{BlockHash, NodeId};
 use crate::message::Tier;
+use crate::planted::{Bug, planted};
 
 /// Bits of a location in the bytes that name the node; its tier is above them.
 const NODE_BITS: u32 = 14;
@@ -142,7 +143,8 @@ impl Holders {
         if (node.blocks, node.digest) != (line.blocks, line.digest) {
             return Err(HoldersError::Digest(line.node));
         }
-        (node.seq, node.refused, node.drifted) = (line.seq, line.refused, line.drifted);
+        let seq = if planted(Bug::SnapshotForgetsSeq) { 0 } else { line.seq };
+        (node.seq, node.refused, node.drifted) = (seq, line.refused, line.drifted);
         Ok(())
     }
 }

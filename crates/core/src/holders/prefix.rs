@@ -12,6 +12,7 @@ use super::Holders;
 use super::place::{Incarnation, Location, Locations};
 use crate::ids::{BlockHash, NodeId};
 use crate::message::Tier;
+use crate::planted::{Bug, planted};
 
 /// Leading blocks of a prompt on one node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,7 +102,7 @@ fn push(groups: &mut Vec<Group>, runs: &mut [Run], group: Group) {
     if group.low < group.high && group.from < group.to {
         groups.push(group);
     } else {
-        runs[group.from..group.to].iter_mut().for_each(|run| run.end = group.low);
+        runs[group.from..group.to].iter_mut().for_each(|run| run.end = group.low + usize::from(planted(Bug::PrefixOffByOne)));
     }
 }
 

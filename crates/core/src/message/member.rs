@@ -142,6 +142,10 @@ pub struct Load {
     pub queued_pairs: u64,
     /// Measured with `prefill_ns_per_token`: picoseconds more for each pair of a prompt token and a token before it.
     pub prefill_ps_per_pair: u64,
+    /// Counted since the process began: messages and streams of hand-overs that named an old generation, or one that is over.
+    pub stale_frames: u64,
+    /// Counted since the process began: hand-overs that went on after a lost link.
+    pub resumes: u64,
 }
 
 /// Replicas of which a node is told.

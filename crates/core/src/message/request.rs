@@ -167,6 +167,19 @@ pub struct Granted {
     pub credit_bytes: u64,
 }
 
+/// What decode holds of a hand-over whose link was lost; what it does not hold is to be sent again.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+pub struct Resumed {
+    /// Which attempt.
+    pub attempt: AttemptId,
+    /// The reservation, as before.
+    pub generation: Generation,
+    /// Bytes that may have been sent in all, of what stands and what follows.
+    pub credit_bytes: u64,
+    /// One bit for each cell that moves, layer by layer, of the blocks that decode did not have: set when it stands, verified.
+    pub stands: Vec<u64>,
+}
+
 /// The end of a hand-over: what decode must hold now.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq)]
 pub struct Fin {

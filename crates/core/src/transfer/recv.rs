@@ -1,32 +1,21 @@
-//! The receiving half: says which cells may be written, counts what has arrived and was verified, and lets decoding start
-//! only when the whole grid is there and agrees with the manifest.
+//! The receiving half: hears what stands verified behind the [gate](super::gate), gives credit for more, and lets decoding start only
+//! when the whole grid is there and agrees with the manifest. When the link is lost it keeps what stands for [`RESUME_KEEP_US`].
 
 use alloc::collections::VecDeque;
 use alloc::format;
 use alloc::string::String;
-use alloc::vec;
-use alloc::vec::Vec;
 
-use super::{CREDIT_MAX, Grid, Span};
+use super::gate::Standing;
+use super::{CREDIT_MAX, Grid, RESUME_KEEP_US};
 use crate::ids::{Generation, Time, TokenId};
 use crate::message::FailKind;
+use crate::planted::{Bug, planted};
 
 /// What happens to a receiver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Input {
-    /// A cell's bytes are in their slot; `verified` tells whether their digest was the right one.
-    Cell {
-        /// The reservation that the stream named.
-        generation: Generation,
-        /// Its place.
-        layer: u16,
-        /// Its place.
-        block: u32,
-        /// Digest of the bytes in the slot.
-        digest: u64,
-        /// Whether it equals the sender's.
-        verified: bool,
-    },
+    /// What stands behind the [`Gate`](super::gate::Gate), whenever that is more than before.
+    Standing(Standing),
     /// The sender's manifest.
     Fin {
         /// The reservation.
@@ -40,10 +29,14 @@ pub enum Input {
         /// Whether the answer ends with it.
         finished: bool,
     },
+    /// The link to the sender is gone.
+    LinkLost,
+    /// The sender asks for the same slots on a new link: it has not heard of the grant.
+    Reopened,
+    /// The sender goes on with this reservation on a new link.
+    Resume(Generation),
     /// The sender gives up.
     Aborted(FailKind, String),
-    /// The link to the sender is gone.
-    PeerLost(String),
     /// This side gives up.
     Cancel(FailKind, String),
     /// Time has passed.
@@ -55,6 +48,10 @@ pub enum Input {
 pub enum Output {
     /// Let the sender send up to this many bytes in all.
     Credit(u64),
+    /// Tell the sender the grant again.
+    Granted,
+    /// Tell the sender what stands.
+    Resumed,
     /// Everything is there and verified: tell the sender, decode.
     Complete {
         /// The first token.
@@ -75,12 +72,12 @@ pub struct Receiver {
     have_blocks: u32,
     generation: Generation,
     deadline: Time,
-    /// One bit for each cell that may arrive, `[layers, blocks - have_blocks]`.
-    arrived: Vec<u64>,
     arrived_cells: u64,
     digest_sum: u64,
     credit_bytes: u64,
     manifest: Option<(u64, u64, TokenId, bool)>,
+    /// The link is lost: given up at this time.
+    lost: Option<Time>,
     over: bool,
     stale: u64,
     outputs: VecDeque<Output>,
@@ -91,21 +88,33 @@ impl Receiver {
     #[must_use]
     pub fn new(grid: Grid, have_blocks: u32, generation: Generation, deadline: Time) -> Self {
         assert!(have_blocks <= grid.blocks, "no more blocks than the sequence has");
-        let cells = u64::from(grid.layers) * u64::from(grid.blocks - have_blocks);
+        let cells = grid.cells_from(have_blocks);
         Self {
             grid,
             have_blocks,
             generation,
             deadline,
-            arrived: vec![0; cells.div_ceil(64) as usize],
             arrived_cells: 0,
             digest_sum: 0,
             credit_bytes: (cells * grid.cell_bytes).min(CREDIT_MAX.max(grid.cell_bytes)),
             manifest: None,
+            lost: None,
             over: false,
             stale: 0,
             outputs: VecDeque::new(),
         }
+    }
+
+    /// Blocks that the sender need not send.
+    #[must_use]
+    pub fn have_blocks(&self) -> u32 {
+        self.have_blocks
+    }
+
+    /// The reservation's name.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
     }
 
     /// The credit to state in the grant.
@@ -114,54 +123,32 @@ impl Receiver {
         self.credit_bytes
     }
 
-    /// Whether a stream may write `span` under `generation`. Ask before the first byte is placed; a refusal aborts nothing
-    /// when it is only late, and the whole hand-over when it breaks the rules.
-    pub fn admit(&mut self, generation: Generation, span: &Span) -> bool {
-        if self.over || generation != self.generation {
-            self.stale += 1;
-            return false;
-        }
-        if !span.fits(&self.grid) || span.block < self.have_blocks {
-            self.fail(true, FailKind::Integrity, format!("stream names cells outside the reservation: {span:?}"));
-            return false;
-        }
-        true
-    }
-
-    /// Whether this cell may be written now. Ask with the same lock held under which the bytes are copied and reported:
-    /// a cell that has arrived already, or a hand-over that is over, is never written again.
-    #[must_use]
-    pub fn may_write(&self, generation: Generation, layer: u16, block: u32) -> bool {
-        !self.over
-            && generation == self.generation
-            && layer < self.grid.layers
-            && (self.have_blocks..self.grid.blocks).contains(&block)
-            && !self.has(layer, block)
-    }
-
-    /// The only mutator, beside [`Self::admit`].
+    /// The only mutator.
     pub fn handle(&mut self, now: Time, input: Input) {
         if self.over {
             return;
         }
         match input {
-            Input::Cell { generation, layer, block, digest, verified } => self.cell(generation, layer, block, digest, verified),
+            Input::Standing(standing) => self.standing(standing),
             Input::Fin { generation, cells, digest_sum, first_token, finished } => {
-                if generation == self.generation {
-                    self.manifest = Some((cells, digest_sum, first_token, finished));
-                } else {
-                    self.stale += 1;
-                }
+                self.fin(generation, (cells, digest_sum, first_token, finished));
             }
+            Input::LinkLost => self.lost = Some(now.after(RESUME_KEEP_US)),
+            Input::Reopened => {
+                self.lost = None;
+                self.outputs.push_back(Output::Granted);
+            }
+            Input::Resume(generation) if generation == self.generation => {
+                self.lost = None;
+                self.outputs.push_back(Output::Resumed);
+            }
+            Input::Resume(_) => self.stale += 1,
             Input::Aborted(kind, detail) => self.fail(false, kind, detail),
-            Input::PeerLost(detail) => self.fail(false, FailKind::PeerLost, detail),
             Input::Cancel(kind, detail) => self.fail(true, kind, detail),
             Input::Tick => {}
         }
-        if !self.over && now >= self.deadline {
-            self.fail(true, FailKind::Deadline, String::from("hand-over not finished by the request's deadline"));
-        }
         self.conclude();
+        self.expire(now);
     }
 
     /// What to do next; drain to `None`.
@@ -178,7 +165,8 @@ impl Receiver {
     /// When to come back with a `Tick`.
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
-        (!self.over).then_some(self.deadline)
+        let first = self.lost.map_or(self.deadline, |lost| lost.min(self.deadline));
+        (!self.over).then_some(first)
     }
 
     /// Whether it is over.
@@ -187,7 +175,7 @@ impl Receiver {
         self.over
     }
 
-    /// Frames that named another generation, or came after the end.
+    /// Frames that named another generation.
     #[must_use]
     pub fn stale_frames(&self) -> u64 {
         self.stale
@@ -195,55 +183,54 @@ impl Receiver {
 
     /// Asserts what must always hold.
     pub fn check(&self) {
-        let bits: u64 = self.arrived.iter().map(|word| u64::from(word.count_ones())).sum();
-        assert_eq!(bits, self.arrived_cells, "every counted cell has its bit");
         assert!(self.arrived_cells <= self.expected_cells());
     }
 
     fn expected_cells(&self) -> u64 {
-        u64::from(self.grid.layers) * u64::from(self.grid.blocks - self.have_blocks)
+        self.grid.cells_from(self.have_blocks)
     }
 
-    fn cell(&mut self, generation: Generation, layer: u16, block: u32, digest: u64, verified: bool) {
+    fn fin(&mut self, generation: Generation, manifest: (u64, u64, TokenId, bool)) {
+        if generation != self.generation {
+            self.stale += 1;
+        } else if self.manifest.is_some_and(|before| before != manifest) {
+            self.fail(true, FailKind::Integrity, String::from("two manifests that differ"));
+        } else {
+            self.manifest = Some(manifest);
+        }
+    }
+
+    fn expire(&mut self, now: Time) {
+        if self.over {
+            return;
+        }
+        if now >= self.deadline {
+            self.fail(true, FailKind::Deadline, String::from("hand-over not finished by the request's deadline"));
+        } else if self.lost.is_some_and(|lost| now >= lost) {
+            self.fail(false, FailKind::PeerLost, String::from("the link to the sender is lost"));
+        }
+    }
+
+    fn standing(&mut self, standing: Standing) {
+        let Standing { generation, cells, digest_sum, fault } = standing;
         if generation != self.generation {
             self.stale += 1;
             return;
         }
-        if !verified {
-            self.fail(true, FailKind::Integrity, format!("digest mismatch in layer {layer} block {block}"));
-            return;
+        if let Some(fault) = fault {
+            return self.fail(true, FailKind::Integrity, fault);
         }
-        if layer >= self.grid.layers || block < self.have_blocks || block >= self.grid.blocks {
-            self.fail(true, FailKind::Integrity, format!("cell outside the reservation: layer {layer} block {block}"));
-            return;
-        }
-        if self.has(layer, block) {
-            self.fail(true, FailKind::Integrity, format!("cell sent twice: layer {layer} block {block}"));
-            return;
-        }
-        let (word, mask) = self.bit(layer, block);
-        self.arrived[word] |= mask;
-        self.arrived_cells += 1;
-        self.digest_sum = self.digest_sum.wrapping_add(digest);
+        assert!(self.arrived_cells <= cells && cells <= self.expected_cells(), "our own gate only adds to what stands");
+        (self.arrived_cells, self.digest_sum) = (cells, digest_sum);
         self.extend_credit();
-    }
-
-    fn bit(&self, layer: u16, block: u32) -> (usize, u64) {
-        let width = u64::from(self.grid.blocks - self.have_blocks);
-        let bit = u64::from(layer) * width + u64::from(block - self.have_blocks);
-        ((bit / 64) as usize, 1 << (bit % 64))
-    }
-
-    fn has(&self, layer: u16, block: u32) -> bool {
-        let (word, mask) = self.bit(layer, block);
-        self.arrived[word] & mask != 0
     }
 
     /// Keeps about [`CREDIT_MAX`] on the way; told in steps of a quarter, not cell by cell.
     fn extend_credit(&mut self) {
         let all = self.expected_cells() * self.grid.cell_bytes;
         let wanted = (self.arrived_cells * self.grid.cell_bytes + CREDIT_MAX).min(all);
-        if wanted > self.credit_bytes && (wanted - self.credit_bytes >= CREDIT_MAX / 4 || wanted == all) {
+        let withheld = planted(Bug::CreditWithheld);
+        if !withheld && wanted > self.credit_bytes && (wanted - self.credit_bytes >= CREDIT_MAX / 4 || wanted == all) {
             self.credit_bytes = wanted;
             self.outputs.push_back(Output::Credit(wanted));
         }
@@ -257,8 +244,8 @@ impl Receiver {
         if cells != self.expected_cells() {
             let expected = self.expected_cells();
             self.fail(true, FailKind::Integrity, format!("manifest names {cells} cells, {expected} were reserved"));
-        } else if self.arrived_cells == cells {
-            if digest_sum == self.digest_sum {
+        } else if self.arrived_cells == cells || planted(Bug::DecodeEarly) {
+            if digest_sum == self.digest_sum || planted(Bug::DecodeEarly) {
                 self.over = true;
                 self.outputs.push_back(Output::Complete { first_token, finished });
             } else {
@@ -270,7 +257,7 @@ impl Receiver {
     fn fail(&mut self, tell_peer: bool, kind: FailKind, detail: String) {
         self.over = true;
         self.outputs.clear();
-        if tell_peer {
+        if tell_peer && !planted(Bug::AbortUnsaid) {
             self.outputs.push_back(Output::Abort(kind, detail.clone()));
         }
         self.outputs.push_back(Output::Failed(kind, detail));

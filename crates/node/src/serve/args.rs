@@ -25,6 +25,9 @@ pub struct NodeArgs {
     /// Where this node's QUIC endpoint listens; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
+    /// Where other nodes reach it, if not at --listen: behind a translated or relayed address
+    #[arg(long)]
+    pub advertise: Option<SocketAddr>,
     /// All coordinator replicas: 1=127.0.0.1:7001,2=127.0.0.1:7002
     #[arg(long, value_delimiter = ',', value_parser = parse_replica, required = true)]
     pub coordinators: Vec<(u64, SocketAddr)>,
@@ -95,8 +98,10 @@ impl NodeArgs {
             waiting_max: self.waiting,
             fingerprint: model.fingerprint(),
         };
-        let (cluster, name, listen) = (self.cluster.clone(), self.name.clone(), self.listen);
-        Ok(NodeConfig { role, cluster, name, listen, coordinators, model, batch })
+        let dialed = self.advertise.unwrap_or(self.listen);
+        ensure!(!dialed.ip().is_unspecified(), "{dialed} is no address that other nodes can dial; say --advertise");
+        let (cluster, name, listen, advertise) = (self.cluster.clone(), self.name.clone(), self.listen, self.advertise);
+        Ok(NodeConfig { role, cluster, name, listen, advertise, coordinators, model, batch })
     }
 }
 

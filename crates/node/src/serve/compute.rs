@@ -4,6 +4,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
 use millrace_core::engine::{Engine, EngineError, Sampled, Step};
+use millrace_core::node::Input;
 use tokio::sync::mpsc;
 
 use super::event::Event;
@@ -32,7 +33,7 @@ fn run(mut engine: Box<dyn Engine>, inbox: &Receiver<Step>, events: &mpsc::Sende
         let started = Instant::now();
         let result = guarded(engine.as_mut(), &step, events);
         let elapsed_us = started.elapsed().as_micros() as u64;
-        if events.blocking_send(Event::Stepped { result, elapsed_us }).is_err() {
+        if events.blocking_send(Event::Node(Input::Stepped { result, elapsed_us })).is_err() {
             return;
         }
     }
@@ -42,7 +43,7 @@ fn run(mut engine: Box<dyn Engine>, inbox: &Receiver<Step>, events: &mpsc::Sende
 fn guarded(engine: &mut dyn Engine, step: &Step, events: &mpsc::Sender<Event>) -> Result<Vec<Sampled>, EngineError> {
     let mut on_layer = |layer| {
         // A full or closed queue only delays the hand-over of this layer: `Computed` makes every layer ready.
-        let _ = events.try_send(Event::Layer(layer));
+        let _ = events.try_send(Event::Node(Input::Layer(layer)));
     };
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| engine.step(step, &mut on_layer)))
         .unwrap_or_else(|_| Err(EngineError("the engine panicked in this step".into())))

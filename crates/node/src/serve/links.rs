@@ -1,16 +1,18 @@
 //! Tasks that turn links into events: one reader for each link, one acceptor for the endpoint.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use millrace_core::ids::ReplicaId;
-use millrace_core::message::{Hello, REPLICAS_TOLD_MAX, ReplicaAddress, Role};
+use millrace_core::message::{Hello, ReplicaAddress, Role};
+use millrace_core::node::LinkNo;
 use tokio::sync::{mpsc, watch};
 
-use super::event::{Event, LinkEvent, LinkNo};
+use super::event::{Event, LinkEvent};
 use super::receiving::{StreamContext, receive_stream};
+use super::replicas::Told;
 use crate::dial::keep_connected;
 use crate::endpoint::{Endpoint, Target};
 use crate::link::{Link, LinkReceiver};
@@ -65,46 +67,79 @@ pub(super) async fn read_link(
     let _ = events.send(event(LinkEvent::Down(link.closed().await.to_string()))).await;
 }
 
-/// Keeps links to the coordinator's replicas: those of the command line, and those of which a replica tells later.
+/// A replica tells where all of them are.
+pub(super) type ReplicasTold = (ReplicaId, Vec<ReplicaAddress>);
+
+/// A replica that is being dialed, where, and how to stop.
+type Dialed = BTreeMap<ReplicaId, (SocketAddr, Shutdown)>;
+
+/// Keeps links to the coordinator's replicas: those of the command line, then those of which replicas tell ([`Told`]).
 pub(super) async fn keep_uplinks(
     endpoint: Endpoint,
-    replicas: Vec<(ReplicaId, SocketAddr)>,
-    mut told: mpsc::Receiver<Vec<ReplicaAddress>>,
+    first: Vec<(ReplicaId, SocketAddr)>,
+    mut lists: mpsc::Receiver<ReplicasTold>,
     hello: watch::Receiver<Hello>,
     context: (Links, mpsc::Sender<Event>),
     shutdown: Shutdown,
 ) {
-    let mut known = BTreeSet::new();
-    let mut found = replicas;
+    let (mut told, mut dialed) = (Told::new(first), Dialed::new());
     loop {
-        for (replica, addr) in found {
-            // One that went is dialed in vain, now and then; at the bound further ones are not dialed.
-            if known.len() < REPLICAS_TOLD_MAX && known.insert(replica) {
-                let target = Target { addr, role: Role::Coordinator, name: None };
-                let uplink = keep_uplink(endpoint.clone(), replica, target, hello.clone(), context.clone(), shutdown.clone());
-                tokio::spawn(uplink);
+        let wanted = told.wanted();
+        dialed.retain(|replica, (addr, gone)| {
+            let stays = wanted.get(replica).copied() == Some(*addr);
+            if !stays {
+                tracing::info!(%replica, %addr, "a replica is not dialed any more");
+                gone.begin("the replica is none any more, or elsewhere");
             }
+            stays
+        });
+        for (replica, addr) in wanted {
+            dialed.entry(replica).or_insert_with(|| {
+                let gone = Shutdown::new();
+                let target = Target { addr, role: Role::Coordinator, name: None };
+                let uplink = Uplink { replica, endpoint: endpoint.clone(), target, gone: gone.clone() };
+                tokio::spawn(uplink.keep(hello.clone(), context.clone(), shutdown.clone()));
+                (addr, gone)
+            });
         }
-        let Some(list) = told.recv().await else { return };
-        found = list.into_iter().filter_map(|one| Some((one.replica, one.address.parse().ok()?))).collect();
+        let Some((from, list)) = lists.recv().await else { return };
+        told.hear(from, list);
     }
 }
 
-/// Keeps a link to one coordinator replica up, and reads it.
-async fn keep_uplink(
-    endpoint: Endpoint,
+/// One coordinator replica that a node keeps a link to, until it is gone.
+struct Uplink {
     replica: ReplicaId,
+    endpoint: Endpoint,
     target: Target,
-    hello: watch::Receiver<Hello>,
-    context: (Links, mpsc::Sender<Event>),
-    shutdown: Shutdown,
-) {
-    let (links, events) = context;
-    let (up, mut ups) = mpsc::channel(1);
-    tokio::spawn(keep_connected(endpoint, target, hello, up, shutdown));
-    while let Some((link, receiver)) = ups.recv().await {
-        let no = links.next_no();
-        read_link(link, receiver, events.clone(), |event| Event::Uplink(replica, no, event)).await;
+    gone: Shutdown,
+}
+
+impl Uplink {
+    /// Keeps the link up, and reads it.
+    async fn keep(self, hello: watch::Receiver<Hello>, context: (Links, mpsc::Sender<Event>), shutdown: Shutdown) {
+        let Self { replica, endpoint, target, gone } = self;
+        let (links, events) = context;
+        let (up, mut ups) = mpsc::channel(1);
+        tokio::spawn(keep_connected(endpoint, target, hello, up, shutdown));
+        loop {
+            let next = tokio::select! {
+                next = ups.recv() => next,
+                _ = gone.wait() => return,
+            };
+            let Some((link, receiver)) = next else { return };
+            let no = links.next_no();
+            let reading = read_link(link.clone(), receiver, events.clone(), |event| Event::Uplink(replica, no, event));
+            tokio::pin!(reading);
+            tokio::select! {
+                () = &mut reading => {}
+                reason = gone.wait() => {
+                    // Its end is an event like any other, so it is waited for.
+                    link.close(&reason);
+                    return reading.await;
+                }
+            }
+        }
     }
 }
 
@@ -127,5 +162,90 @@ pub(super) async fn accept_links(endpoint: Endpoint, hello: watch::Receiver<Hell
                 Err(error) => tracing::warn!(%error, "link refused"),
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use millrace_core::ids::{Epoch, NodeId};
+    use millrace_core::message::Message;
+    use millrace_kernels::slab::KvSlab;
+
+    use super::super::receiving::Gates;
+    use super::*;
+    use crate::endpoint::EndpointConfig;
+    use crate::pki::{Authority, Identity};
+
+    /// Far more than anything takes that is going to come.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn hello(name: &str) -> Hello {
+        Hello { cluster: "demo".into(), name: name.into(), instance: 1, node: NodeId(0), epoch: Epoch(0), model: None }
+    }
+
+    fn endpoint(authority: &Authority, dir: &std::path::Path, role: Role, name: &str) -> Endpoint {
+        let dir = dir.join(name);
+        authority.issue(role, name, &dir).unwrap();
+        Endpoint::bind("127.0.0.1:0".parse().unwrap(), Identity::load(&dir).unwrap(), EndpointConfig::default()).unwrap()
+    }
+
+    /// A replica that takes links and says nothing, for ever.
+    fn replica(authority: &Authority, dir: &std::path::Path, id: u64) -> (ReplicaId, SocketAddr) {
+        let name = format!("coordinator-{id}");
+        let endpoint = endpoint(authority, dir, Role::Coordinator, &name);
+        let addr = endpoint.local_addr().unwrap();
+        tokio::spawn(async move {
+            let mut links = Vec::new();
+            while let Some(accepting) = endpoint.accept().await {
+                links.push(Link::accept(accepting.finish().await.unwrap(), &hello(&name)).await.unwrap());
+            }
+        });
+        (ReplicaId(id), addr)
+    }
+
+    async fn next(events: &mut mpsc::Receiver<Event>) -> (u64, bool) {
+        loop {
+            match tokio::time::timeout(PATIENCE, events.recv()).await.expect("in time").unwrap() {
+                Event::Uplink(replica, _, LinkEvent::Up(_)) => return (replica.0, true),
+                Event::Uplink(replica, _, LinkEvent::Down(_)) => return (replica.0, false),
+                Event::Uplink(_, _, LinkEvent::Message(message)) => assert!(matches!(*message, Message::Ping)),
+                _ => panic!("an event of something else"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_dials_the_replicas_of_which_it_is_told_and_forgets_those_that_went() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::create(&dir.path().join("ca"), "demo").unwrap();
+        let replicas: Vec<_> = (1..=3).map(|id| replica(&authority, dir.path(), id)).collect();
+        let own = endpoint(&authority, dir.path(), Role::Prefill, "prefill-1");
+        let (events_tx, mut events) = mpsc::channel(64);
+        let (lists, told) = mpsc::channel(LISTS_MAX);
+        let (_hello, hellos) = watch::channel(hello("prefill-1"));
+        let slab = KvSlab::new(64, 1, 1).unwrap();
+        let streams = StreamContext { gates: Gates::default(), slab, events: events_tx.clone() };
+        let context = (Links::new(streams), events_tx);
+        tokio::spawn(keep_uplinks(own, replicas[..1].to_vec(), told, hellos, context, Shutdown::new()));
+        assert_eq!(next(&mut events).await, (1, true), "the one of the command line");
+        let list = |of: &[usize]| -> Vec<ReplicaAddress> {
+            let one = |at: &usize| ReplicaAddress { replica: replicas[*at].0, address: replicas[*at].1.to_string() };
+            of.iter().map(one).collect()
+        };
+        lists.send((ReplicaId(1), list(&[0, 1, 2]))).await.unwrap();
+        let mut up = [next(&mut events).await, next(&mut events).await];
+        up.sort_unstable();
+        assert_eq!(up, [(2, true), (3, true)]);
+        lists.send((ReplicaId(3), list(&[0, 1, 2]))).await.unwrap();
+        lists.send((ReplicaId(1), list(&[0, 1]))).await.unwrap();
+        lists.send((ReplicaId(2), list(&[0, 1]))).await.unwrap();
+        assert_eq!(next(&mut events).await, (3, false), "its link is dropped");
+        // That it is not dialed again shows in what comes next: the others' links, when they move.
+        lists.send((ReplicaId(2), list(&[0]))).await.unwrap();
+        lists.send((ReplicaId(1), list(&[0]))).await.unwrap();
+        assert_eq!(next(&mut events).await, (2, false));
+        assert!(events.try_recv().is_err(), "nothing else happened");
     }
 }

@@ -1,6 +1,6 @@
 //! The shell of a node, the same for prefill and decode: links, engine thread, drive loop. The binaries bring the engine.
 //!
-//! [`serve`] introduces the parts to one another and runs until shutdown. The life of an attempt, seen from here:
+//! [`Node::serve`] introduces the parts to one another and runs until shutdown. The life of an attempt, seen from here:
 //! `Assign` -> batch -> engine, layer by layer -> streams to the decoder -> first token to the gateway -> `Received` -> release;
 //! or, on the other side, `Open` -> slots reserved -> cells verified one by one -> batch -> tokens to the gateway.
 
@@ -11,22 +11,21 @@ mod event;
 mod links;
 mod peers;
 pub mod process;
-mod rates;
 mod receiving;
+mod replicas;
 mod sending;
-mod upkeep;
-mod uplink;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use millrace_core::batch::{Batch, BatchConfig};
+use millrace_core::batch::BatchConfig;
 use millrace_core::engine::Engine;
 use millrace_core::ids::{Epoch, NodeId, ReplicaId, Time};
 use millrace_core::message::{Hello, Join, ModelIdentity, Role};
+use millrace_core::node;
 use millrace_kernels::slab::KvSlab;
 use tokio::sync::{mpsc, watch};
 
@@ -45,6 +44,8 @@ pub struct NodeConfig {
     pub name: String,
     /// Where to listen; port 0 takes any.
     pub listen: SocketAddr,
+    /// Where other nodes reach it, when that is another address.
+    pub advertise: Option<SocketAddr>,
     /// Every coordinator replica: raft id and address.
     pub coordinators: Vec<(ReplicaId, SocketAddr)>,
     /// What the engine serves.
@@ -111,9 +112,8 @@ impl Node {
         let (hello, join) = (self.hello(), self.join()?);
         let clock = Clock(Instant::now());
         let (events_tx, events) = mpsc::channel(event::EVENTS_MAX);
-        let receptions = receiving::Receptions::default();
-        let streams =
-            receiving::StreamContext { receptions: receptions.clone(), slab: Arc::clone(&slab), clock, events: events_tx.clone() };
+        let gates = receiving::Gates::default();
+        let streams = receiving::StreamContext { gates: gates.clone(), slab: Arc::clone(&slab), events: events_tx.clone() };
         let links = links::Links::new(streams);
         let (hello, hellos) = watch::channel(hello);
         let (replicas, told) = mpsc::channel(links::LISTS_MAX);
@@ -121,26 +121,18 @@ impl Node {
         tokio::spawn(links::keep_uplinks(endpoint.clone(), first, told, hellos.clone(), context, shutdown.clone()));
         tokio::spawn(links::accept_links(endpoint.clone(), hellos, links.clone(), events_tx.clone()));
         let drive = drive::Drive {
-            batch: Batch::new(self.config.batch.clone()),
-            compute: compute::Compute::start(engine, events_tx.clone()).context("starting the engine's thread")?,
-            upkeep: upkeep::Upkeep::new(Arc::clone(&slab)),
-            sendings: sending::Sendings::new(slab, clock, events_tx.clone()),
-            peers: peers::Peers::new(endpoint.clone(), hello, links, events_tx),
-            uplinks: uplink::Uplinks::new(join),
-            replicas,
-            rates: rates::Rates::default(),
-            config: self.config,
+            name: self.config.name,
             clock,
+            node: node::Node::new(join, self.config.batch),
             events,
-            receptions,
-            in_flight: None,
-            gateways: HashMap::new(),
-            asking: HashMap::new(),
-            leaving: HashMap::new(),
-            cancelled: HashSet::new(),
-            generation: 0,
-            stopping_since: None,
-            next_tick: Time(0),
+            links: HashMap::new(),
+            compute: compute::Compute::start(engine, events_tx.clone()).context("starting the engine's thread")?,
+            spans: sending::Spans::new(Arc::clone(&slab), events_tx.clone()),
+            gates,
+            slab,
+            dialer: peers::Dialer { endpoint: endpoint.clone(), hello, links, events: events_tx },
+            replicas,
+            over: false,
         };
         let result = drive.run(shutdown).await;
         endpoint.close("the node has stopped").await;
@@ -162,7 +154,7 @@ impl Node {
         Ok(Join {
             name: self.config.name.clone(),
             role: self.config.role,
-            address: self.address()?.to_string(),
+            address: self.config.advertise.map_or_else(|| self.address(), Ok)?.to_string(),
             instance: self.instance,
             pid: std::process::id(),
             model: self.config.model.clone(),

@@ -10,7 +10,7 @@ use millrace_load::{engine, events, faults, handover, index, machine, raft, rout
 /// Measures this machine and prints medians.
 #[derive(Parser)]
 struct Arguments {
-    /// Sections to run; all but `faults`, which takes some 20 minutes, when absent. May be repeated.
+    /// Sections to run; all but `faults`, which takes an hour, when absent. May be repeated.
     #[arg(long, value_enum)]
     only: Vec<Section>,
     /// Fewer and shorter runs: to see that it works, not to quote.

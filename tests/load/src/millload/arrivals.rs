@@ -154,8 +154,9 @@ fn repeat_times(at_ns: &[u64], speed: f64, count: usize) -> Result<Vec<u64>> {
     positive("speed", speed)?;
     let (Some(first), Some(last)) = (at_ns.first(), at_ns.last()) else { anyhow::bail!("no recorded times") };
     // A round ends one mean gap after its last time, so that the next does not begin on top of it.
-    let span = (last - first) + (last - first) / (at_ns.len() as u64).max(2) + 1;
-    let at = |i: usize| (at_ns[i % at_ns.len()] - first + (i / at_ns.len()) as u64 * span) as f64 / speed;
+    let whole = u128::from(last - first);
+    let span = whole + whole / (at_ns.len() as u128).max(2) + 1;
+    let at = |i: usize| (u128::from(at_ns[i % at_ns.len()] - first) + (i / at_ns.len()) as u128 * span) as f64 / speed;
     Ok((0..count).map(|i| at(i) as u64).collect())
 }
 

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
 use super::clock::until;
+use super::network::{self, Cut};
 use super::plan::millis;
 use super::record::{Outcome, Record};
 use super::summary::{About, good};
@@ -28,6 +29,10 @@ const COMMAND_WAIT_MAX: Duration = Duration::from_secs(60);
 pub enum Act {
     /// Sends a signal to a process of the cluster: its name and the process's.
     Signal(&'static str, String),
+    /// Cuts a process of the cluster off from its peers.
+    Cut(Cut, String),
+    /// Undoes all cuts.
+    Heal,
     /// Runs `millctl` with these arguments.
     Millctl(Vec<String>),
 }
@@ -46,17 +51,23 @@ pub struct Step {
 impl FromStr for Step {
     type Err = String;
 
-    /// `at 30s kill decode-2`; acts are kill, term, stop, cont (with a process), cordon, uncordon, drain (with a node), millctl (with
-    /// arguments).
+    /// `at 30s kill decode-2`; acts are kill, term, stop, cont, partition, mute, deafen (with a process), heal, cordon, uncordon, drain
+    /// (with a node), millctl (with arguments).
     fn from_str(text: &str) -> Result<Self, String> {
         let words: Vec<&str> = text.split_whitespace().collect();
-        let wrong =
-            || format!("{text:?}: expected at TIME kill|term|stop|cont|cordon|uncordon|drain NAME, or at TIME millctl ARGUMENTS");
+        let wrong = || {
+            let named = "kill|term|stop|cont|partition|mute|deafen|cordon|uncordon|drain NAME";
+            format!("{text:?}: expected at TIME {named}, at TIME heal, or at TIME millctl ARGUMENTS")
+        };
         let ["at", time, verb, rest @ ..] = &words[..] else { return Err(wrong()) };
         let at = Duration::from_secs_f64(millis(time)? / 1e3);
         let signals = [("kill", "KILL"), ("term", "TERM"), ("stop", "STOP"), ("cont", "CONT")];
+        let cuts = [("partition", Cut::Partition), ("mute", Cut::Mute), ("deafen", Cut::Deafen)];
+        let cut = cuts.iter().find(|(name, _)| name == verb).map(|(_, cut)| *cut);
         let act = match (signals.iter().find(|(name, _)| name == verb), *verb, rest) {
             (Some((_, signal)), _, [name]) => Act::Signal(signal, (*name).to_owned()),
+            (None, "heal", []) => Act::Heal,
+            (None, _, [name]) if let Some(cut) = cut => Act::Cut(cut, (*name).to_owned()),
             (None, "cordon" | "uncordon" | "drain", [name]) => {
                 Act::Millctl(["nodes", *verb, *name].iter().map(|word| (*word).to_owned()).collect())
             }
@@ -127,6 +138,8 @@ impl Site {
                 command.args(["-c", &format!("kill -{signal} {}", pid(&self.dir, name)?)]);
                 command
             }
+            Act::Cut(how, name) => return network::cut(pid(&self.dir, name)?, *how).await,
+            Act::Heal => return network::heal().await,
             Act::Millctl(args) => {
                 let mut command = Command::new(&self.millctl);
                 command.args(args).args(["--dir"]).arg(&self.dir);
@@ -188,8 +201,10 @@ mod tests {
             steps[0],
             Step { at: Duration::from_millis(1500), act: Act::Signal("KILL", "decode-2".into()), text: "kill decode-2".into() }
         );
+        let cuts = parse("at 1s mute decode-1; at 2s heal").unwrap();
+        assert_eq!((&cuts[0].act, &cuts[1].act), (&Act::Cut(Cut::Mute, "decode-1".into()), &Act::Heal));
         assert_eq!(steps[1].act, Act::Millctl(vec!["nodes".into(), "drain".into(), "decode-1".into()]));
-        for bad in ["kill x", "at 5s kill", "at 5s burn x", "at soon kill x", "at 5s millctl"] {
+        for bad in ["kill x", "at 5s kill", "at 5s burn x", "at soon kill x", "at 5s millctl", "at 5s heal x", "at 5s mute"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! `plan` and the files it uses (`rng`, `arrivals`, `lengths`, `workload`, `trace`) decide what is asked and when; `verify` and `cache` say
 //! what a plan promises. `run` executes a plan through `client`; `record` is what it notes of each request. `summary`, `figures`, `golden`
-//! and `compare` make figures of records; `report` and `screen` show them. `faults` harms a local cluster on time; `server` is a server
+//! and `compare` make figures of records; `report` and `screen` show them. `faults` harms a local cluster on time (`network` cuts it); `server` is a server
 //! whose truth is known.
 
 pub mod arrivals;
@@ -16,6 +16,7 @@ pub mod figures;
 pub mod golden;
 pub mod lengths;
 pub mod live;
+pub mod network;
 pub mod plan;
 pub mod record;
 pub mod report;

@@ -223,24 +223,28 @@ impl Saying {
 
 /// The j-th event: a token, or the end with the counts.
 fn event(ask: &Ask, script: &Script, times: &Times, j: u32) -> Vec<u8> {
+    let object = if ask.chat { "chat.completion.chunk" } else { "text_completion" };
+    let head = format!(r#"data: {{"id":"scripted-{}","object":"{object}","created":0,"model":"{MODEL}","#, ask.number);
     if j < ask.out {
         let token = 1000 + mix(ask.seed.wrapping_add(u64::from(j))) % 29_000;
         let text = if ask.chat { r#""delta":{"content":" x"}"# } else { r#""text":" x""# };
-        return format!("data: {{\"choices\":[{{\"index\":0,{text},\"token_ids\":[{token}],\"finish_reason\":null}}]}}\n\n")
-            .into_bytes();
+        let choice = format!(r#""choices":[{{"index":0,{text},"token_ids":[{token}],"finish_reason":null}}]"#);
+        return format!("{head}{choice}}}\n\n").into_bytes();
     }
     let queue_us = (times.began - times.arrived).as_micros();
     let (compute_us, ttft_us) = (times.compute.as_micros(), (times.began + times.compute - times.arrived).as_micros());
     let total_us = ttft_us + times.itl.as_micros() * u128::from(ask.out.saturating_sub(1));
-    let cached = (f64::from(ask.prompt_tokens) * script.cached_share) as u32;
-    format!(
-        "data: {{\"choices\":[{{\"index\":0,\"text\":\"\",\"finish_reason\":\"length\"}}],\"millrace\":{{\"prefill\":{{\"node\":\"scripted\",\
-         \"cached_tokens\":{cached},\"queue_us\":{queue_us},\"compute_us\":{compute_us}}},\"handover\":null,\"decode_node\":\"scripted\",\
-         \"attempts\":1,\"ttft_us\":{ttft_us},\"total_us\":{total_us}}}}}\n\ndata: {{\"choices\":[],\"usage\":{{\"prompt_tokens\":{},\
-         \"completion_tokens\":{},\"prompt_tokens_details\":{{\"cached_tokens\":{cached}}}}}}}\n\ndata: [DONE]\n\n",
-        ask.prompt_tokens, ask.out
-    )
-    .into_bytes()
+    let (prompt, out) = (ask.prompt_tokens, ask.out);
+    let cached = (f64::from(prompt) * script.cached_share) as u32;
+    let empty = if ask.chat { r#""delta":{}"# } else { r#""text":"""# };
+    let end = format!(
+        r#""choices":[{{"index":0,{empty},"finish_reason":"length"}}],"millrace":{{"prefill":{{"node":"scripted","cached_tokens":{cached},"queue_us":{queue_us},"compute_us":{compute_us}}},"handover":null,"decode_node":"scripted","attempts":1,"ttft_us":{ttft_us},"total_us":{total_us}}}"#
+    );
+    let counts = format!(
+        r#""choices":[],"usage":{{"prompt_tokens":{prompt},"completion_tokens":{out},"total_tokens":{},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}"#,
+        prompt + out
+    );
+    format!("{head}{end}}}\n\n{head}{counts}}}\n\ndata: [DONE]\n\n").into_bytes()
 }
 
 fn stream_of(body: Body) -> Response<Body> {
@@ -264,7 +268,7 @@ fn trace(request: &Request<Incoming>) -> u64 {
 
 /// Reads what matters without parsing all of the JSON: the null server must be cheaper than what it measures.
 fn ask(body: &[u8], chat: bool, trace: u64, number: u64) -> Ask {
-    let out = number_after(body, b"\"max_tokens\":").unwrap_or(16);
+    let out = number_after(body, b"\"max_tokens\":").or_else(|| number_after(body, b"\"max_completion_tokens\":")).unwrap_or(16);
     let prompt = find(body, b"\"prompt\":[").map(|at| &body[at..]);
     let prompt = prompt.map(|rest| &rest[..find(rest, b"]").unwrap_or(rest.len())]);
     let prompt_tokens = match prompt {
@@ -281,7 +285,7 @@ fn find(text: &[u8], what: &[u8]) -> Option<usize> {
 }
 
 fn number_after(body: &[u8], what: &[u8]) -> Option<u32> {
-    let rest = &body[find(body, what)?..];
+    let rest = body[find(body, what)?..].trim_ascii_start();
     let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
     std::str::from_utf8(&rest[..digits]).ok()?.parse().ok()
 }

@@ -98,7 +98,7 @@ pub fn plan(args: &TraceArgs) -> Result<Plan> {
             if let Some((first, turn, due_ns)) = sessions.get_mut(&session) {
                 *turn += 1;
                 planned.after_ms = (row.delay_ms / common.speed) as u32;
-                *due_ns += u64::from(planned.after_ms) * 1_000_000;
+                *due_ns = due_ns.saturating_add(u64::from(planned.after_ms) * 1_000_000);
                 (arrival, planned.turn, planned.due_ns) = (*first, *turn, *due_ns);
             } else {
                 sessions.insert(session, (arrival, 0, 0));

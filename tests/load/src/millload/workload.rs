@@ -267,7 +267,7 @@ impl<'a> Maker<'a> {
     /// the offset from its arrival, whose number is beside it.
     pub(super) fn finish(mut self, arrivals: &Arrivals, firsts: usize, mut requests: Vec<(usize, Planned)>) -> Result<Plan> {
         let due = arrivals.due_ns(self.common.seed, firsts)?;
-        requests.iter_mut().for_each(|(first, request)| request.due_ns += due[*first]);
+        requests.iter_mut().for_each(|(first, request)| request.due_ns = request.due_ns.saturating_add(due[*first]));
         requests.sort_by_key(|(_, request)| request.due_ns);
         let mut requests: Vec<Planned> = requests.into_iter().map(|(_, request)| request).collect();
         requests.iter_mut().zip(0..).for_each(|(request, i)| request.i = i);

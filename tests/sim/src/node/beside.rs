@@ -1,8 +1,9 @@
 //! What happens in a node beside its drive loop: the engine's thread computes, the tasks of arriving streams place cells.
 
-use millrace_core::engine::Sampled;
-use millrace_core::ids::{AttemptId, Generation, Time};
-use millrace_core::transfer::{Span, recv};
+use millrace_core::engine::{Row, Sampled};
+use millrace_core::ids::{AttemptId, Generation};
+use millrace_core::transfer::Span;
+use millrace_core::transfer::gate::Place;
 
 use super::Node;
 use crate::event::{LinkNo, NodeEvent};
@@ -24,51 +25,52 @@ pub struct Cell {
 impl Node {
     /// The engine computes one layer of the step; the result after the last. Called by the engine, not by the drive loop.
     pub fn compute(&mut self, layer: u16) -> Option<Vec<Sampled>> {
-        let (step, hashes) = self.step.as_mut().expect("the engine has a step");
+        let (step, hashes, _) = self.step.as_mut().expect("the engine has a step");
         for (row, hashes) in step.rows.iter().zip(hashes.iter_mut()) {
             hashes.push(self.memory.compute(row, layer));
         }
-        if layer + 1 < self.layout.layers {
+        if layer + 1 < self.layers {
             return None;
         }
-        let (step, hashes) = self.step.take().expect("it was just there");
-        let drawn = step.rows.iter().zip(&hashes).filter(|(row, _)| row.sample.is_some());
-        let sampled = |row: AttemptId, hashes| Sampled { attempt: row, token: memory::token(hashes, self.vocab), logprob: 0.0 };
-        Some(drawn.map(|(row, hashes)| sampled(row.attempt, hashes)).collect())
+        let drawn = step.rows.iter().zip(&*hashes).filter(|(row, _)| row.sample.is_some());
+        let sampled = |(row, hashes): (&Row, &Vec<u64>)| {
+            let token = memory::token(hashes, self.vocab, row.sample.as_ref()?, row.draw_position());
+            Some(Sampled { attempt: row.attempt, token, logprob: 0.0 })
+        };
+        Some(drawn.filter_map(sampled).collect())
     }
 
     /// Tokens of the step that the engine computes.
     #[must_use]
     pub fn step_tokens(&self) -> usize {
-        self.step.iter().flat_map(|(step, _)| &step.rows).map(|row| row.tokens.len()).sum()
+        self.step.iter().flat_map(|(step, ..)| &step.rows).map(|row| row.tokens.len()).sum()
     }
 
     /// A KV stream begins on a link; false when it may not write. Called by the stream, not by the drive loop.
     pub fn stream_opens(&mut self, link: LinkNo, attempt: AttemptId, generation: Generation, span: &Span) -> bool {
-        let Some(reception) = self.receptions.get_mut(&attempt) else { return false };
-        let admitted = reception.link == link && reception.machine.admit(generation, span);
+        let gate = self.gates.get_mut(&attempt).filter(|(asks, _)| *asks == link);
+        let admitted = gate.is_some_and(|(_, gate)| gate.admit(generation, span));
         if !admitted {
+            self.refused += 1;
             self.inbox.push_back(NodeEvent::Arrived(attempt));
         }
         admitted
     }
 
     /// A cell of a stream is there: copied to its place if it may be written; false when the stream is to be dropped.
-    pub fn cell_arrives(&mut self, now: Time, attempt: AttemptId, generation: Generation, cell: &Cell) -> bool {
+    pub fn cell_arrives(&mut self, attempt: AttemptId, generation: Generation, cell: &Cell) -> bool {
         let Cell { layer, block, ref words, digest: expected } = *cell;
-        let Some(reception) = self.receptions.get_mut(&attempt) else { return false };
-        if !reception.machine.may_write(generation, layer, block) {
-            return false;
+        let Some((_, gate)) = self.gates.get_mut(&attempt) else { return false };
+        match gate.place(generation, layer, block) {
+            Place::Write(slot, name) => {
+                self.memory.place(slot, layer, words);
+                gate.placed(layer, block, memory::digest(&name, layer, words), expected);
+                gate.check();
+                self.inbox.push_back(NodeEvent::Arrived(attempt));
+                true
+            }
+            Place::Stands => true,
+            Place::Closed => false,
         }
-        let slot = reception.table[block as usize].slot;
-        self.memory.place(slot, layer, words);
-        let digest = memory::digest(&reception.names[block as usize], layer, words);
-        let verified = digest == expected;
-        reception.machine.handle(now, recv::Input::Cell { generation, layer, block, digest, verified });
-        reception.machine.check();
-        if reception.machine.has_output() {
-            self.inbox.push_back(NodeEvent::Arrived(attempt));
-        }
-        true
     }
 }

@@ -1,0 +1,179 @@
+//! Links to other nodes: the ones that this node dialled to hand over KV, and the ones on which others hand over to it; and who may say what
+//! on them.
+
+use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use super::{Effect, LinkNo, Node, Note};
+use crate::batch;
+use crate::ids::{AttemptId, Epoch};
+use crate::message::{FailKind, Granted, Message, Peer, Resumed, Ticket};
+use crate::planted::{Bug, planted};
+use crate::transfer::{recv, send};
+
+/// All links to other nodes.
+#[derive(Debug, Default)]
+pub(super) struct Peers {
+    /// Name and incarnation of the node at the other end.
+    by_link: BTreeMap<LinkNo, (String, Epoch)>,
+    dialed: BTreeMap<String, LinkNo>,
+    dialing: BTreeSet<String>,
+}
+
+/// The way to a node.
+enum Way {
+    /// A link to this incarnation.
+    Link(LinkNo, Epoch),
+    /// None yet; somebody dials already.
+    Dialing,
+    /// None yet: dial, after giving up the link to an older incarnation.
+    Dial(Option<LinkNo>),
+}
+
+impl Peers {
+    pub(super) fn contains(&self, link: LinkNo) -> bool {
+        self.by_link.contains_key(&link)
+    }
+
+    /// The node at the other end of a link.
+    pub(super) fn at(&self, link: LinkNo) -> Option<&(String, Epoch)> {
+        self.by_link.get(&link)
+    }
+
+    pub(super) fn links(&self) -> impl Iterator<Item = LinkNo> + '_ {
+        self.by_link.keys().copied()
+    }
+
+    fn up(&mut self, link: LinkNo, name: String, epoch: Epoch) {
+        if self.dialing.remove(&name) {
+            self.dialed.insert(name.clone(), link);
+        }
+        self.by_link.insert(link, (name, epoch));
+    }
+
+    fn down(&mut self, link: LinkNo) {
+        self.by_link.remove(&link);
+        self.dialed.retain(|_, dialed| *dialed != link);
+    }
+
+    /// The link to a node, or who has to make one.
+    fn way(&mut self, peer: &Peer) -> Way {
+        let mut old = None;
+        if let Some(link) = self.dialed.get(&peer.name).copied() {
+            let epoch = self.by_link.get(&link).map_or(Epoch(0), |(_, epoch)| *epoch);
+            if epoch >= peer.epoch {
+                return Way::Link(link, epoch);
+            }
+            self.dialed.remove(&peer.name);
+            old = Some(link);
+        }
+        if self.dialing.insert(peer.name.clone()) { Way::Dial(old) } else { Way::Dialing }
+    }
+}
+
+impl Node {
+    pub(super) fn on_peer_up(&mut self, link: LinkNo, name: String, epoch: Epoch) {
+        let waiting = self.waiting_for(&name);
+        self.peers.up(link, name, epoch);
+        waiting.into_iter().for_each(|attempt| self.ask(attempt, link, epoch));
+    }
+
+    pub(super) fn on_peer_down(&mut self, link: LinkNo) {
+        self.peers.down(link);
+        for attempt in self.leaving_on(link).into_iter().filter(|_| !planted(Bug::LossUnheard)) {
+            self.leaving_lost(attempt);
+        }
+        for attempt in self.arriving_on(link) {
+            self.recv_input(attempt, recv::Input::LinkLost);
+        }
+        let asking: Vec<_> = self.asking.iter().filter(|(_, (asks, _))| *asks == link).map(|(a, _)| *a).collect();
+        asking.into_iter().for_each(|attempt| self.cancel(attempt));
+    }
+
+    pub(super) fn on_dial_failed(&mut self, name: &str, reason: &str) {
+        self.peers.dialing.remove(name);
+        for attempt in self.waiting_for(name) {
+            self.send_input(attempt, send::Input::PeerLost(format!("{name} cannot be reached: {reason}")));
+        }
+    }
+
+    /// Finds or makes the link to the receiver of an attempt.
+    pub(super) fn reach(&mut self, attempt: AttemptId, peer: Peer) {
+        match self.peers.way(&peer) {
+            Way::Link(link, epoch) => self.ask(attempt, link, epoch),
+            Way::Dialing => {}
+            Way::Dial(old) => {
+                self.effects.extend(old.map(|link| Effect::Close(link, "a newer incarnation is meant")));
+                self.effects.push_back(Effect::Dial(peer));
+            }
+        }
+    }
+
+    pub(super) fn on_peer_message(&mut self, link: LinkNo, message: Message) {
+        match message {
+            Message::Open(open) => self.on_open(link, open.ticket),
+            Message::Granted(Granted { attempt, have_blocks, generation, credit_bytes }) => {
+                self.answer(link, attempt, send::Input::Granted { have_blocks, generation, credit_bytes });
+            }
+            Message::Declined { attempt, kind, detail } => self.answer(link, attempt, send::Input::Declined(kind, detail)),
+            Message::Credit { attempt, bytes } => self.answer(link, attempt, send::Input::Credit(bytes)),
+            Message::Resume { attempt, generation } => self.on_resume(link, attempt, generation),
+            Message::Resumed(Resumed { attempt, generation, credit_bytes, stands }) => {
+                self.answer(link, attempt, send::Input::Resumed { generation, credit_bytes, stands });
+            }
+            Message::Received { attempt } => self.answer(link, attempt, send::Input::Received),
+            Message::Fin(fin) if self.arrives_on(fin.attempt, link) => {
+                let (generation, cells, digest_sum) = (fin.generation, fin.cells, fin.digest_sum);
+                let (first_token, finished) = (fin.first_token, fin.finished);
+                self.recv_input(fin.attempt, recv::Input::Fin { generation, cells, digest_sum, first_token, finished });
+            }
+            Message::Fin(_) => self.counts.stale_frames += 1,
+            Message::Abort { attempt, kind, detail } => self.on_abort(link, attempt, kind, detail),
+            other => self.note(Note::Meaningless(other.into())),
+        }
+    }
+
+    fn on_abort(&mut self, link: LinkNo, attempt: AttemptId, kind: FailKind, detail: String) {
+        if self.arrives_on(attempt, link) {
+            self.recv_input(attempt, recv::Input::Aborted(kind, detail));
+        } else if self.asking.get(&attempt).is_some_and(|(asks, _)| *asks == link) {
+            self.cancel(attempt);
+        } else {
+            self.answer(link, attempt, send::Input::Aborted(kind, detail));
+        }
+    }
+
+    /// A receiver's word counts only on the link that the hand-over uses.
+    fn answer(&mut self, link: LinkNo, attempt: AttemptId, input: send::Input) {
+        if self.leaves_on(attempt, link) {
+            self.send_input(attempt, input);
+        } else {
+            self.counts.stale_frames += 1;
+        }
+    }
+
+    /// A sender asks for slots.
+    fn on_open(&mut self, link: LinkNo, ticket: Ticket) {
+        let attempt = ticket.attempt;
+        let meant = ticket.decode.as_ref().map(|peer| (peer.node, peer.epoch));
+        if meant.is_none() || meant != self.joined() || self.stopping_since.is_some() {
+            let detail = "the ticket does not name this incarnation of this node, or it is stopping".into();
+            return self.send(link, Message::Declined { attempt, kind: FailKind::PeerLost, detail });
+        }
+        if self.arriving.contains_key(&attempt) {
+            return self.on_reopen(link, attempt);
+        }
+        if self.gateways.contains_key(&attempt) || self.asking.contains_key(&attempt) {
+            return;
+        }
+        if self.uplinks.link(ticket.gateway).is_none() {
+            // Its tokens would go nowhere, and the gateway, which may hold the link for up already, would wait for them.
+            let detail = "there is no link to the gateway of the ticket".into();
+            return self.send(link, Message::Declined { attempt, kind: FailKind::PeerLost, detail });
+        }
+        self.asking.insert(attempt, (link, ticket.clone()));
+        self.batch.handle(self.now, batch::Input::Reserve(ticket));
+    }
+}
