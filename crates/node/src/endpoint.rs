@@ -38,6 +38,10 @@ pub struct EndpointConfig {
     pub datagram_max: u16,
     /// Connections for KV beside each link that this side dials; one is as fast as one core.
     pub lanes: usize,
+    /// UDP port for KV, at a node; 0 takes any free one.
+    pub lanes_port: u16,
+    /// The port that peers dial for KV, of the address that they dial us at, when it is another than the one we listen at.
+    pub lanes_advertise: Option<u16>,
 }
 
 impl Default for EndpointConfig {
@@ -48,6 +52,8 @@ impl Default for EndpointConfig {
             connect_timeout: Duration::from_secs(3),
             datagram_max: DATAGRAM_MAX,
             lanes: crate::lane::lanes_for(std::thread::available_parallelism().map_or(1, usize::from)),
+            lanes_port: 0,
+            lanes_advertise: None,
         }
     }
 }
@@ -218,7 +224,9 @@ impl Endpoint {
         let (quic, socket) = open(addr, &both, &config)?;
         let (me, settings, counters) = (Arc::new(identity.me.clone()), Arc::new(RwLock::new(both)), Arc::default());
         let lane_port = match me.role {
-            Role::Prefill | Role::Decode => Some(LanePort::bind(addr.ip(), &identity, &config, &counters)?),
+            Role::Prefill | Role::Decode => {
+                Some(LanePort::bind(SocketAddr::new(addr.ip(), config.lanes_port), &identity, &config, &counters)?)
+            }
             _ => None,
         };
         Ok(Self { quic, socket, me, settings, config, counters, lane_port })

@@ -2,23 +2,24 @@
 //! window, not in a socket's buffer, not in a connection's task.
 //!
 //! Whoever accepted a link says on it where its lanes are taken ([`Message::Lanes`](millrace_core::message::Message::Lanes)). Whoever dialed
-//! it opens some, and proves on each that it belongs to the link, by a secret that only the two ends of the link's TLS session can derive.
-//! A lane that dies is dialed again while its link lives; a link's end is its lanes' end. What goes over a lane is [`crate::cells`]'s.
+//! it opens them, and proves on each that it belongs to the link, by a secret that only the two ends of the link's TLS session can derive.
+//! A link between nodes is up when its lanes are, and ends with the first of them that is lost: so there is one way to go on after a loss,
+//! a new link, and a closed port reads as a node that cannot be reached (decision 47). What goes over a lane is [`crate::cells`]'s.
 
 use std::collections::HashMap;
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
-use quinn::{RecvStream, VarInt};
-use tokio::sync::{Notify, mpsc};
+use quinn::{ConnectionError, RecvStream, VarInt};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::dial::Backoff;
-use crate::endpoint::{BindError, CloseCode, Connection, EndpointConfig, NetCounters, open, who};
+use crate::endpoint::{BindError, CloseCode, Connection, EndpointConfig, NetCounters, explain, open, who};
 use crate::pki::{Identity, PeerIdentity, PkiError, TLS_NAME};
 use crate::transport::{Both, Traffic};
 
@@ -26,10 +27,8 @@ use crate::transport::{Both, Traffic};
 pub const LANES_MAX: usize = 8;
 /// Lanes of all links of an endpoint; a further one is refused.
 pub const LANES_OF_ALL_MAX: usize = 4096;
-/// Time for a lane's handshake and its proof.
+/// Time for a lane that a peer opens to prove whose it is.
 pub const LANE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long KV waits for the first lane, or for one to come back.
-pub const LANE_WAIT: Duration = Duration::from_secs(5);
 /// KV streams that wait to be read, of one link; at more its lanes take no further one, so that QUIC's own bound holds the peer.
 const STREAMS_MAX: usize = 64;
 /// What the secret of a link is derived for.
@@ -51,21 +50,21 @@ pub const fn lanes_for(cores: usize) -> usize {
 /// What only the two ends of one link know.
 type Secret = [u8; 32];
 
-/// There is no lane to send on.
+/// A link's lanes did not come up.
 #[derive(Debug, thiserror::Error)]
-pub enum LaneError {
-    /// The link has ended, and its lanes with it.
-    #[error("the link has ended")]
-    Ended,
-    /// None came up.
-    #[error("no lane within {LANE_WAIT:?}")]
-    Timeout,
+#[error("no connection for KV at UDP {addr} ({reason}); is that port open between the nodes?")]
+pub struct LaneError {
+    /// Where the peer says that it takes them.
+    pub addr: SocketAddr,
+    /// Why not.
+    pub reason: String,
 }
 
 /// Where a process's lanes come and go: one UDP port, apart from the links'.
 pub(crate) struct LanePort {
     quic: quinn::Endpoint,
-    port: u16,
+    /// What peers are told to dial.
+    told: u16,
     lanes: usize,
     settings: RwLock<Both>,
     config: EndpointConfig,
@@ -76,25 +75,24 @@ pub(crate) struct LanePort {
 
 impl fmt::Debug for LanePort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "LanePort({})", self.port)
+        write!(f, "LanePort({})", self.told)
     }
 }
 
 impl LanePort {
-    /// Binds any free port of `ip` and takes lanes there from now on. Must be called on a tokio runtime.
+    /// Binds `addr` (port 0 takes any free one) and takes lanes there from now on. Must be called on a tokio runtime.
     pub(crate) fn bind(
-        ip: IpAddr,
+        addr: SocketAddr,
         identity: &Identity,
         config: &EndpointConfig,
         counters: &Arc<NetCounters>,
     ) -> Result<Arc<Self>, BindError> {
-        let addr = SocketAddr::new(ip, 0);
         let both = Both::new(identity, config, Traffic::Kv)?;
         let (quic, _) = open(addr, &both, config)?;
         let port = quic.local_addr().map_err(|source| BindError::Io { addr, source })?.port();
         let this = Arc::new(Self {
             quic: quic.clone(),
-            port,
+            told: config.lanes_advertise.unwrap_or(port),
             lanes: config.lanes.clamp(1, LANES_MAX),
             settings: RwLock::new(both),
             config: config.clone(),
@@ -103,11 +101,6 @@ impl LanePort {
         });
         tokio::spawn(take_lanes(quic, Arc::downgrade(&this)));
         Ok(this)
-    }
-
-    /// Where peers dial lanes.
-    pub(crate) fn port(&self) -> u16 {
-        self.port
     }
 
     pub(crate) fn renew(&self, identity: &Identity) -> Result<(), PkiError> {
@@ -121,18 +114,20 @@ impl LanePort {
         self.quic.close(DONE, b"the endpoint closes");
     }
 
-    /// One lane to `addr`, where `lanes` are taken.
+    /// One lane to `addr`, where the peer takes those of the link.
     async fn dial(&self, addr: SocketAddr, lanes: &Lanes) -> Result<quinn::Connection, String> {
         let client = self.settings.read().of(addr).client.clone();
         let connecting = self.quic.connect_with(client, addr, TLS_NAME).map_err(|e| e.to_string())?;
         let dialed = async {
-            let quic = connecting.await.map_err(|e| e.to_string())?;
+            let quic = connecting.await.map_err(|e| explain(&e))?;
             lanes.check(&quic)?;
             let mut proof = quic.open_uni().await.map_err(|e| e.to_string())?;
             proof.write_all(&lanes.secret).await.map_err(|e| e.to_string())?;
             Ok(quic)
         };
-        timeout(self.config.connect_timeout, dialed).await.unwrap_or_else(|_| Err("no answer in time".into()))
+        timeout(self.config.connect_timeout, dialed)
+            .await
+            .unwrap_or_else(|_| Err(format!("no answer within {:?}", self.config.connect_timeout)))
     }
 
     /// Does the handshake of a lane, and finds its link.
@@ -189,82 +184,76 @@ pub(crate) struct Lanes {
     peer: PeerIdentity,
     control: quinn::Connection,
     secret: Secret,
+    /// Whether we opened them: only then KV leaves on them.
+    ours: bool,
     up: Mutex<Vec<quinn::Connection>>,
-    /// A lane came up.
-    came: Notify,
-    dialing: AtomicBool,
     /// Whose turn it is.
     next: AtomicUsize,
+    /// Why the first of them was lost.
+    lost: watch::Sender<Option<String>>,
     arriving: mpsc::Sender<RecvStream>,
     arrived: tokio::sync::Mutex<mpsc::Receiver<RecvStream>>,
 }
 
 impl Lanes {
-    /// The lanes of a new link, none yet. They end with it.
-    pub(crate) fn of(link: &Connection) -> Arc<Self> {
+    /// The lanes of a new link that we dialed, or did not: none yet.
+    pub(crate) fn of(link: &Connection, dialed: bool) -> Arc<Self> {
         let mut secret = Secret::default();
         // Fails only for a length that the hash cannot give; all zeroes would match no other end's.
         let derived = link.quic.export_keying_material(&mut secret, LABEL, b"");
         let (arriving, arrived) = mpsc::channel(STREAMS_MAX);
-        let lanes = Arc::new(Self {
+        Arc::new(Self {
             port: link.lane_port.clone().filter(|_| derived.is_ok()),
             peer: link.peer.clone(),
             control: link.quic.clone(),
             secret,
+            ours: dialed,
             up: Mutex::default(),
-            came: Notify::new(),
-            dialing: AtomicBool::new(false),
             next: AtomicUsize::new(0),
+            lost: watch::Sender::default(),
             arriving,
             arrived: tokio::sync::Mutex::new(arrived),
-        });
-        tokio::spawn(end_with_link(Arc::clone(&lanes)));
-        lanes
+        })
+    }
+
+    /// Whether this process has any KV.
+    pub(crate) fn carry(&self) -> bool {
+        self.port.is_some()
     }
 
     /// Takes lanes for a link that we accepted; the port to tell the peer. `None` when this process has no KV.
     pub(crate) fn offer(self: &Arc<Self>) -> Option<u16> {
         let port = self.port.as_ref()?;
         port.accepted.lock().insert(self.secret, Arc::downgrade(self));
-        Some(port.port())
+        Some(port.told)
     }
 
-    /// Opens lanes where the peer takes them, and keeps them up. A second offer changes nothing.
-    pub(crate) fn dial(self: &Arc<Self>, at: u16) {
-        let Some(port) = &self.port else { return };
-        if self.dialing.swap(true, Relaxed) {
-            return;
-        }
+    /// Opens all lanes where the peer takes them.
+    pub(crate) async fn dial(self: &Arc<Self>, at: u16) -> Result<(), LaneError> {
         let addr = SocketAddr::new(self.control.remote_address().ip(), at);
-        (0..port.lanes).for_each(|_| drop(tokio::spawn(keep_lane(Arc::clone(self), Arc::clone(port), addr))));
+        let Some(port) = &self.port else { return Ok(()) };
+        let mut dialing = JoinSet::new();
+        for _ in 0..port.lanes {
+            let (lanes, port) = (Arc::clone(self), Arc::clone(port));
+            dialing.spawn(async move { port.dial(addr, &lanes).await });
+        }
+        while let Some(dialed) = dialing.join_next().await {
+            let added = dialed.map_err(|e| e.to_string()).and_then(|dialed| self.add(&dialed?));
+            added.map_err(|reason| LaneError { addr, reason })?;
+        }
+        // A dialer that sends no KV back is sent none: nobody takes streams here.
+        for lane in self.up.lock().iter().cloned() {
+            let lanes = Arc::clone(self);
+            tokio::spawn(async move { lanes.watch(&lane).await });
+        }
+        Ok(())
     }
 
-    /// The lane whose turn it is; waits for the first one.
-    pub(crate) async fn lane(&self) -> Result<quinn::Connection, LaneError> {
-        let pick = async {
-            loop {
-                let came = self.came.notified();
-                tokio::pin!(came);
-                came.as_mut().enable();
-                if self.control.close_reason().is_some() {
-                    return Err(LaneError::Ended);
-                }
-                if let Some(lane) = self.turn() {
-                    return Ok(lane);
-                }
-                tokio::select! {
-                    () = came => {}
-                    _ = self.control.closed() => {}
-                }
-            }
-        };
-        timeout(LANE_WAIT, pick).await.unwrap_or(Err(LaneError::Timeout))
-    }
-
-    /// The lane whose turn it is, if there is any.
-    fn turn(&self) -> Option<quinn::Connection> {
+    /// The lane whose turn it is; `None` when there is none to send on.
+    pub(crate) fn lane(&self) -> Option<quinn::Connection> {
         let up = self.up.lock();
-        up.get(self.next.fetch_add(1, Relaxed) % up.len().max(1)).cloned()
+        let turn = self.next.fetch_add(1, Relaxed) % up.len().max(1);
+        up.get(turn).filter(|_| self.ours).cloned()
     }
 
     /// The next KV stream of the peer; `None` when the link has ended. Cancel-safe.
@@ -274,6 +263,21 @@ impl Lanes {
             stream = arrived.recv() => stream,
             _ = self.control.closed() => None,
         }
+    }
+
+    /// Waits until a lane is lost while its link lives, and says why.
+    pub(crate) async fn lost(&self) -> String {
+        let mut lost = self.lost.subscribe();
+        let reason = lost.wait_for(Option::is_some).await.expect("we hold the sender").clone();
+        reason.expect("waited for")
+    }
+
+    /// The link has ended: so do its lanes, and no further one is taken.
+    pub(crate) fn end(&self) {
+        if let Some(port) = &self.port {
+            port.accepted.lock().remove(&self.secret);
+        }
+        self.up.lock().drain(..).for_each(|lane| lane.close(DONE, b"the link has ended"));
     }
 
     /// Whether a connection is with the link's own peer; closes it when not.
@@ -289,16 +293,11 @@ impl Lanes {
         }
         up.push(quic.clone());
         drop(up);
-        self.came.notify_waiters();
         // The link may have ended since it was looked up, and its lanes with it.
         if self.control.close_reason().is_some() {
             quic.close(DONE, b"the link has ended");
         }
         Ok(())
-    }
-
-    fn remove(&self, quic: &quinn::Connection) {
-        self.up.lock().retain(|lane| lane.stable_id() != quic.stable_id());
     }
 
     /// Passes a lane's streams on until it ends.
@@ -309,40 +308,14 @@ impl Lanes {
                 _ = quic.closed() => {}
             }
         }
-        self.remove(&quic);
+        self.watch(&quic).await;
     }
-}
 
-/// Closes what is left of a link: its lanes, and the streams that nobody took.
-async fn end_with_link(lanes: Arc<Lanes>) {
-    lanes.control.closed().await;
-    if let Some(port) = &lanes.port {
-        port.accepted.lock().remove(&lanes.secret);
-    }
-    for lane in lanes.up.lock().drain(..) {
-        lane.close(DONE, b"the link has ended");
-    }
-    lanes.came.notify_waiters();
-}
-
-/// Keeps one lane up while its link lives.
-async fn keep_lane(lanes: Arc<Lanes>, port: Arc<LanePort>, addr: SocketAddr) {
-    let mut backoff = Backoff::default();
-    let keep = async {
-        loop {
-            match port.dial(addr, &lanes).await.and_then(|quic| lanes.add(&quic).map(|()| quic)) {
-                Ok(quic) => {
-                    let reason = quic.closed().await;
-                    lanes.remove(&quic);
-                    tracing::debug!(peer = %lanes.peer, %reason, "lane down");
-                }
-                Err(reason) => tracing::debug!(peer = %lanes.peer, reason, "no lane yet"),
-            }
-            tokio::time::sleep(backoff.wait()).await;
+    /// Waits for a lane's end. One that the peer closes as done ends with its link, of which the link itself will say more.
+    async fn watch(&self, quic: &quinn::Connection) {
+        match quic.closed().await {
+            ConnectionError::ApplicationClosed(close) if close.error_code == DONE => {}
+            error => drop(self.lost.send_replace(Some(explain(&error)))),
         }
-    };
-    tokio::select! {
-        () = keep => {}
-        _ = lanes.control.closed() => {}
     }
 }

@@ -21,7 +21,7 @@ fn header(layer: u16, layers: u16, block: u32, blocks: u32) -> CellsHeader {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixty_four_mebibytes_arrive_byte_equal() {
     let nodes = Nodes::new().await;
-    let (lane, receiver) = (nodes.lane().await, &nodes.receiver);
+    let (lane, receiver) = (nodes.lane(), &nodes.receiver);
     let (streams, layers, blocks) = (4u16, 8u16, 128u32);
     let slab: Bytes = noise(1, usize::from(streams * layers) * blocks as usize * CELL_BYTES).into();
     assert_eq!(slab.len(), 64 << 20);
@@ -62,7 +62,7 @@ async fn sixty_four_mebibytes_arrive_byte_equal() {
 #[tokio::test]
 async fn headers_that_make_no_sense_are_neither_sent_nor_taken() {
     let nodes = Nodes::new().await;
-    let (lane, receiver) = (nodes.lane().await, &nodes.receiver);
+    let (lane, receiver) = (nodes.lane(), &nodes.receiver);
     let too_many = header(0, 2, 0, STREAM_CELLS_MAX as u32 / 2 + 1);
     let mut short = header(0, 2, 0, 2);
     short.digests.pop();
@@ -81,7 +81,7 @@ async fn headers_that_make_no_sense_are_neither_sent_nor_taken() {
 #[tokio::test]
 async fn a_stream_that_is_given_up_is_not_a_whole_one() {
     let nodes = Nodes::new().await;
-    let (lane, receiver) = (nodes.lane().await, &nodes.receiver);
+    let (lane, receiver) = (nodes.lane(), &nodes.receiver);
     let header = header(0, 1, 0, 200);
     let cells = std::iter::repeat_n(Bytes::from(vec![1; CELL_BYTES]), 150);
     let error = send_cells(&lane, &header, cells, 0).await.unwrap_err();
@@ -99,7 +99,7 @@ async fn a_stream_that_is_given_up_is_not_a_whole_one() {
 #[tokio::test]
 async fn early_ends_and_extra_bytes_are_errors() {
     let nodes = Nodes::new().await;
-    let (lane, receiver) = (nodes.lane().await, &nodes.receiver);
+    let (lane, receiver) = (nodes.lane(), &nodes.receiver);
     for extra in [-1isize, 0, 1] {
         let mut stream = lane.open_uni().await.unwrap();
         stream.write_chunk(encode_cells_header(&header(0, 1, 5, 2)).unwrap()).await.unwrap();
@@ -119,7 +119,7 @@ async fn early_ends_and_extra_bytes_are_errors() {
 #[tokio::test]
 async fn a_receiver_that_gives_up_stops_the_sender() {
     let nodes = Nodes::new().await;
-    let (lane, receiver) = (nodes.lane().await, &nodes.receiver);
+    let (lane, receiver) = (nodes.lane(), &nodes.receiver);
     let header = header(0, 64, 0, 128);
     let cells = std::iter::repeat_n(Bytes::from(vec![1; CELL_BYTES]), 64 * 128);
     let give_up = async { drop(CellsReader::open(receiver.accept_cells().await.unwrap(), CELL_BYTES).await.unwrap()) };

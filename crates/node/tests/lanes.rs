@@ -9,12 +9,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{Nodes, World, hello, meet};
+use common::{Nodes, World, hello, meet, pair};
 use millrace_core::ids::{AttemptId, Generation, RequestId};
 use millrace_core::message::{CellsHeader, Message, Role};
 use millrace_node::cells::{CellsReader, send_cells};
-use millrace_node::lane::{LANES_MAX, LaneError};
-use millrace_node::link::Link;
+use millrace_node::endpoint::EndpointConfig;
+use millrace_node::lane::LANES_MAX;
+use millrace_node::link::{ClosedKind, Link, LinkError};
 use millrace_node::pki::{KV_ALPN, TLS_NAME};
 use millrace_node::transport::{KV_SEND_WINDOW, KV_STREAMS_MAX};
 use quinn::crypto::rustls::QuicClientConfig;
@@ -32,7 +33,7 @@ fn abort(n: u16) -> Message {
 
 /// Sends a stream of cells and reads it at the other end.
 async fn move_cells(sender: &Link, receiver: &Link, blocks: u32) {
-    let lane = sender.lane().await.unwrap();
+    let lane = sender.lane().unwrap();
     let cells = std::iter::repeat_n(Bytes::from(vec![7; CELL_BYTES]), blocks as usize);
     let read = async {
         let mut reader = CellsReader::open(receiver.accept_cells().await.unwrap(), CELL_BYTES).await.unwrap();
@@ -48,41 +49,108 @@ async fn move_cells(sender: &Link, receiver: &Link, blocks: u32) {
 }
 
 #[tokio::test]
-async fn a_lane_that_dies_is_dialed_again_while_its_link_lives() {
-    let mut nodes = Nodes::new().await;
-    for n in 0..3 {
-        move_cells(&nodes.sender, &nodes.receiver, 8).await;
-        let lane = nodes.lane().await;
-        lane.close(9u32.into(), b"a fault");
-        // The next lane is another connection, and the link was never in danger. The old one is held meanwhile: identities are reused.
-        while nodes.sender.lane().await.unwrap().stable_id() == lane.stable_id() {
-            tokio::task::yield_now().await;
+async fn a_lane_that_is_lost_ends_its_link_and_the_next_link_has_lanes_again() {
+    let nodes = Nodes::new().await;
+    move_cells(&nodes.sender, &nodes.receiver, 8).await;
+    nodes.lane().close(9u32.into(), b"a fault");
+    let (here, there) = tokio::join!(nodes.sender.closed(), nodes.receiver.closed());
+    assert!([here.kind, there.kind].contains(&ClosedKind::Lost), "{here}, {there}");
+    assert!(nodes.sender.lane().is_none());
+    let ((sender, _sender_in), (receiver, _receiver_in)) = pair(&nodes.prefill, &nodes.decode).await;
+    move_cells(&sender, &receiver, 8).await;
+}
+
+#[tokio::test]
+async fn a_node_whose_port_for_kv_is_closed_cannot_be_reached_and_its_address_is_named() {
+    let world = World::new();
+    let wall = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let at = wall.local_addr().unwrap();
+    let quick = EndpointConfig { connect_timeout: Duration::from_millis(500), ..EndpointConfig::default() };
+    let behind = EndpointConfig { lanes_advertise: Some(at.port()), ..EndpointConfig::default() };
+    let (prefill, decode) = (world.endpoint_with(Role::Prefill, "p1", quick), world.endpoint_with(Role::Decode, "d1", behind));
+    let (dialed, accepted) = meet(&prefill, &decode, &hello(&prefill), &hello(&decode)).await;
+    let error = dialed.unwrap_err();
+    assert!(matches!(&error, LinkError::Lanes { source, .. } if source.addr == at), "{error}");
+    assert_eq!(
+        error.to_string(),
+        format!("decode d1: no connection for KV at UDP {at} (no answer within 500ms); is that port open between the nodes?")
+    );
+    let closed = accepted.unwrap().0.closed().await;
+    assert!(closed.kind == ClosedKind::Peer && closed.reason.contains(&at.to_string()), "{closed}");
+}
+
+#[tokio::test]
+async fn lanes_are_dialed_where_the_peer_says_and_one_that_is_lost_in_silence_ends_its_link() {
+    let world = World::new();
+    let free = || std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let (door, out, home) = (free(), free(), free().local_addr().unwrap());
+    let told = door.local_addr().unwrap().port();
+    let quick = EndpointConfig {
+        idle_timeout: Duration::from_millis(500),
+        keep_alive: Duration::from_millis(50),
+        ..EndpointConfig::default()
+    };
+    let behind = EndpointConfig { lanes_port: home.port(), lanes_advertise: Some(told), ..quick.clone() };
+    let (prefill, decode) = (world.endpoint_with(Role::Prefill, "p1", quick), world.endpoint_with(Role::Decode, "d1", behind));
+    out.connect(home).unwrap();
+    let path = translate(door, out);
+    let ((sender, _sender_in), (receiver, _receiver_in)) = pair(&prefill, &decode).await;
+    move_cells(&sender, &receiver, 8).await;
+    assert_eq!(sender.lane().unwrap().remote_address().port(), told);
+    path.abort();
+    let (here, there) = tokio::join!(sender.closed(), receiver.closed());
+    assert!([here.kind, there.kind].contains(&ClosedKind::Lost), "{here}, {there}");
+    assert!(
+        here.reason.contains("a connection for KV is lost") || there.reason.contains("a connection for KV is lost"),
+        "{here}, {there}"
+    );
+}
+
+/// What comes to `door` goes out of `out` and back, as behind a translated address, for one dialer.
+fn translate(door: std::net::UdpSocket, out: std::net::UdpSocket) -> tokio::task::AbortHandle {
+    let tokio_socket = |socket: std::net::UdpSocket| {
+        socket.set_nonblocking(true).unwrap();
+        tokio::net::UdpSocket::from_std(socket).unwrap()
+    };
+    let (door, out) = (tokio_socket(door), tokio_socket(out));
+    tokio::spawn(async move {
+        let (mut there, mut back, mut dialer) = (vec![0; 65_536], vec![0; 65_536], None);
+        loop {
+            tokio::select! {
+                come = door.recv_from(&mut there) => {
+                    let (bytes, source) = come.unwrap();
+                    dialer = Some(source);
+                    out.send(&there[..bytes]).await.unwrap();
+                }
+                come = out.recv(&mut back) => {
+                    let bytes = come.unwrap();
+                    door.send_to(&back[..bytes], dialer.expect("it answers")).await.unwrap();
+                }
+            }
         }
-        nodes.sender.send(&abort(n)).unwrap();
-        assert_eq!(nodes.messages.recv().await, Some(abort(n)));
-    }
-    assert!(nodes.sender.is_closed().is_none() && nodes.receiver.is_closed().is_none());
+    })
+    .abort_handle()
 }
 
 #[tokio::test]
 async fn a_links_end_is_the_end_of_its_lanes() {
     let nodes = Nodes::new().await;
     move_cells(&nodes.sender, &nodes.receiver, 8).await;
-    let lane = nodes.lane().await;
+    let lane = nodes.lane();
     let mut open = lane.open_uni().await.unwrap();
     open.write_all(b"half a frame").await.unwrap();
     nodes.receiver.close("a fault");
     lane.closed().await;
     assert!(open.write_all(b"more").await.is_err());
     nodes.sender.closed().await;
-    assert!(matches!(nodes.sender.lane().await, Err(LaneError::Ended)));
+    assert!(nodes.sender.lane().is_none());
     assert!(nodes.receiver.accept_cells().await.is_none());
 }
 
 #[tokio::test]
 async fn kv_that_nobody_reads_holds_up_no_message_and_bounded_memory() {
     let mut nodes = Nodes::new().await;
-    let lane = nodes.lane().await;
+    let lane = nodes.lane();
     let lent = Arc::new(());
     struct Lent(Vec<u8>, #[allow(dead_code, reason = "counted")] Arc<()>);
     impl AsRef<[u8]> for Lent {
@@ -123,7 +191,7 @@ async fn kv_that_nobody_reads_holds_up_no_message_and_bounded_memory() {
 #[tokio::test]
 async fn streams_without_end_wait_at_their_sender() {
     let nodes = Nodes::new().await;
-    let lane = nodes.lane().await;
+    let lane = nodes.lane();
     let mut open = Vec::new();
     // One more has carried the proof; that it has ended is told when more have.
     for _ in 1..KV_STREAMS_MAX {
@@ -159,7 +227,7 @@ async fn a_lane_must_prove_whose_it_is_and_too_many_are_refused() {
     let (dialed, accepted) = meet(&prefill, &decode, &hello(&prefill), &hello(&decode)).await;
     let ((sender, mut sender_in), (receiver, _receiver_in)) = (dialed.unwrap(), accepted.unwrap());
     tokio::spawn(async move { while sender_in.recv().await.is_some() {} });
-    let first = sender.lane().await.unwrap();
+    let first = sender.lane().unwrap();
     let mut secret = [0; 32];
     sender.quic().export_keying_material(&mut secret, b"millrace lane", b"").unwrap();
     let at = first.remote_address();

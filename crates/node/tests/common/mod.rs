@@ -109,8 +109,8 @@ impl Nodes {
         Self { prefill, decode, sender, receiver, messages }
     }
 
-    pub async fn lane(&self) -> quinn::Connection {
-        self.sender.lane().await.unwrap()
+    pub fn lane(&self) -> quinn::Connection {
+        self.sender.lane().unwrap()
     }
 }
 

@@ -136,7 +136,7 @@ async fn send_span(bench: Arc<Bench>, link: Link, slots: Vec<usize>, permit: Own
     drop(permit);
     let (attempt, generation) = (AttemptId::default(), Generation(1));
     let header = CellsHeader { attempt, generation, layer: 0, layers: 1, block, blocks, digests };
-    send_cells(&link.lane().await?, &header, cells.into_iter(), 0).await?;
+    send_cells(&link.lane().context("no lane")?, &header, cells.into_iter(), 0).await?;
     Ok(())
 }
 

@@ -22,7 +22,7 @@ pub(super) fn sender(bench: &Arc<Bench>, addr: SocketAddr) -> Result<RoundFn> {
 }
 
 async fn send(bench: &Bench, link: &Link) -> Result<()> {
-    let mut stream = link.lane().await?.open_uni().await?;
+    let mut stream = link.lane().context("no lane")?.open_uni().await?;
     let mut slots = bench.round();
     loop {
         let mut batch: Vec<_> = slots.by_ref().take(BATCH).map(|slot| Bytes::from_owner(bench.slab.share(slot, 0))).collect();
