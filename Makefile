@@ -13,6 +13,8 @@ cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
 model := $(or $(own_model),$(cache)/models/smollm2-135m-instruct.gguf)
 export MILLRACE_MODEL := $(model)
+# Other systems, for `make bench PEERS=1`; made last, so that it is there only when they are.
+peers_python := $(cache)/peers/bin/python-with-peers
 
 # Where Cargo puts what it builds: its configuration and CARGO_TARGET_DIR decide, so Cargo is asked.
 target_dir = $$(cargo metadata --format-version 1 --no-deps | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
@@ -61,9 +63,14 @@ matrix: setup ## lose each party of a request in each state, in each way, REPEAT
 fuzz: setup ## spoiled inputs to every parser, for SECONDS=n in all; what breaks a promise is kept in tests/fuzz/corpus (TARGETS=, SEED=)
 	cargo run --release -p millrace-fuzz -- run $(TARGETS) --seed $(SEED) --seconds $(or $(SECONDS),600)
 
-bench: setup ## measure a local cluster under load (BENCH_ARGS=...)
+bench: setup $(if $(PEERS),$(peers_python)) ## measure a local cluster under load (BENCH_ARGS=...; PEERS=1 installs other systems beside which the wire is measured)
 	cargo build --release
-	"$(target_dir)/release/millbench" $(BENCH_ARGS)
+	$(if $(PEERS),MILLRACE_PEERS_PYTHON='$(peers_python)') "$(target_dir)/release/millbench" $(BENCH_ARGS)
+
+$(peers_python):
+	python3 -m venv '$(cache)/peers'
+	'$(cache)/peers/bin/pip' install --quiet mooncake-transfer-engine-non-cuda==0.3.13.post1
+	ln -s python3 '$@'
 
 bench-load: ## the load harness itself: its figures against known delays, and its own ceiling; PEERS=1: against AIPerf and hey, too (a quiet machine; no cluster)
 	cargo build --release -p millrace-load

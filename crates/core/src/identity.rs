@@ -121,17 +121,20 @@ pub fn block_names(chain: &Chain, tokens: &[TokenId], block_tokens: usize) -> Ve
         .collect()
 }
 
-/// Digest of one cell (the KV of one block in one layer): XXH3-64 over its bytes, seeded by the block's name and the layer,
-/// so that a right-looking cell in the wrong place does not pass. Made where the bytes are born, checked where they are used.
+/// Digest of one cell (the KV of one block in one layer): CRC-64/NVME over its bytes, mixed by XXH3-64 with the block's name and the layer,
+/// so that a right-looking cell in the wrong place does not pass. Made where the bytes are born, checked where they are used. It finds
+/// faults, of memory, of buses and of ours; against those who mean ill there is TLS (decision 46).
 #[must_use]
 pub fn cell_digest(block: &BlockHash, layer: u16, bytes: &[u8]) -> u64 {
-    let mut place = [0; 18];
+    let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes);
     if planted(Bug::DigestWithoutPlace) {
-        return xxhash_rust::xxh3::xxh3_64(bytes);
+        return crc;
     }
+    let mut place = [0; 16 + 2 + 8];
     place[..16].copy_from_slice(&block.0);
-    place[16..].copy_from_slice(&layer.to_le_bytes());
-    xxhash_rust::xxh3::xxh3_64_with_seed(bytes, xxhash_rust::xxh3::xxh3_64(&place))
+    place[16..18].copy_from_slice(&layer.to_le_bytes());
+    place[18..].copy_from_slice(&crc.to_le_bytes());
+    xxhash_rust::xxh3::xxh3_64(&place)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! Three links exist. *node to coordinator*: each node keeps one to every replica (join, heartbeats, deltas up; tickets down; tokens up).
 //! *coordinator to coordinator*: raft and forwarded commands. *prefill to decode*: one hand-over at a time is a few messages here,
-//! while its KV travels beside them on unidirectional streams, each led by a [`CellsHeader`].
+//! while its KV travels beside them on unidirectional streams of other connections, each led by a [`CellsHeader`].
 
 #![allow(missing_docs, reason = "rkyv's derive makes undocumented fields for the larger enum; every item here has its text")]
 
@@ -183,6 +183,11 @@ pub enum Message {
         /// Its incarnation.
         epoch: Epoch,
     },
+    /// From the side that accepted a link between nodes, once: where it takes connections for KV.
+    Lanes {
+        /// A UDP port of the address that was dialed.
+        port: u16,
+    },
 }
 
 impl Message {
@@ -217,6 +222,7 @@ impl Message {
             | Self::Leave { .. }
             | Self::Drain { .. }
             | Self::CacheReport(_)
+            | Self::Lanes { .. }
             | Self::Abort { .. } => matches!(role, Role::Prefill | Role::Decode),
             Self::Open(_) | Self::Fin(_) | Self::Resume { .. } => matches!(role, Role::Prefill | Role::Decode),
             Self::Granted(_) | Self::Declined { .. } | Self::Credit { .. } | Self::Received { .. } | Self::Resumed(_) => {

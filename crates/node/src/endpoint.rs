@@ -1,7 +1,7 @@
 //! One QUIC endpoint for each process: it accepts and dials on one UDP port, mutual TLS 1.3 always.
 //!
-//! Decides the transport settings, and that a peer is who its certificate says: of our cluster, and of the role and name
-//! that the dialer wants. What is said on a connection is [`crate::link`]'s and [`crate::cells`]'s.
+//! Decides that a peer is who its certificate says: of our cluster, and of the role and name that the dialer wants. Settings are
+//! [`crate::transport`]'s, what is said on a connection is [`crate::link`]'s. A node has a second port for KV, [`crate::lane`]'s.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,25 +11,14 @@ use std::time::Duration;
 
 use millrace_core::message::Role;
 use parking_lot::RwLock;
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{TransportConfig, VarInt};
+use quinn::VarInt;
 use rustls::pki_types::CertificateDer;
 
+use crate::lane::LanePort;
 use crate::pki::{ALPN, Identity, Leaf, PeerIdentity, PkiError, TLS_NAME};
 use crate::socket::CappedSocket;
+use crate::transport::{Both, DATAGRAM_MAX, Traffic};
 
-/// UDP payload of the largest datagram sent or taken: a 9,000-byte Ethernet frame less IPv6 and UDP headers.
-pub const DATAGRAM_MAX: u16 = 8952;
-/// Unread bytes of one stream that a peer may have on its way.
-pub const STREAM_WINDOW: u32 = 16 << 20;
-/// Unread bytes of one connection that a peer may have on its way.
-pub const RECEIVE_WINDOW: u32 = 256 << 20;
-/// Unacknowledged bytes that one connection keeps for sending again.
-pub const SEND_WINDOW: u64 = 64 << 20;
-/// KV streams that a peer may have open at once.
-pub const UNI_STREAMS_MAX: u32 = 1024;
-/// Two-way streams that a peer may have open at once; a link uses one.
-pub const BIDI_STREAMS_MAX: u32 = 16;
 /// Connections of one endpoint; more are refused.
 pub const CONNECTIONS_MAX: usize = 4096;
 /// Time for the last packets of a closing endpoint.
@@ -45,6 +34,14 @@ pub struct EndpointConfig {
     pub keep_alive: Duration,
     /// Time for a handshake.
     pub connect_timeout: Duration,
+    /// UDP payload of the largest datagram sent or taken. The path's own limit is searched for below it.
+    pub datagram_max: u16,
+    /// Connections for KV beside each link that this side dials; one is as fast as one core.
+    pub lanes: usize,
+    /// UDP port for KV, at a node; 0 takes any free one.
+    pub lanes_port: u16,
+    /// The port that peers dial for KV, of the address that they dial us at, when it is another than the one we listen at.
+    pub lanes_advertise: Option<u16>,
 }
 
 impl Default for EndpointConfig {
@@ -53,6 +50,10 @@ impl Default for EndpointConfig {
             idle_timeout: Duration::from_millis(1500),
             keep_alive: Duration::from_millis(250),
             connect_timeout: Duration::from_secs(3),
+            datagram_max: DATAGRAM_MAX,
+            lanes: crate::lane::lanes_for(std::thread::available_parallelism().map_or(1, usize::from)),
+            lanes_port: 0,
+            lanes_advertise: None,
         }
     }
 }
@@ -182,6 +183,8 @@ pub struct Connection {
     pub peer: PeerIdentity,
     /// The endpoint's counters.
     pub counters: Arc<NetCounters>,
+    /// Where the KV beside it goes; `None` for those who have none.
+    pub(crate) lane_port: Option<Arc<LanePort>>,
 }
 
 impl Connection {
@@ -208,17 +211,7 @@ pub struct Endpoint {
     settings: Arc<RwLock<Both>>,
     config: EndpointConfig,
     counters: Arc<NetCounters>,
-}
-
-/// What new connections get; those that are open keep what they got.
-struct Both {
-    near: Arc<Settings>,
-    far: Arc<Settings>,
-}
-
-struct Settings {
-    client: quinn::ClientConfig,
-    server: Arc<quinn::ServerConfig>,
+    lane_port: Option<Arc<LanePort>>,
 }
 
 impl Endpoint {
@@ -227,19 +220,16 @@ impl Endpoint {
     /// # Errors
     /// [`BindError`], naming the address.
     pub fn bind(addr: SocketAddr, identity: Identity, config: EndpointConfig) -> Result<Self, BindError> {
-        let socket = CappedSocket::bind(addr, DATAGRAM_MAX).map_err(|source| match source.kind() {
-            io::ErrorKind::AddrInUse => BindError::InUse { addr },
-            _ => BindError::Io { addr, source },
-        })?;
-        let both = Both::new(&identity, &config)?;
-        let mut udp = quinn::EndpointConfig::default();
-        udp.max_udp_payload_size(DATAGRAM_MAX).map_err(|e| PkiError::Tls(e.to_string()))?;
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let server = quinn::ServerConfig::clone(&both.far.server);
-        let quic = quinn::Endpoint::new_with_abstract_socket(udp, Some(server), Arc::clone(&socket) as _, runtime)
-            .map_err(|source| BindError::Io { addr, source })?;
-        let (me, settings, counters) = (Arc::new(identity.me), Arc::new(RwLock::new(both)), Arc::default());
-        Ok(Self { quic, socket, me, settings, config, counters })
+        let both = Both::new(&identity, &config, Traffic::Control)?;
+        let (quic, socket) = open(addr, &both, &config)?;
+        let (me, settings, counters) = (Arc::new(identity.me.clone()), Arc::new(RwLock::new(both)), Arc::default());
+        let lane_port = match me.role {
+            Role::Prefill | Role::Decode => {
+                Some(LanePort::bind(SocketAddr::new(addr.ip(), config.lanes_port), &identity, &config, &counters)?)
+            }
+            _ => None,
+        };
+        Ok(Self { quic, socket, me, settings, config, counters, lane_port })
     }
 
     /// Uses another certificate of the same process for every connection from now on. Those that are open stay.
@@ -250,8 +240,9 @@ impl Endpoint {
         if identity.me != *self.me {
             return Err(PkiError::Another(format!("is for {}, this process is {}", identity.me, self.me)));
         }
-        let both = Both::new(identity, &self.config)?;
-        self.quic.set_server_config(Some(quinn::ServerConfig::clone(&both.far.server)));
+        let both = Both::new(identity, &self.config, Traffic::Control)?;
+        self.lane_port.as_ref().map_or(Ok(()), |port| port.renew(identity))?;
+        self.quic.set_server_config(Some(both.server()));
         *self.settings.write() = both;
         Ok(())
     }
@@ -288,7 +279,7 @@ impl Endpoint {
     /// [`ConnectError`]; the connection is closed with the reason when the peer is another than `target` says.
     pub async fn connect(&self, target: &Target) -> Result<Connection, ConnectError> {
         let addr = target.addr;
-        let client = self.settings(addr).client.clone();
+        let client = self.settings.read().of(addr).client.clone();
         let connecting = self.quic.connect_with(client, addr, TLS_NAME).map_err(|source| ConnectError::Start { addr, source })?;
         let quic = match tokio::time::timeout(self.config.connect_timeout, connecting).await {
             Err(_) => return Err(ConnectError::Timeout { addr, waited: self.config.connect_timeout }),
@@ -318,13 +309,9 @@ impl Endpoint {
 
     /// Closes every connection with `reason` and waits a little until the peers know.
     pub async fn close(&self, reason: &str) {
+        self.lane_port.iter().for_each(|port| port.close());
         self.quic.close(VarInt::from_u32(CloseCode::Done as u32), reason.as_bytes());
         let _ = tokio::time::timeout(GOODBYE, self.quic.wait_idle()).await;
-    }
-
-    fn settings(&self, addr: SocketAddr) -> Arc<Settings> {
-        let both = self.settings.read();
-        Arc::clone(if addr.ip().to_canonical().is_loopback() { &both.near } else { &both.far })
     }
 
     fn refused(&self, error: ConnectError) -> ConnectError {
@@ -335,15 +322,8 @@ impl Endpoint {
     /// Who a finished handshake was with; of our cluster, or an error.
     fn identify(&self, quic: quinn::Connection) -> Result<Connection, ConnectError> {
         let addr = quic.remote_address();
-        let chain = quic.peer_identity().and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
-        let peer = chain
-            .and_then(|chain| chain.first().map(|leaf| PeerIdentity::from_certificate(leaf)))
-            .unwrap_or_else(|| Err(PkiError::Peer("is missing".into())))
-            .map_err(|source| {
-                quic.close(VarInt::from_u32(CloseCode::Refused as u32), source.to_string().as_bytes());
-                self.refused(ConnectError::Certificate { addr, source })
-            })?;
-        let connection = Connection { quic, peer, counters: Arc::clone(&self.counters) };
+        let peer = who(&quic).map_err(|source| self.refused(ConnectError::Certificate { addr, source }))?;
+        let connection = Connection { quic, peer, counters: Arc::clone(&self.counters), lane_port: self.lane_port.clone() };
         self.expect(&connection, "cluster", &connection.peer.cluster, &self.me.cluster)?;
         Ok(connection)
     }
@@ -356,6 +336,32 @@ impl Endpoint {
         let (addr, got, want) = (connection.quic.remote_address(), got.to_owned(), want.to_owned());
         Err(self.refused(ConnectError::WrongPeer { addr, field, got, want }))
     }
+}
+
+/// A QUIC endpoint of ours on a socket of its own.
+pub(crate) fn open(
+    addr: SocketAddr,
+    both: &Both,
+    config: &EndpointConfig,
+) -> Result<(quinn::Endpoint, Arc<CappedSocket>), BindError> {
+    let socket = CappedSocket::bind(addr, config.datagram_max).map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => BindError::InUse { addr },
+        _ => BindError::Io { addr, source },
+    })?;
+    let mut udp = quinn::EndpointConfig::default();
+    udp.max_udp_payload_size(config.datagram_max).map_err(|e| PkiError::Tls(e.to_string()))?;
+    let runtime = Arc::new(quinn::TokioRuntime);
+    let quic = quinn::Endpoint::new_with_abstract_socket(udp, Some(both.server()), Arc::clone(&socket) as _, runtime)
+        .map_err(|source| BindError::Io { addr, source })?;
+    Ok((quic, socket))
+}
+
+/// Who a finished handshake was with; closes the connection when the certificate does not say.
+pub(crate) fn who(quic: &quinn::Connection) -> Result<PeerIdentity, PkiError> {
+    let chain = quic.peer_identity().and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
+    let leaf = chain.as_ref().and_then(|chain| chain.first());
+    let peer = leaf.map_or_else(|| Err(PkiError::Peer("is missing".into())), |leaf| PeerIdentity::from_certificate(leaf));
+    peer.inspect_err(|source| quic.close(VarInt::from_u32(CloseCode::Refused as u32), source.to_string().as_bytes()))
 }
 
 /// A peer that dials us, before its handshake.
@@ -372,7 +378,7 @@ impl Accepting {
     pub async fn finish(self) -> Result<Connection, ConnectError> {
         let (addr, endpoint) = (self.incoming.remote_address(), self.endpoint);
         let handshake = |source| ConnectError::Handshake { addr, source };
-        let server = Arc::clone(&endpoint.settings(addr).server);
+        let server = Arc::clone(&endpoint.settings.read().of(addr).server);
         let connecting = self.incoming.accept_with(server).map_err(|e| endpoint.refused(handshake(e)))?;
         let quic = match tokio::time::timeout(endpoint.config.connect_timeout, connecting).await {
             Err(_) => return Err(ConnectError::Timeout { addr, waited: endpoint.config.connect_timeout }),
@@ -381,27 +387,6 @@ impl Accepting {
         let connection = endpoint.identify(quic)?;
         endpoint.counters.accepted.fetch_add(1, Relaxed);
         Ok(connection)
-    }
-}
-
-impl Both {
-    fn new(identity: &Identity, config: &EndpointConfig) -> Result<Self, PkiError> {
-        let near = Arc::new(Settings::new(identity, transport(config, true))?);
-        Ok(Self { near, far: Arc::new(Settings::new(identity, transport(config, false))?) })
-    }
-}
-
-impl Settings {
-    fn new(identity: &Identity, transport: TransportConfig) -> Result<Self, PkiError> {
-        let transport = Arc::new(transport);
-        let tls = |e: quinn::crypto::rustls::NoInitialCipherSuite| PkiError::Tls(e.to_string());
-        let crypto = QuicServerConfig::try_from(identity.server_tls()?).map_err(tls)?;
-        let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-        server.transport_config(Arc::clone(&transport)).migration(false);
-        let crypto = QuicClientConfig::try_from(identity.client_tls()?).map_err(tls)?;
-        let mut client = quinn::ClientConfig::new(Arc::new(crypto));
-        client.transport_config(transport);
-        Ok(Self { client, server: Arc::new(server) })
     }
 }
 
@@ -423,32 +408,4 @@ pub(crate) fn explain(error: &quinn::ConnectionError) -> String {
         }
         other => other.to_string(),
     }
-}
-
-/// Windows for a data centre: 16 MiB a stream is 10 Gb/s at 13 ms. `near` is this machine, whose loopback carries
-/// the largest datagram surely; elsewhere the path's MTU is searched.
-fn transport(config: &EndpointConfig, near: bool) -> TransportConfig {
-    let mut transport = TransportConfig::default();
-    let mut cubic = quinn::congestion::CubicConfig::default();
-    cubic.initial_window(2 << 20);
-    transport
-        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
-        .receive_window(VarInt::from_u32(RECEIVE_WINDOW))
-        .send_window(SEND_WINDOW)
-        .send_fairness(false)
-        .max_concurrent_uni_streams(VarInt::from_u32(UNI_STREAMS_MAX))
-        .max_concurrent_bidi_streams(VarInt::from_u32(BIDI_STREAMS_MAX))
-        .datagram_receive_buffer_size(None)
-        .keep_alive_interval(Some(config.keep_alive))
-        .max_idle_timeout(config.idle_timeout.try_into().ok())
-        .initial_rtt(Duration::from_millis(5))
-        .congestion_controller_factory(Arc::new(cubic));
-    if near {
-        transport.initial_mtu(DATAGRAM_MAX).min_mtu(DATAGRAM_MAX).mtu_discovery_config(None);
-    } else {
-        let mut discovery = quinn::MtuDiscoveryConfig::default();
-        discovery.upper_bound(DATAGRAM_MAX);
-        transport.mtu_discovery_config(Some(discovery));
-    }
-    transport
 }

@@ -1,7 +1,7 @@
 //! A link: one QUIC connection's control stream, both ways, after both ends have said `Hello` and agreed.
 //!
 //! Decides when a link must end: first words that do not fit, a message that the peer's role may not send, bytes that are no frame,
-//! a peer that does not read. Each is counted and told to the peer. What messages mean is the caller's.
+//! a peer that does not read, a [lane](crate::lane) that is lost. Each is counted and told to the peer. What messages mean is the caller's.
 
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -17,6 +17,7 @@ use tokio::time::timeout;
 
 use crate::endpoint::{CloseCode, ConnectError, Connection, Endpoint, Target, explain};
 use crate::frame::{FrameError, FrameReader, encode};
+use crate::lane::{LaneError, Lanes};
 use crate::pki::{Leaf, PeerIdentity};
 
 /// Messages that wait to be sent on one link; at more the peer is a slow reader and the link ends.
@@ -25,8 +26,6 @@ pub const LINK_QUEUE_MAX: usize = 1 << 16;
 pub const LINK_QUEUE_BYTES_MAX: usize = 64 << 20;
 /// Time for the first words, and for a refusal to arrive.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-/// Control goes before any KV stream of the same connection.
-const CONTROL_PRIORITY: i32 = i32::MAX;
 
 /// Why a link ended, for those who must decide what to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +99,14 @@ pub enum LinkError {
         /// How.
         closed: LinkClosed,
     },
+    /// The peer can be reached, but not where it takes KV.
+    #[error("{peer}: {source}")]
+    Lanes {
+        /// With whom.
+        peer: PeerIdentity,
+        /// Where, and why not.
+        source: LaneError,
+    },
 }
 
 /// Whether two processes may talk: same cluster, the name of the certificate, and no field in which their models differ
@@ -134,6 +141,7 @@ struct Queue {
 struct Inner {
     connection: Connection,
     hello: Hello,
+    lanes: Arc<Lanes>,
     queue: Mutex<Queue>,
     wake: Notify,
     closed: OnceLock<LinkClosed>,
@@ -162,7 +170,7 @@ impl fmt::Debug for LinkReceiver {
 }
 
 impl Link {
-    /// Connects to `target` and agrees on a link with it.
+    /// Connects to `target` and agrees on a link with it; between nodes, with its lanes.
     ///
     /// # Errors
     /// [`LinkError`].
@@ -176,7 +184,12 @@ impl Link {
             Ok((send, frames, theirs))
         };
         let done = timeout(HELLO_TIMEOUT, greet).await;
-        Self::start(connection, done)
+        let lanes = Lanes::of(&connection, true);
+        let (link, mut receiver) = Self::start(connection, lanes, done)?;
+        if link.0.lanes.carry() && matches!(link.peer().role, Role::Prefill | Role::Decode) {
+            receiver.open_lanes().await.inspect_err(|error| link.close(&error.to_string()))?;
+        }
+        Ok((link, receiver))
     }
 
     /// Agrees on a link with a peer that dialed us.
@@ -192,19 +205,24 @@ impl Link {
             Ok((send, frames, theirs))
         };
         let done = timeout(HELLO_TIMEOUT, greet).await;
-        Self::start(connection, done)
+        let lanes = Lanes::of(&connection, false);
+        let (link, receiver) = Self::start(connection, lanes, done)?;
+        // One that cannot be told of lanes is ending, and says so itself.
+        let _ = link.0.lanes.offer().map(|port| link.send(&Message::Lanes { port }));
+        Ok((link, receiver))
     }
 
     fn start(
         connection: Connection,
+        lanes: Arc<Lanes>,
         done: Result<Result<(SendStream, FrameReader, Hello), LinkError>, tokio::time::error::Elapsed>,
     ) -> Result<(Self, LinkReceiver), LinkError> {
         let failed = match done {
             Ok(Ok((send, frames, hello))) => {
                 let (queue, wake, closed) = (Mutex::default(), Notify::new(), OnceLock::new());
-                let link = Self(Arc::new(Inner { connection, hello, queue, wake, closed }));
-                let _ = send.set_priority(CONTROL_PRIORITY);
+                let link = Self(Arc::new(Inner { connection, hello, lanes, queue, wake, closed }));
                 tokio::spawn(write_loop(link.clone(), send));
+                tokio::spawn(end_together(link.clone()));
                 return Ok((link.clone(), LinkReceiver { frames, link }));
             }
             Ok(Err(error)) => error,
@@ -264,7 +282,7 @@ impl Link {
         &self.0.hello
     }
 
-    /// The QUIC connection under it, for KV streams and figures.
+    /// The QUIC connection under its messages, for figures.
     #[must_use]
     pub fn quic(&self) -> &quinn::Connection {
         &self.0.connection.quic
@@ -301,16 +319,17 @@ impl Link {
         self.close(reason);
     }
 
+    /// A connection beside the link for [`crate::cells::send_cells`], of those that there are by turns. `None` when the link has ended, when
+    /// the peer dialed it, and when the two are not both nodes. Drop it before waiting for the cells to come back.
+    #[must_use]
+    pub fn lane(&self) -> Option<quinn::Connection> {
+        self.0.lanes.lane()
+    }
+
     /// The next KV stream of the peer, to be read by a [`crate::cells::CellsReader`] in its own task; `None` when the link has ended.
-    /// Ends the link when the peer's role has no KV to send. Cancel-safe.
+    /// Cancel-safe.
     pub async fn accept_cells(&self) -> Option<RecvStream> {
-        let stream = self.quic().accept_uni().await.ok()?;
-        if matches!(self.peer().role, Role::Prefill | Role::Decode) {
-            return Some(stream);
-        }
-        let counter = &self.0.connection.counters.violations;
-        self.end(ClosedKind::Protocol, CloseCode::Violation, Some(counter), format!("KV from {}", self.peer()));
-        None
+        self.0.lanes.stream().await
     }
 
     /// The reason given by whoever closed first on this side, else what QUIC says.
@@ -347,6 +366,17 @@ impl LinkReceiver {
         &self.link
     }
 
+    /// Opens the lanes of a link that we dialed, where the peer says.
+    async fn open_lanes(&mut self) -> Result<(), LinkError> {
+        let peer = self.link.peer().clone();
+        let port = match timeout(HELLO_TIMEOUT, self.recv()).await {
+            Ok(Some(Message::Lanes { port })) => port,
+            Ok(None) => return Err(LinkError::Closed { peer, closed: self.link.closed().await }),
+            Ok(Some(_)) | Err(_) => return Err(protocol(&self.link.0.connection, "it does not say where it takes KV")),
+        };
+        self.link.0.lanes.dial(port).await.map_err(|source| LinkError::Lanes { peer, source })
+    }
+
     /// The next message; `None` when the link has ended ([`Link::closed`] says why). What the peer's role may not send,
     /// a second `Hello`, and bytes that are no frame end it. Cancel-safe.
     pub async fn recv(&mut self) -> Option<Message> {
@@ -377,6 +407,18 @@ impl Drop for LinkReceiver {
     fn drop(&mut self) {
         self.link.close("nobody reads this link any more");
     }
+}
+
+/// A link and its lanes end together.
+async fn end_together(link: Link) {
+    tokio::select! {
+        reason = link.0.lanes.lost() => {
+            let counter = &link.0.connection.counters.lost;
+            link.end(ClosedKind::Lost, CloseCode::Done, Some(counter), format!("a connection for KV is lost: {reason}"));
+        }
+        _ = link.closed() => {}
+    }
+    link.0.lanes.end();
 }
 
 /// Sends what waits, all of it in one write, until the link ends.

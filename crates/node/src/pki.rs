@@ -28,6 +28,8 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 pub const TLS_NAME: &str = "millrace";
 /// The application protocol: raise its number with every change of the wire format.
 pub const ALPN: &[u8] = b"millrace/1";
+/// The same for connections that carry KV.
+pub const KV_ALPN: &[u8] = b"millrace-kv/1";
 /// Bytes of a cluster's or a process's name.
 pub const NAME_MAX: usize = 64;
 /// Life of the authority's certificate.
@@ -288,7 +290,7 @@ impl Identity {
         verifier
             .verify_client_cert(&identity.leaf, &[], UnixTime::now())
             .map_err(|e| PkiError::Content { path: cert_path, reason: why_not(&e) })?;
-        identity.server_tls().map_err(|e| PkiError::Content { path: key_path, reason: e.to_string() })?;
+        identity.server_tls(ALPN).map_err(|e| PkiError::Content { path: key_path, reason: e.to_string() })?;
         Ok(identity)
     }
 
@@ -310,29 +312,36 @@ impl Identity {
         Ok(Arc::new(roots))
     }
 
-    /// TLS for accepting: 1.3 only, the peer must prove itself, every connection anew (no resumption).
-    pub(crate) fn server_tls(&self) -> Result<rustls::ServerConfig, PkiError> {
+    /// TLS for accepting: 1.3 only, the peer must prove itself, every connection anew (no resumption). `alpn` names the
+    /// protocol.
+    ///
+    /// # Errors
+    /// The key is not the certificate's; not after [`Identity::load`] believed it.
+    pub fn server_tls(&self, alpn: &[u8]) -> Result<rustls::ServerConfig, PkiError> {
         let mut config = rustls::ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(tls)?
             .with_client_cert_verifier(self.verifier()?)
             .with_single_cert(vec![self.leaf.clone()], self.key.clone_key())
             .map_err(tls)?;
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = vec![alpn.to_vec()];
         config.ignore_client_order = true;
         config.send_tls13_tickets = 0;
         Ok(config)
     }
 
     /// TLS for dialing, with the same rules.
-    pub(crate) fn client_tls(&self) -> Result<rustls::ClientConfig, PkiError> {
+    ///
+    /// # Errors
+    /// As [`Identity::server_tls`].
+    pub fn client_tls(&self, alpn: &[u8]) -> Result<rustls::ClientConfig, PkiError> {
         let mut config = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(tls)?
             .with_root_certificates(self.roots()?)
             .with_client_auth_cert(vec![self.leaf.clone()], self.key.clone_key())
             .map_err(tls)?;
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = vec![alpn.to_vec()];
         config.resumption = rustls::client::Resumption::disabled();
         Ok(config)
     }

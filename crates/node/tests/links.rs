@@ -263,12 +263,12 @@ async fn bytes_that_are_no_frame_end_only_their_connection() {
 }
 
 #[tokio::test]
-async fn kv_from_a_coordinator_ends_the_link() {
+async fn an_offer_of_lanes_from_a_coordinator_ends_the_link() {
     let world = World::new();
     let (node, replica) = (world.endpoint(Role::Decode, "d1"), world.endpoint(Role::Coordinator, "c1"));
-    let ((up, _up_in), (down, _down_in)) = pair(&node, &replica).await;
-    down.quic().open_uni().await.unwrap().write_all(b"x").await.unwrap();
-    assert!(up.accept_cells().await.is_none());
+    let ((up, mut up_in), (down, _down_in)) = pair(&node, &replica).await;
+    down.send(&Message::Lanes { port: 1 }).unwrap();
+    assert_eq!(up_in.recv().await, None);
     assert_eq!(up.closed().await.kind, ClosedKind::Protocol);
     assert_eq!(node.counters().violations.load(Relaxed), 1);
 }

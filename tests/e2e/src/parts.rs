@@ -23,7 +23,7 @@ use tokio::time::timeout;
 
 use crate::cluster::Status;
 use crate::process::{self, binary};
-use crate::relay::{Kind, Relays};
+use crate::relay::{Kind, Listens, Relays};
 use crate::{WAIT_MAX, http};
 
 /// Lines that one reader may be behind.
@@ -33,8 +33,9 @@ const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
 /// What processes log: beside the usual every step of a hand-over and every placement.
 const LOG: &str = "info,millrace_node::serve=debug,coordinator::dispatch=debug";
 
-/// Lines that tests wait for have one of these.
-const FOLLOWED: [&str; 4] = ["hand-over: ", ": placed attempt=", "cancelled: nothing of it is left", "link to a node down"];
+/// Of it, what tests wait for.
+const FOLLOWED: [&str; 5] =
+    ["hand-over: ", ": placed attempt=", "cancelled: nothing of it is left", "link to a node down", "attempt failed"];
 
 /// What to start.
 #[derive(Clone, Debug)]
@@ -102,12 +103,18 @@ impl Parts {
     /// What does not start.
     pub async fn start(plan: &Plan) -> Result<Self, String> {
         let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
-        let listens = free_ports().map_err(|e| format!("free ports: {e}"))?;
+        let ports = free_ports().map_err(|e| format!("free ports: {e}"))?;
         let kinds = SHAPE.into_iter().flat_map(|(kind, count)| (1..=count).map(move |number| (kind, number)));
-        let known: Vec<(Kind, usize, SocketAddr)> = kinds.zip(listens).map(|((kind, number), at)| (kind, number, at)).collect();
-        let processes: Vec<(Kind, SocketAddr)> = known.iter().map(|(kind, _, at)| (*kind, *at)).collect();
+        let listens = |(kind, [links, lanes]): (Kind, [SocketAddr; 2])| Listens {
+            kind,
+            links,
+            lanes: (kind != Kind::Coordinator).then_some(lanes),
+        };
+        let (kinds, numbers): (Vec<_>, Vec<_>) = kinds.unzip();
+        let processes: Vec<Listens> = kinds.into_iter().zip(ports).map(listens).collect();
         let relays = Relays::start(&processes).await.map_err(|e| format!("relays: {e}"))?;
-        let parts = known.iter().enumerate().map(|(i, known)| part(plan, folder.path(), &relays, i, *known)).collect::<Vec<_>>();
+        let known = processes.iter().zip(numbers).enumerate();
+        let parts: Vec<_> = known.map(|(i, (process, number))| part(plan, folder.path(), &relays, (i, number), process)).collect();
         certificates(folder.path(), &parts).map_err(|e| format!("certificates: {e}"))?;
         let (listener, http) = front_listener().await.map_err(|e| format!("the front: {e}"))?;
         let file = cluster_file(plan, folder.path(), &parts, &relays, http);
@@ -145,7 +152,7 @@ impl Parts {
         Ok(())
     }
 
-    /// What all processes log from now on, as far as it is about hand-overs and placement.
+    /// What all processes log from now on, as far as it is about hand-overs, their ends and links, and placement.
     #[must_use]
     pub fn follow(&self) -> broadcast::Receiver<Line> {
         self.lines.subscribe()
@@ -297,7 +304,9 @@ impl Part {
     }
 }
 
-fn part(plan: &Plan, dir: &Path, relays: &Relays, index: usize, (kind, number, listens): (Kind, usize, SocketAddr)) -> Part {
+/// The process at place `index`, the `number`th of its kind.
+fn part(plan: &Plan, dir: &Path, relays: &Relays, (index, number): (usize, usize), listens: &Listens) -> Part {
+    let kind = listens.kind;
     let peers: Vec<String> = (0..SHAPE[0].1).map(|i| format!("{}={}", i + 1, relays.door(i))).collect();
     let name = match kind {
         Kind::Coordinator => format!("coordinator-{number}"),
@@ -312,7 +321,7 @@ fn part(plan: &Plan, dir: &Path, relays: &Relays, index: usize, (kind, number, l
     add("--certs", text(dir.join("certs").join(&name)));
     add("--model", text(plan.model.clone()));
     add("--dtype", "f32".into());
-    add("--listen", listens.to_string());
+    add("--listen", listens.links.to_string());
     let mut http = None;
     if kind == Kind::Coordinator {
         let address = free_tcp_port();
@@ -325,6 +334,10 @@ fn part(plan: &Plan, dir: &Path, relays: &Relays, index: usize, (kind, number, l
     } else {
         add("--coordinators", peers.join(","));
         add("--advertise", relays.door(index).to_string());
+        if let (Some(lanes), Some(door)) = (listens.lanes, relays.lanes_door(index)) {
+            add("--lanes-port", lanes.port().to_string());
+            add("--advertise-lanes-port", door.port().to_string());
+        }
         add("--threads", "1".into());
         add("--kv-blocks", plan.kv_blocks.to_string());
         add("--step-tokens", plan.step_tokens.to_string());
@@ -372,11 +385,12 @@ fn cluster_file(plan: &Plan, dir: &Path, parts: &[Part], relays: &Relays, http: 
 /// Where processes listen. Ports that the system hands out meanwhile, to relays and clients, are another address's.
 const HOME: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
-/// A UDP port for each process. All are held until all are found, so that they differ.
-fn free_ports() -> std::io::Result<Vec<SocketAddr>> {
-    let count = SHAPE.iter().map(|(_, count)| count).sum();
-    let held = std::iter::repeat_with(|| UdpSocket::bind((HOME, 0))).take(count).collect::<Result<Vec<_>, _>>()?;
-    held.iter().map(UdpSocket::local_addr).collect()
+/// Two UDP ports for each process. All are held until all are found, so that they differ.
+fn free_ports() -> std::io::Result<Vec<[SocketAddr; 2]>> {
+    let count: usize = SHAPE.iter().map(|(_, count)| count).sum();
+    let held = std::iter::repeat_with(|| UdpSocket::bind((HOME, 0))).take(2 * count).collect::<Result<Vec<_>, _>>()?;
+    let ports = held.iter().map(UdpSocket::local_addr).collect::<Result<Vec<_>, _>>()?;
+    Ok(ports.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect())
 }
 
 /// A TCP port that was free a moment ago.

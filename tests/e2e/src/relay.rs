@@ -2,8 +2,8 @@
 //! delay, reordering, loss, a cut of all that one process says and hears, and packets that wait until they are let go. What is lost is
 //! counted: a fault that lost nothing did not happen.
 //!
-//! Every process dials the relays' addresses and listens at its own. A process uses one UDP port for dialing and accepting, so the
-//! source of a packet tells who sent it. Nothing of a packet is looked into: it is encrypted.
+//! Every process dials the relays' addresses and listens at its own. A process uses its UDP ports (a node has one for links and one for KV)
+//! for dialing and accepting, so the source of a packet tells who sent it. Nothing of a packet is looked into: it is encrypted.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -36,6 +36,17 @@ pub enum Kind {
     Decode,
 }
 
+/// What is relayed for one process.
+#[derive(Clone, Copy, Debug)]
+pub struct Listens {
+    /// What it is.
+    pub kind: Kind,
+    /// Where it takes links.
+    pub links: SocketAddr,
+    /// Where it takes KV, if it does.
+    pub lanes: Option<SocketAddr>,
+}
+
 /// One direction between two kinds of process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Way {
@@ -61,6 +72,8 @@ pub struct Weather {
     pub delay: Vec<(Way, Duration)>,
     /// One of so many packets of those directions changes places with the one after it; 0 for none.
     pub swap_one_in: u64,
+    /// Whether all packets between ports for KV are lost, as behind a wall that lets only links through.
+    pub lanes_lost: bool,
 }
 
 /// Who sends and who receives; `None` for somebody who is no part of the cluster.
@@ -68,12 +81,20 @@ pub struct Weather {
 struct Ends {
     from: Option<usize>,
     to: Option<usize>,
+    /// Whether it is KV.
+    lane: bool,
+}
+
+/// One port of a process, and the relay's before it.
+struct Port {
+    listens: SocketAddr,
+    door: UdpSocket,
 }
 
 struct End {
     kind: Kind,
-    listens: SocketAddr,
-    door: UdpSocket,
+    links: Port,
+    lanes: Option<Port>,
     /// Packets to or from it that were lost.
     dropped: AtomicU64,
 }
@@ -97,18 +118,24 @@ impl Drop for Relays {
 }
 
 impl Relays {
-    /// A relay for each process, given as what it is and where it will listen.
+    /// A relay for each process.
     ///
     /// # Errors
     /// What the system says.
-    pub async fn start(processes: &[(Kind, SocketAddr)]) -> std::io::Result<Self> {
+    pub async fn start(processes: &[Listens]) -> std::io::Result<Self> {
         let mut ends = Vec::new();
-        for &(kind, listens) in processes {
-            let door = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-            ends.push(End { kind, listens, door, dropped: AtomicU64::new(0) });
+        for process in processes {
+            let links = Port::before(process.links).await?;
+            let lanes = match process.lanes {
+                Some(lanes) => Some(Port::before(lanes).await?),
+                None => None,
+            };
+            ends.push(End { kind: process.kind, links, lanes, dropped: AtomicU64::new(0) });
         }
         let hub = Arc::new(Hub { ends, weather: watch::Sender::default(), carried: AtomicU64::new(0) });
-        let tasks = (0..hub.ends.len()).map(|to| tokio::spawn(keep_door(hub.clone(), to)).abort_handle()).collect();
+        let all = (0..hub.ends.len()).flat_map(|to| [(to, false), (to, true)]);
+        let ports = all.filter(|&(to, lane)| hub.port(to, lane).is_some());
+        let tasks = ports.map(|(to, lane)| tokio::spawn(keep_door(hub.clone(), to, lane)).abort_handle()).collect();
         Ok(Self { hub, tasks })
     }
 
@@ -118,7 +145,16 @@ impl Relays {
     /// When the socket is gone.
     #[must_use]
     pub fn door(&self, process: usize) -> SocketAddr {
-        self.hub.ends[process].door.local_addr().expect("a bound socket has an address")
+        self.hub.ends[process].links.address()
+    }
+
+    /// The address at which others reach it with KV, if it takes any.
+    ///
+    /// # Panics
+    /// When the socket is gone.
+    #[must_use]
+    pub fn lanes_door(&self, process: usize) -> Option<SocketAddr> {
+        self.hub.ends[process].lanes.as_ref().map(Port::address)
     }
 
     /// Changes the weather.
@@ -133,10 +169,23 @@ impl Relays {
     }
 }
 
+impl Port {
+    async fn before(listens: SocketAddr) -> std::io::Result<Self> {
+        Ok(Self { listens, door: UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await? })
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.door.local_addr().expect("a bound socket has an address")
+    }
+}
+
 impl Weather {
     fn loses(&self, hub: &Hub, ends: Ends) -> bool {
         let cut = |end: Option<usize>| end.is_some_and(|end| self.cut.contains(&end));
-        cut(ends.from) || cut(ends.to) || hub.way(ends).is_some_and(|way| self.lost.contains(&way))
+        (self.lanes_lost && ends.lane)
+            || cut(ends.from)
+            || cut(ends.to)
+            || hub.way(ends).is_some_and(|way| self.lost.contains(&way))
     }
 
     fn holds(&self, hub: &Hub, ends: Ends) -> bool {
@@ -154,6 +203,16 @@ impl Weather {
 }
 
 impl Hub {
+    fn port(&self, process: usize, lane: bool) -> Option<&Port> {
+        let end = &self.ends[process];
+        if lane { end.lanes.as_ref() } else { Some(&end.links) }
+    }
+
+    /// Whose port of that sort this is.
+    fn whose(&self, source: SocketAddr, lane: bool) -> Option<usize> {
+        (0..self.ends.len()).find(|&end| self.port(end, lane).is_some_and(|port| port.listens == source))
+    }
+
     fn way(&self, ends: Ends) -> Option<Way> {
         Some(Way { from: self.ends[ends.from?].kind, to: self.ends[ends.to?].kind })
     }
@@ -169,17 +228,18 @@ impl Hub {
 type Packet = (Instant, Vec<u8>);
 
 /// Sorts what comes to a process by who sent it.
-async fn keep_door(hub: Arc<Hub>, to: usize) {
+async fn keep_door(hub: Arc<Hub>, to: usize, lane: bool) {
+    let Some(port) = hub.port(to, lane) else { return };
     let mut flows: HashMap<SocketAddr, mpsc::Sender<Packet>> = HashMap::new();
     let mut buffer = vec![0; PACKET_BYTES_MAX];
     loop {
         // An error is an earlier packet's, whose receiver is dead.
-        let Ok((bytes, source)) = hub.ends[to].door.recv_from(&mut buffer).await else { continue };
+        let Ok((bytes, source)) = port.door.recv_from(&mut buffer).await else { continue };
         if flows.get(&source).is_none_or(mpsc::Sender::is_closed) {
             flows.retain(|_, flow| !flow.is_closed());
             let (queue, packets) = mpsc::channel(QUEUE_MAX);
-            let from = hub.ends.iter().position(|end| end.listens == source);
-            tokio::spawn(keep_flow(hub.clone(), Ends { from, to: Some(to) }, source, packets));
+            let ends = Ends { from: hub.whose(source, lane), to: Some(to), lane };
+            tokio::spawn(keep_flow(hub.clone(), ends, source, packets));
             flows.insert(source, queue);
         }
         // A full queue loses packets.
@@ -190,13 +250,13 @@ async fn keep_door(hub: Arc<Hub>, to: usize) {
 /// Carries what one sender and one process say to each other, until nothing comes back any more.
 async fn keep_flow(hub: Arc<Hub>, ends: Ends, source: SocketAddr, packets: mpsc::Receiver<Packet>) {
     let Ok(socket) = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await else { return };
-    let Some(to) = ends.to else { return };
-    if socket.connect(hub.ends[to].listens).await.is_err() {
+    let Some(port) = ends.to.and_then(|to| hub.port(to, ends.lane)) else { return };
+    if socket.connect(port.listens).await.is_err() {
         return;
     }
     let (queue, back) = mpsc::channel(QUEUE_MAX);
-    let ends_back = Ends { from: ends.to, to: ends.from };
-    let (socket, door) = (&socket, &hub.ends[to].door);
+    let ends_back = Ends { from: ends.to, to: ends.from, lane: ends.lane };
+    let (socket, door) = (&socket, &port.door);
     tokio::select! {
         () = carry(&hub, ends, packets, Out { socket, to: None }) => {}
         () = carry(&hub, ends_back, back, Out { socket: door, to: Some(source) }) => {}

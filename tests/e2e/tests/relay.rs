@@ -4,7 +4,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use millrace_e2e::relay::{Kind, Relays, Way};
+use millrace_e2e::relay::{Kind, Listens, Relays, Way};
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout};
 
@@ -16,7 +16,8 @@ const NOTHING: Duration = Duration::from_millis(200);
 async fn pair() -> (UdpSocket, UdpSocket, Relays) {
     let bind = || UdpSocket::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
     let (from, to) = (bind().await.unwrap(), bind().await.unwrap());
-    let ends = [(WAY.from, from.local_addr().unwrap()), (WAY.to, to.local_addr().unwrap())];
+    let listens = |kind, socket: &UdpSocket| Listens { kind, links: socket.local_addr().unwrap(), lanes: None };
+    let ends = [listens(WAY.from, &from), listens(WAY.to, &to)];
     let relays = Relays::start(&ends).await.unwrap();
     from.connect(relays.door(1)).await.unwrap();
     (from, to, relays)
@@ -75,4 +76,30 @@ async fn packets_take_their_time_and_change_places() {
         from.send(&[n]).await.unwrap();
     }
     assert_eq!((next(&to).await.unwrap().0, next(&to).await.unwrap().0), (3, 2));
+}
+
+#[tokio::test]
+async fn ports_for_kv_have_a_door_of_their_own_and_can_be_lost_alone() {
+    let bind = || UdpSocket::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+    let sockets = [bind().await.unwrap(), bind().await.unwrap(), bind().await.unwrap(), bind().await.unwrap()];
+    let [from, from_lane, to, to_lane] = &sockets;
+    let listens = |kind, links: &UdpSocket, lanes: &UdpSocket| Listens {
+        kind,
+        links: links.local_addr().unwrap(),
+        lanes: lanes.local_addr().ok(),
+    };
+    let relays = Relays::start(&[listens(WAY.from, from, from_lane), listens(WAY.to, to, to_lane)]).await.unwrap();
+    from.connect(relays.door(1)).await.unwrap();
+    from_lane.connect(relays.lanes_door(1).unwrap()).await.unwrap();
+    let mut say = async |lanes: bool, n: u8| {
+        let (out, into) = if lanes { (from_lane, to_lane) } else { (from, to) };
+        out.send(&[n]).await.unwrap();
+        next(into).await.map(|(got, _)| got)
+    };
+    assert_eq!((say(false, 1).await, say(true, 2).await), (Some(1), Some(2)));
+    relays.set(|weather| weather.lanes_lost = true);
+    assert_eq!((say(false, 3).await, say(true, 4).await), (Some(3), None));
+    assert_eq!((relays.dropped(0), relays.dropped(1)), (1, 1), "who sent it is known by its port for KV too");
+    relays.set(|weather| (weather.lanes_lost, weather.cut) = (false, vec![1]));
+    assert_eq!((say(false, 5).await, say(true, 6).await), (None, None), "a cut cuts both");
 }

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-/// Ticks of a second in `/proc/self/stat`: `USER_HZ`, 100 on every Linux of today.
+/// Ticks of a second in `/proc/PID/stat`: `USER_HZ`, 100 on every Linux of today.
 const TICKS_PER_S: f64 = 100.0;
 /// Bytes of a page in `/proc/self/statm`.
 const PAGE_BYTES: f64 = 4096.0;
@@ -30,7 +30,13 @@ pub fn describe() -> String {
 /// Seconds of processor time that this process has used.
 #[must_use]
 pub fn cpu_s() -> f64 {
-    let stat = read("/proc/self/stat");
+    cpu_s_of(std::process::id())
+}
+
+/// Seconds of processor time that a process has used; 0 when it is gone.
+#[must_use]
+pub fn cpu_s_of(pid: u32) -> f64 {
+    let stat = read(&format!("/proc/{pid}/stat"));
     let after_name = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
     let ticks: f64 = after_name.split(' ').skip(11).take(2).filter_map(|n| n.parse::<f64>().ok()).sum();
     ticks / TICKS_PER_S

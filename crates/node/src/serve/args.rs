@@ -11,6 +11,7 @@ use millrace_core::layout::KvDtype;
 use millrace_core::message::{ModelIdentity, Role};
 
 use super::NodeConfig;
+use crate::endpoint::EndpointConfig;
 use crate::telemetry::LogFormat;
 
 /// Options of a node.
@@ -28,6 +29,12 @@ pub struct NodeArgs {
     /// Where other nodes reach it, if not at --listen: behind a translated or relayed address
     #[arg(long)]
     pub advertise: Option<SocketAddr>,
+    /// UDP port for KV beside --listen, to be open between nodes; 0 takes a free one
+    #[arg(long, default_value_t = 0)]
+    pub lanes_port: u16,
+    /// The port at which other nodes reach --lanes-port, if another: behind a translated or relayed address
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    pub advertise_lanes_port: Option<u16>,
     /// All coordinator replicas: 1=127.0.0.1:7001,2=127.0.0.1:7002
     #[arg(long, value_delimiter = ',', value_parser = parse_replica, required = true)]
     pub coordinators: Vec<(u64, SocketAddr)>,
@@ -101,7 +108,9 @@ impl NodeArgs {
         let dialed = self.advertise.unwrap_or(self.listen);
         ensure!(!dialed.ip().is_unspecified(), "{dialed} is no address that other nodes can dial; say --advertise");
         let (cluster, name, listen, advertise) = (self.cluster.clone(), self.name.clone(), self.listen, self.advertise);
-        Ok(NodeConfig { role, cluster, name, listen, advertise, coordinators, model, batch })
+        let (lanes_port, lanes_advertise) = (self.lanes_port, self.advertise_lanes_port);
+        let endpoint = EndpointConfig { lanes_port, lanes_advertise, ..EndpointConfig::default() };
+        Ok(NodeConfig { role, cluster, name, listen, advertise, coordinators, model, batch, endpoint })
     }
 }
 

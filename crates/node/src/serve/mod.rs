@@ -52,6 +52,8 @@ pub struct NodeConfig {
     pub model: ModelIdentity,
     /// Limits of the batch; `slots` is the pool's size.
     pub batch: BatchConfig,
+    /// How it talks.
+    pub endpoint: EndpointConfig,
 }
 
 /// A process's monotonic clock, in the units of `core`.
@@ -64,7 +66,7 @@ impl Clock {
     }
 }
 
-/// A node whose port is bound and whose engine is ready.
+/// A node whose ports are bound and whose engine is ready.
 pub struct Node {
     endpoint: Endpoint,
     config: NodeConfig,
@@ -72,10 +74,10 @@ pub struct Node {
 }
 
 impl Node {
-    /// Binds the node's port.
+    /// Binds the node's ports.
     ///
     /// # Errors
-    /// The port is taken, or the certificate is not this node's.
+    /// A port is taken, or the certificate is not this node's.
     pub fn bind(config: NodeConfig, identity: Identity) -> Result<Self> {
         anyhow::ensure!(
             identity.me.name == config.name && identity.me.role == config.role && identity.me.cluster == config.cluster,
@@ -85,7 +87,7 @@ impl Node {
             config.role.as_str(),
             config.name
         );
-        let endpoint = Endpoint::bind(config.listen, identity, EndpointConfig::default())?;
+        let endpoint = Endpoint::bind(config.listen, identity, config.endpoint.clone())?;
         Ok(Self { endpoint, config, instance: rand::random() })
     }
 

@@ -72,6 +72,7 @@ async fn send_span(mut task: SpanTask) {
 /// Puts the span on a stream and waits until nothing reads its cells any more: all acknowledged, or given up.
 async fn stream_span(task: &mut SpanTask) -> Result<(), String> {
     let link = task.link.take().ok_or("no link")?;
+    let lane = link.lane().ok_or("the link has ended")?;
     let (lent, returned) = oneshot::channel();
     let (digests, payload) = lend_cells(task, lent);
     let digest_sum = digests.iter().fold(0u64, |sum, digest| sum.wrapping_add(*digest));
@@ -79,13 +80,13 @@ async fn stream_span(task: &mut SpanTask) -> Result<(), String> {
     let Span { layer, layers, block, blocks } = span;
     let header = CellsHeader { attempt, generation, layer, layers, block, blocks, digests };
     let sent = tokio::select! {
-        sent = send_cells(link.quic(), &header, payload.into_iter(), -i32::from(layer)) => sent.map_err(|e| e.to_string()),
+        sent = send_cells(&lane, &header, payload.into_iter(), -i32::from(layer)) => sent.map_err(|e| e.to_string()),
         () = stopped(&mut task.stop) => Err("the hand-over is over".to_owned()),
     };
     if sent.is_ok() {
         let _ = task.events.send(Event::Node(Input::SpanSent { attempt, span, digest_sum })).await;
     }
-    drop(link);
+    drop((link, lane));
     let _ = returned.await;
     sent.map(|_| ())
 }

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 
 use millrace_core::ids::{Epoch, NodeId};
 use millrace_core::layout::{KvDtype, KvLayout};
-use millrace_core::message::{Hello, ModelIdentity, Role};
+use millrace_core::message::{Hello, Message, ModelIdentity, Role};
 use millrace_node::endpoint::{Endpoint, EndpointConfig, Target};
 use millrace_node::link::{Link, LinkError, LinkReceiver};
 use millrace_node::pki::{Authority, Identity};
 use tempfile::TempDir;
+use tokio::sync::mpsc;
 
 /// One authority and the directory it lives in.
 pub struct World {
@@ -81,6 +82,36 @@ pub async fn meet(a: &Endpoint, b: &Endpoint, a_hello: &Hello, b_hello: &Hello) 
 pub async fn pair(a: &Endpoint, b: &Endpoint) -> ((Link, LinkReceiver), (Link, LinkReceiver)) {
     let (dialed, accepted) = meet(a, b, &hello(a), &hello(b)).await;
     (dialed.unwrap(), accepted.unwrap())
+}
+
+/// Two nodes with a link between them that is read at both ends, and its first lane.
+pub struct Nodes {
+    pub prefill: Endpoint,
+    pub decode: Endpoint,
+    pub sender: Link,
+    pub receiver: Link,
+    /// What the sender says.
+    pub messages: mpsc::UnboundedReceiver<Message>,
+}
+
+impl Nodes {
+    pub async fn new() -> Self {
+        let world = World::new();
+        let (prefill, decode) = (world.endpoint(Role::Prefill, "p1"), world.endpoint(Role::Decode, "d1"));
+        let ((sender, mut sender_in), (receiver, mut receiver_in)) = pair(&prefill, &decode).await;
+        let (heard, messages) = mpsc::unbounded_channel();
+        tokio::spawn(async move { while sender_in.recv().await.is_some() {} });
+        tokio::spawn(async move {
+            while let Some(message) = receiver_in.recv().await {
+                let _ = heard.send(message);
+            }
+        });
+        Self { prefill, decode, sender, receiver, messages }
+    }
+
+    pub fn lane(&self) -> quinn::Connection {
+        self.sender.lane().unwrap()
+    }
 }
 
 /// Bytes that look like nothing in particular, the same for the same seed.

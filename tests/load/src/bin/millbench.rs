@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use millrace_load::millload::network;
 use millrace_load::report::{HEAD, Row};
-use millrace_load::{engine, events, faults, handover, index, machine, raft, route, stream};
+use millrace_load::{engine, events, faults, handover, index, machine, raft, route, wire};
 
 /// Measures this machine and prints medians.
 #[derive(Parser)]
@@ -20,13 +20,16 @@ struct Arguments {
     /// Model directory or GGUF file.
     #[arg(long, env = "MILLRACE_MODEL")]
     model: Option<PathBuf>,
+    /// Be one end of a path of `wire`.
+    #[arg(long, hide = true, num_args = 1.., allow_hyphen_values = true)]
+    wire_end: Vec<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Section {
     Engine,
     Handover,
-    Stream,
+    Wire,
     Route,
     Raft,
     Index,
@@ -36,6 +39,9 @@ enum Section {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    if !arguments.wire_end.is_empty() {
+        return wire::end::run(&arguments.wire_end);
+    }
     if arguments.only == [Section::Faults] && !network::inside() {
         let words: &[&str] = if arguments.quick { &["--only", "faults", "--quick"] } else { &["--only", "faults"] };
         if let Some(went_well) = network::run_inside(words)? {
@@ -66,7 +72,7 @@ fn run(section: Section, arguments: &Arguments) -> Result<()> {
             runtime.block_on(engine::measure(&model, "f32", (runs, quick), &print))?;
         }
         Section::Handover => runtime.block_on(handover::measure(&model(arguments)?, "bf16", runs, &print))?,
-        Section::Stream => runtime.block_on(stream::measure(runs, if quick { 128 } else { 1024 }))?.into_iter().for_each(print),
+        Section::Wire => wire::measure(runs, if quick { 128 } else { 1024 }, &print)?,
         Section::Route => route::measure(runs).into_iter().for_each(print),
         Section::Raft => raft::measure(runs.min(3), quick)?.into_iter().for_each(print),
         Section::Events => events::measure(runs.min(3), quick)?.into_iter().for_each(print),
