@@ -117,6 +117,7 @@ pub fn messages() -> Vec<Message> {
         Message::Resumed(Resumed { attempt, generation, credit_bytes: 1 << 20, stands: vec![7, 0, u64::MAX] }),
         Message::Abort { attempt, kind: FailKind::PeerLost, detail: detail.clone() },
         Message::Leave { node, epoch },
+        Message::Drain { node, epoch },
         Message::Query { id: 1, json: r#"{"q":"status"}"#.into() },
         Message::Answer { id: 1, result: Ok("{}".into()) },
         Message::CacheDigest(digest()),
