@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim matrix fuzz bench bench-load clean clean-cache
+.PHONY: help setup demo test check sim matrix fuzz bench bench-load cached clean clean-cache
 
 cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
@@ -69,6 +69,9 @@ bench-load: ## the load harness itself: its figures against known delays, and it
 	cargo build --release -p millrace-load
 	"$(target_dir)/release/millload" check
 	"$(target_dir)/release/millload" ceiling $(CEILING_ARGS)
+
+cached: setup ## GPT-2 with and without a KV cache: the same tokens, the times, and a plot in cached.svg (CACHED_ARGS=...)
+	cargo run --release -p millrace-model --example cached -- --svg cached.svg $(CACHED_ARGS)
 
 clean: ## remove what was built, and local clusters; the cache stays
 	cargo clean

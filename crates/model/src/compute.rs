@@ -116,8 +116,27 @@ impl Multiplier {
         Ok(best)
     }
 
-    /// `norm(x) W^T`, or `x W^T` without a norm.
+    /// `norm(x) W^T + bias`; no norm and no bias where there are none.
+    ///
+    /// # Panics
+    /// When a layer with a bias goes into SwiGLU: no description has that.
     pub(crate) fn multiply(&mut self, x: &[f32], norm: Option<Norm<'_>>, linear: &Linear, out: Into<'_>) -> Result<(), ModelError> {
+        let Some(bias) = &linear.bias else { return self.product(x, norm, linear, out) };
+        let sum = match out {
+            Into::Set(sum) => {
+                sum.chunks_exact_mut(bias.len()).for_each(|row| row.copy_from_slice(bias));
+                sum
+            }
+            Into::Add(sum) => {
+                sum.chunks_exact_mut(bias.len()).for_each(|row| elementwise::add(row, bias));
+                sum
+            }
+            Into::SwiGlu(_) => panic!("SwiGLU of a layer with a bias"),
+        };
+        self.product(x, norm, linear, Into::Add(sum))
+    }
+
+    fn product(&mut self, x: &[f32], norm: Option<Norm<'_>>, linear: &Linear, out: Into<'_>) -> Result<(), ModelError> {
         let columns = linear.matrix.columns();
         match &linear.torch {
             Some(weights) if x.len() / columns > self.own_rows_max => self.in_libtorch(x, norm, columns, weights, out),
@@ -140,8 +159,8 @@ impl Multiplier {
         let x = match norm {
             None => x,
             Some(norm) => {
-                normed.resize(x.len(), 0.0);
-                elementwise::rms_norm(self.products.isa(), x, norm.weight, norm.eps, &mut normed);
+                normed.extend_from_slice(x);
+                elementwise::norm(self.products.isa(), norm, &mut normed);
                 &normed
             }
         };
