@@ -27,6 +27,12 @@ impl Isa {
         *BEST.get_or_init(|| Self::available().into_iter().max().unwrap_or(Self::Portable))
     }
 
+    /// Whether it has dot products of bfloat16.
+    #[must_use]
+    pub fn has_bf16(self) -> bool {
+        self >= Self::Avx512Dot
+    }
+
     /// Every set this machine can run, weakest first.
     #[must_use]
     pub fn available() -> Vec<Self> {

@@ -7,6 +7,7 @@
 
 pub mod attention;
 mod buffer;
+pub mod chunk;
 pub mod convert;
 pub mod elementwise;
 pub mod heap;
@@ -23,6 +24,7 @@ pub mod team;
 mod tiles;
 
 pub use attention::{AttentionError, DecodeShape, Element, merge_parts, paged_decode, paged_part};
+pub use chunk::{Chunk, ChunkAttention};
 pub use isa::Isa;
 pub use matrix::{Format, Matrix, MatrixError, Source};
 pub use product::{Into, Precision, Products};

@@ -34,7 +34,10 @@ impl Kernel for Look<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (whole, tail) = self.logits.as_chunks::<LANES>();
-        let lanes = whole.iter().fold(s.splat(f32::NEG_INFINITY), |max, x| s.max(max, s.load(x)));
+        let mut lanes = s.splat(f32::NEG_INFINITY);
+        for x in whole {
+            lanes = s.max(lanes, s.load(x));
+        }
         let largest = tail.iter().fold(s.largest(lanes), |max, &x| if x > max { x } else { max });
         if !largest.is_finite() {
             return;
@@ -42,12 +45,11 @@ impl Kernel for Look<'_> {
         let mut total = 0.0;
         for piece in self.logits.chunks(PIECE) {
             let (whole, tail) = piece.as_chunks::<LANES>();
-            let weight = |x: &[f32; LANES]| exp(s, s.sub(s.load(x), s.splat(largest)));
-            let mut sum = whole.iter().fold(s.splat(0.0), |sum, x| s.add(sum, weight(x)));
-            if !tail.is_empty() {
-                let mut last = [f32::NEG_INFINITY; LANES];
-                last[..tail.len()].copy_from_slice(tail);
-                sum = s.add(sum, weight(&last));
+            let (mut sum, mut last) = (s.splat(0.0), [f32::NEG_INFINITY; LANES]);
+            last[..tail.len()].copy_from_slice(tail);
+            let last = if tail.is_empty() { &[][..] } else { std::slice::from_ref(&last) };
+            for x in whole.iter().chain(last) {
+                sum = s.add(sum, exp(s, s.sub(s.load(x), s.splat(largest))));
             }
             total += f64::from(s.sum(sum));
         }

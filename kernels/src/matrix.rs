@@ -256,58 +256,93 @@ impl Part {
         }
     }
 
-    /// One panel in f32: `[columns, 16]`.
+    /// One panel as `out` takes it, column pair by column pair; those of the later half of a block come between those of the first.
     #[inline(always)]
-    pub(crate) fn unpack<S: Simd>(&self, s: S, panel: usize, out: &mut [Line]) {
-        self.numbers(s, panel, |pair, low, high| {
-            s.store(low, bytemuck::cast_mut(&mut out[2 * pair].0));
-            s.store(high, bytemuck::cast_mut(&mut out[2 * pair + 1].0));
-        });
-    }
-
-    /// One panel in bfloat16: `[columns / 2, 16, 2]`.
-    #[inline(always)]
-    pub(crate) fn unpack_halves<S: Simd>(&self, s: S, panel: usize, out: &mut [Line]) {
-        self.numbers(s, panel, |pair, low, high| s.store_words(s.halves(low, high), &mut out[pair].0));
-    }
-
-    /// The numbers of a panel, column pair by column pair; those of the later half of a block come between those of the first.
-    #[inline(always)]
-    fn numbers<S: Simd>(&self, s: S, panel: usize, mut take: impl FnMut(usize, S::V, S::V)) {
+    pub(crate) fn unpack<S: Simd>(&self, s: S, panel: usize, out: &mut impl Unpacked) {
         let lines = self.panel(panel);
         match self.format {
-            Format::F32 => lines.chunks_exact(2).enumerate().for_each(|(pair, lines)| {
-                take(pair, s.load(bytemuck::cast_ref(&lines[0].0)), s.load(bytemuck::cast_ref(&lines[1].0)));
-            }),
-            Format::Bf16 => lines.iter().enumerate().for_each(|(pair, line)| {
-                let words = s.words(&line.0);
-                take(pair, s.low_halves(words), s.high_halves(words));
-            }),
-            Format::Q8_0 | Format::Q4_0 | Format::Q4_1 => {
-                let sets = self.format.scales();
-                let blocks = lines.chunks_exact(self.format.lines()).zip(self.panel_scales(panel).chunks_exact(sets));
-                for (step, (lines, scales)) in blocks.enumerate() {
-                    let scale = s.load_f16(&scales[0]);
-                    let min = if sets == 2 { s.load_f16(&scales[1]) } else { s.splat(0.0) };
-                    let zero = s.splat(self.format.zero());
-                    let number = |q: S::V| s.add(s.mul(s.sub(q, zero), scale), min);
-                    for (index, line) in lines.iter().enumerate() {
-                        let words = s.words(&line.0);
-                        let mut quad = |pair: usize, words: S::I| {
-                            take(pair, number(s.byte::<0>(words)), number(s.byte::<1>(words)));
-                            take(pair + 1, number(s.byte::<2>(words)), number(s.byte::<3>(words)));
-                        };
-                        let pair = step * BLOCK / 2 + 2 * index;
-                        if self.format == Format::Q8_0 {
-                            quad(pair, words);
-                        } else {
-                            quad(pair, s.low_nibbles(words));
-                            quad(pair + BLOCK / 4, s.high_nibbles(words));
-                        }
-                    }
+            Format::F32 => {
+                for (pair, lines) in lines.as_chunks::<2>().0.iter().enumerate() {
+                    out.put(s, pair, s.load(bytemuck::cast_ref(&lines[0].0)), s.load(bytemuck::cast_ref(&lines[1].0)));
+                }
+            }
+            Format::Bf16 => {
+                for (pair, line) in lines.iter().enumerate() {
+                    let words = s.words(&line.0);
+                    out.put(s, pair, s.low_halves(words), s.high_halves(words));
+                }
+            }
+            Format::Q8_0 => self.unpack_blocks::<S, 8>(s, panel, out),
+            Format::Q4_0 | Format::Q4_1 => self.unpack_blocks::<S, 4>(s, panel, out),
+        }
+    }
+
+    /// As [`Self::unpack`], of blocks of `LINES` lines.
+    #[inline(always)]
+    fn unpack_blocks<S: Simd, const LINES: usize>(&self, s: S, panel: usize, out: &mut impl Unpacked) {
+        let (sets, scales) = (self.format.scales(), self.panel_scales(panel));
+        for (step, lines) in self.panel(panel).as_chunks::<LINES>().0.iter().enumerate() {
+            let scale = s.load_f16(&scales[step * sets]);
+            let min = if sets == 2 { s.load_f16(&scales[step * sets + 1]) } else { s.splat(0.0) };
+            let block = Scaled { scale, min, zero: s.splat(self.format.zero()) };
+            for (index, line) in lines.iter().enumerate() {
+                let (words, pair) = (s.words(&line.0), step * BLOCK / 2 + 2 * index);
+                if LINES == 8 {
+                    block.quad(s, words, pair, out);
+                } else {
+                    block.quad(s, s.low_nibbles(words), pair, out);
+                    block.quad(s, s.high_nibbles(words), pair + BLOCK / 4, out);
                 }
             }
         }
+    }
+}
+
+/// Where the numbers of a panel go. A trait and not a closure: closures that are not inlined make vector instructions calls.
+pub(crate) trait Unpacked {
+    /// Takes columns `2 pair` and `2 pair + 1` of all 16 rows. Implementations are `inline(always)`.
+    fn put<S: Simd>(&mut self, s: S, pair: usize, low: S::V, high: S::V);
+}
+
+/// f32, `[columns, 16]`.
+pub(crate) struct InF32<'a>(pub(crate) &'a mut [Line]);
+
+impl Unpacked for InF32<'_> {
+    #[inline(always)]
+    fn put<S: Simd>(&mut self, s: S, pair: usize, low: S::V, high: S::V) {
+        s.store(low, bytemuck::cast_mut(&mut self.0[2 * pair].0));
+        s.store(high, bytemuck::cast_mut(&mut self.0[2 * pair + 1].0));
+    }
+}
+
+/// bfloat16, `[columns / 2, 16, 2]`.
+pub(crate) struct InHalves<'a>(pub(crate) &'a mut [Line]);
+
+impl Unpacked for InHalves<'_> {
+    #[inline(always)]
+    fn put<S: Simd>(&mut self, s: S, pair: usize, low: S::V, high: S::V) {
+        s.store_words(s.halves(low, high), &mut self.0[pair].0);
+    }
+}
+
+/// What the numbers of a block are multiplied with and moved by.
+struct Scaled<V> {
+    scale: V,
+    min: V,
+    zero: V,
+}
+
+impl<V: Copy> Scaled<V> {
+    /// Four columns of a line of bytes.
+    #[inline(always)]
+    fn quad<S: Simd<V = V>>(&self, s: S, words: S::I, pair: usize, out: &mut impl Unpacked) {
+        out.put(s, pair, self.number(s, s.byte::<0>(words)), self.number(s, s.byte::<1>(words)));
+        out.put(s, pair + 1, self.number(s, s.byte::<2>(words)), self.number(s, s.byte::<3>(words)));
+    }
+
+    #[inline(always)]
+    fn number<S: Simd<V = V>>(&self, s: S, q: V) -> V {
+        s.add(s.mul(s.sub(q, self.zero), self.scale), self.min)
     }
 }
 

@@ -14,7 +14,7 @@ use std::cell::RefCell;
 use crate::buffer::Line;
 use crate::isa::Isa;
 use crate::lanes::{Kernel, LANES, Simd, run, silu};
-use crate::matrix::{BLOCK, Format, Matrix, Part};
+use crate::matrix::{BLOCK, Format, InF32, InHalves, Matrix, Part};
 use crate::rows::{Forms, Norm, Rows, TILE_ROWS};
 use crate::team::{Parts, Team};
 
@@ -242,7 +242,7 @@ fn plain<'a, S: Simd>(s: S, pair: &Pair<'a>, index: usize, scratch: &'a mut Vec<
         return part.panel(panel);
     }
     scratch.resize(part.steps * BLOCK, Line([0; 16]));
-    part.unpack(s, panel, scratch);
+    part.unpack(s, panel, &mut InF32(scratch));
     scratch
 }
 
@@ -254,7 +254,7 @@ fn halves<'a, S: Simd>(s: S, pair: &Pair<'a>, index: usize, scratch: &'a mut Vec
         return part.panel(panel);
     }
     scratch.resize(part.steps * BLOCK / 2, Line([0; 16]));
-    part.unpack_halves(s, panel, scratch);
+    part.unpack(s, panel, &mut InHalves(scratch));
     scratch
 }
 
@@ -314,8 +314,8 @@ impl Item<'_> {
             tiles.product([self.call.rows.tile(tile), self.call.rows.tile(next)], panels, &mut sums);
             for row in first..self.last.min(first + 2 * TILE_ROWS) {
                 let sums = &sums[(row - first) / TILE_ROWS];
-                let lanes = |j: usize| s.load(bytemuck::cast_ref(&sums[j][row % TILE_ROWS].0));
-                self.finish(s, row, [lanes(0), lanes(1)]);
+                let [first, second] = [&sums[0][row % TILE_ROWS].0, &sums[1][row % TILE_ROWS].0];
+                self.finish(s, row, [s.load(bytemuck::cast_ref(first)), s.load(bytemuck::cast_ref(second))]);
             }
         }
     }
@@ -366,7 +366,7 @@ impl Inner for Plain<'_> {
         let x: [&[f32]; R] = std::array::from_fn(|r| &self.rows.plain(row + r)[..columns]);
         let mut sums = [[s.splat(0.0); 2]; R];
         for i in 0..columns {
-            let weights = panels.map(|panel| s.load(bytemuck::cast_ref(&panel[i].0)));
+            let weights = [s.load(bytemuck::cast_ref(&panels[0][i].0)), s.load(bytemuck::cast_ref(&panels[1][i].0))];
             for r in 0..R {
                 let x = s.splat(x[r][i]);
                 for p in 0..2 {
@@ -394,8 +394,8 @@ impl Inner for Halves<'_> {
             std::array::from_fn(|r| &self.rows.tile((row + r) / TILE_ROWS).as_chunks::<TILE_ROWS>().0[..steps]);
         let mut sums = [[s.splat(0.0); 2]; R];
         for step in 0..steps {
-            for i in 0..16 {
-                let weights = panels.map(|panel| s.words(&panel[step][i].0));
+            for (i, (first, second)) in panels[0][step].iter().zip(&panels[1][step]).enumerate() {
+                let weights = [s.words(&first.0), s.words(&second.0)];
                 for r in 0..R {
                     let x = x[r][step][(row + r) % TILE_ROWS].0[i];
                     for p in 0..2 {

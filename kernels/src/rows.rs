@@ -170,7 +170,7 @@ impl Kernel for Prepare<'_> {
                 let at = first + step * TILE_ROWS;
                 // SAFETY: this row's own line of the tile, and each row comes once.
                 let line = unsafe { place.halves.part(at..at + 1) };
-                line[0].0 = halves_of(block);
+                s.store_words(s.narrow(s.load(&block[0]), s.load(&block[1])), &mut line[0].0);
             }
         }
         if forms.bytes {
@@ -204,17 +204,12 @@ pub(crate) fn apply_norm<S: Simd>(s: S, norm: Norm<'_>, x: &mut [f32]) {
 #[inline(always)]
 fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f64) -> f32 {
     let (whole, tail) = x.as_chunks::<LANES>();
-    let squares = whole.iter().fold(s.splat(0.0), |sum, x| s.fma(s.load(x), s.load(x), sum));
+    let mut squares = s.splat(0.0);
+    for x in whole {
+        squares = s.fma(s.load(x), s.load(x), squares);
+    }
     let sum = tail.iter().fold(s.sum(squares), |sum, x| sum + x * x);
     (1.0 / (f64::from(sum) / x.len() as f64 + eps).sqrt()) as f32
-}
-
-/// 32 numbers rounded to bfloat16, in order, two to a word. Plain code that becomes vector code.
-#[inline(always)]
-fn halves_of(block: &[[f32; LANES]; 2]) -> [u32; LANES] {
-    let numbers: &[[f32; 2]; LANES] = bytemuck::cast_ref(block);
-    let round = |x: f32| u32::from(crate::convert::round(x).to_bits());
-    numbers.map(|[low, high]| round(low) | round(high) << 16)
 }
 
 /// 32 numbers as bytes `q` of -127..=127 with `x = d q`; and `d`, `d` times the sum of `q`. A block with a number that is not finite has a
@@ -225,13 +220,14 @@ fn quantised<S: Simd>(s: S, block: &[[f32; LANES]; 2]) -> ([u32; BLOCK / 4], [f3
     const ROUND: f32 = 12_582_912.0;
     let x = [s.load(&block[0]), s.load(&block[1])];
     let zero = s.splat(0.0);
-    let size = |x: S::V| s.max(x, s.sub(zero, x));
-    let largest = s.largest(s.max(size(x[0]), size(x[1])));
+    let sizes = [s.max(x[0], s.sub(zero, x[0])), s.max(x[1], s.sub(zero, x[1]))];
+    let largest = s.largest(s.max(sizes[0], sizes[1]));
     let not_finite = s.sum(s.add(s.sub(x[0], x[0]), s.sub(x[1], x[1])));
     let scale = largest / 127.0 + not_finite;
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    let shifted = x.map(|x| s.fma(x, s.splat(inverse), s.splat(ROUND)));
-    let whole = shifted.map(|x| s.sub(x, s.splat(ROUND)));
+    let (inverse, round) = (s.splat(inverse), s.splat(ROUND));
+    let shifted = [s.fma(x[0], inverse, round), s.fma(x[1], inverse, round)];
+    let whole = [s.sub(shifted[0], round), s.sub(shifted[1], round)];
     let sum = s.sum(s.add(whole[0], whole[1]));
     let mut bits = [[0.0; LANES]; 2];
     s.store(shifted[0], &mut bits[0]);

@@ -1,10 +1,12 @@
 //! Attention of a step over paged KV: stores the new keys and values, then attends row by row.
 //!
-//! A row of one token runs the paged kernel on the cells in place, its context cut into parts that threads share. A longer row gathers keys and
+//! A row of one token runs the paged kernel on the cells in place, its context cut into parts that threads share. A longer row goes through our own
+//! kernel for chunks where the processor has dot products of bfloat16 and the KV is that. Elsewhere it gathers keys and
 //! values of a KV head into one tensor and calls LibTorch's scaled dot product attention, heads shared by our threads: LibTorch's own spin long
 //! after their work is done, on the processors that the next product needs. In batch-invariant mode it goes token by token through the paged
-//! kernel too, because LibTorch's order of sums depends on the chunk. Both read only what stands in the cells, and of a layer with a window only
-//! from where the window begins. A latent is one KV head whose values are the first numbers of its keys.
+//! kernel, because the order of sums of both others depends on the chunk. All read only what stands in the cells, and of a layer with a window only
+//! from where the window begins. A latent is one KV head whose values are the first numbers of its keys; windows and latents are not for our
+//! own kernel for chunks.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -12,11 +14,16 @@ use std::sync::OnceLock;
 use millrace_checkpoint::{AttentionKind, ModelConfig};
 use millrace_core::engine::{Row, Step};
 use millrace_core::layout::{KvDtype, KvLayout};
-use millrace_kernels::{AttentionError, DecodeShape, Element, Isa, KvSlab, Team, convert, merge_parts, paged_part};
+use millrace_kernels::{
+    AttentionError, Chunk, ChunkAttention, DecodeShape, Element, Isa, KvSlab, Team, convert, merge_parts, paged_part,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::ModelError;
 use crate::tensors;
+
+/// Tokens of a step whose keys and values one thread stores alone.
+const STORED_ALONE_MAX: usize = 64;
 
 /// The attention of one model.
 pub(crate) struct Attention {
@@ -30,6 +37,8 @@ pub(crate) struct Attention {
     batch_invariant: bool,
     /// LibTorch has threads of its own here, because it multiplies too.
     pub(crate) libtorch_threads: bool,
+    /// Our own kernel for chunks; `None` where LibTorch attends for them.
+    own: Option<ChunkAttention>,
 }
 
 /// A step's rows, once for each window that layers have.
@@ -57,6 +66,8 @@ pub(crate) struct Batch<'a> {
     singles: Vec<Single<'a>>,
     /// Parts of their contexts: which single, and its first block.
     parts: Vec<(usize, usize)>,
+    /// What the step writes of each cell: which row, and positions of one block.
+    written: Vec<(usize, Range<usize>)>,
     tokens: usize,
     window: Option<usize>,
 }
@@ -89,20 +100,31 @@ struct Single<'a> {
 impl<'a> Batch<'a> {
     /// Places the rows one after the other, cuts contexts into parts and makes the masks.
     fn new(step: &'a Step, attention: &Attention, window: Option<usize>) -> Self {
-        let (singles, parts) = (Vec::new(), Vec::new());
-        let mut batch = Self { rows: Vec::with_capacity(step.rows.len()), singles, parts, tokens: 0, window };
+        let rows = Vec::with_capacity(step.rows.len());
+        let mut batch = Self { rows, singles: Vec::new(), parts: Vec::new(), written: Vec::new(), tokens: 0, window };
         for row in &step.rows {
             let (first, single) = (batch.tokens, row.tokens.len() == 1 || attention.batch_invariant);
             let from = batch.context(row, 0).start / attention.shape.block_tokens * attention.shape.block_tokens;
-            let masked = row.start > 0 || window.is_some_and(|window| row.tokens.len() > window);
+            let masked = attention.own.is_none() && (row.start > 0 || window.is_some_and(|window| row.tokens.len() > window));
             let mask = (!single && masked).then(|| batch.mask(row, from, attention.layout.dtype));
             if single {
                 (0..row.tokens.len()).for_each(|index| batch.add_single(row, index, attention));
             }
+            batch.add_written(row, attention.shape.block_tokens);
             batch.rows.push(Placed { row, first, from, mask, single });
             batch.tokens += row.tokens.len();
         }
         batch
+    }
+
+    /// The blocks that `row`, the batch's next, writes.
+    fn add_written(&mut self, row: &Row, block: usize) {
+        let (mut position, end) = (row.start as usize, row.end() as usize);
+        while position < end {
+            let stop = ((position / block + 1) * block).min(end);
+            self.written.push((self.rows.len(), position..stop));
+            position = stop;
+        }
     }
 
     /// Tokens of the step.
@@ -158,7 +180,10 @@ impl Attention {
             scale: config.attention.scale as f32,
         };
         let windows = config.attention.windows.clone();
-        Self { shape, layout, windows, kind: tensors::kind(layout.dtype), device, batch_invariant, libtorch_threads: true }
+        let plain = shape.latent.is_none() && windows.iter().all(Option::is_none);
+        let owned = plain && shape.element == Element::Bf16 && Isa::best().has_bf16() && device == Device::Cpu;
+        let own = owned.then(ChunkAttention::default);
+        Self { shape, layout, windows, kind: tensors::kind(layout.dtype), device, batch_invariant, libtorch_threads: true, own }
     }
 
     /// Vectors of one token together: queries and what is cached.
@@ -172,21 +197,19 @@ impl Attention {
     }
 
     /// Writes keys and values of the step's tokens to their cells. `qkv`: `[tokens, qkv_heads, head_dim]`.
-    pub(crate) fn store(&self, batch: &Batch<'_>, qkv: &[f32], slab: &KvSlab, layer: usize) {
+    pub(crate) fn store(&self, batch: &Batch<'_>, qkv: &[f32], (slab, layer): (&KvSlab, usize), team: &Team) {
         let (block, dim) = (self.shape.block_tokens, self.shape.head_dim);
         let width = self.qkv_heads() * dim;
-        for placed in &batch.rows {
-            let (mut position, end) = (placed.row.start as usize, placed.row.end() as usize);
-            while position < end {
-                let stop = ((position / block + 1) * block).min(end);
-                let first = placed.first + position - placed.row.start as usize;
-                let mut cell = slab.write(placed.row.table[position / block].0 as usize, layer);
-                for (offset, token) in qkv[first * width..].chunks_exact(width).take(stop - position).enumerate() {
-                    self.store_token(&mut cell, position % block + offset, &token[self.shape.heads * dim..]);
-                }
-                position = stop;
+        let grain = if batch.tokens > STORED_ALONE_MAX { 1 } else { batch.written.len() };
+        team.each(batch.written.len(), grain, |index| {
+            let (row, positions) = &batch.written[index];
+            let placed = &batch.rows[*row];
+            let first = placed.first + positions.start - placed.row.start as usize;
+            let mut cell = slab.write(placed.row.table[positions.start / block].0 as usize, layer);
+            for (position, token) in positions.clone().zip(qkv[first * width..].chunks_exact(width)) {
+                self.store_token(&mut cell, position % block, &token[self.shape.heads * dim..]);
             }
-        }
+        });
     }
 
     /// `kv`: keys then values of one token, `[2 kv_heads, head_dim]`, or its latent, which is the order of the cell's outer sides.
@@ -203,7 +226,7 @@ impl Attention {
 
     /// Attention of every row over the cells of `(slab, layer)`; `out`: `[tokens, heads, value_dim]`.
     pub(crate) fn attend(
-        &self,
+        &mut self,
         batch: &Batch<'_>,
         qkv: &[f32],
         (slab, layer): (&KvSlab, usize),
@@ -212,11 +235,39 @@ impl Attention {
     ) -> Result<(), ModelError> {
         let lengths = (batch.tokens * self.qkv_heads() * self.shape.head_dim, batch.tokens * self.out_width());
         assert_eq!((qkv.len(), out.len()), lengths);
-        self.chunks(batch, qkv, (slab, layer), team, out)?;
+        match self.own.take() {
+            Some(mut own) => {
+                let attended = self.own_chunks(&mut own, batch, qkv, (slab, layer), team, out);
+                self.own = Some(own);
+                attended?;
+            }
+            None => self.chunks(batch, qkv, (slab, layer), team, out)?,
+        }
         self.singles(batch, qkv, (slab, layer), team, out)
     }
 
-    /// The rows of several tokens: each KV head of each by whoever is free.
+    /// The rows of several tokens, one after the other, each by all threads.
+    fn own_chunks(
+        &self,
+        own: &mut ChunkAttention,
+        batch: &Batch<'_>,
+        qkv: &[f32],
+        (slab, layer): (&KvSlab, usize),
+        team: &Team,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let (stride, width) = (self.qkv_heads() * self.shape.head_dim, self.shape.heads * self.shape.head_dim);
+        for placed in batch.rows.iter().filter(|placed| !placed.single) {
+            let (start, tokens) = (placed.row.start as usize, placed.row.tokens.len());
+            let chunk = Chunk { queries: &qkv[placed.first * stride..], stride, start, tokens };
+            let out = &mut out[placed.first * width..][..tokens * width];
+            let cell = |block: usize| slab.read(placed.row.table[block].0 as usize, layer);
+            own.attend((team, Isa::best()), &self.shape, &chunk, cell, out)?;
+        }
+        Ok(())
+    }
+
+    /// The rows of several tokens with LibTorch: each KV head of each by whoever is free.
     fn chunks(
         &self,
         batch: &Batch<'_>,

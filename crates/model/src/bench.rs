@@ -36,57 +36,89 @@ const STREAM_PART: usize = 4 << 20;
 /// Takes one value of a named figure.
 pub type Out<'a> = dyn FnMut(&str, f64) + 'a;
 
-/// The engines that are compared: what they are called, their weights, and whether they are batch-invariant.
-const ENGINES: [(&str, Weights, bool); 4] = [
-    ("bf16", Weights::Bf16, false),
-    ("Q8_0", Weights::Q8_0, false),
-    ("as in the file", Weights::Kept, false),
-    ("as in the file, batch-invariant", Weights::Kept, true),
+/// The engines that are compared: what they are called, their weights, whether they are batch-invariant, and who multiplies.
+const ENGINES: [(&str, Weights, bool, Switch); 5] = [
+    ("bf16, LibTorch's products", Weights::Bf16, false, Switch::Above(0)),
+    ("bf16", Weights::Bf16, false, Switch::Measured),
+    ("Q8_0", Weights::Q8_0, false, Switch::Measured),
+    ("as in the file", Weights::Kept, false, Switch::Measured),
+    ("as in the file, batch-invariant", Weights::Kept, true, Switch::Measured),
 ];
 
-/// Measures all of it `rounds` times on `threads` threads; `steps` decode steps are timed.
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// How often everything is measured.
+    pub rounds: usize,
+    /// Timed decode steps.
+    pub steps: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Only figures whose names contain one of these; all where there is none.
+    pub only: Vec<String>,
+}
+
+impl Plan {
+    fn wants(&self, figure: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|part| figure.contains(part))
+    }
+}
+
+fn decode_figure(batch: usize, engine: &str) -> String {
+    format!("decode, batch {batch}, weights {engine}, tokens/s")
+}
+
+fn prefill_figure(tokens: usize, engine: &str) -> String {
+    format!("prefill, {tokens} tokens, weights {engine}, tokens/s")
+}
+
+/// Measures what `plan` says.
 ///
 /// # Errors
 /// [`ModelError`] when the model cannot be opened or computed.
-pub fn measure(model: &Path, threads: usize, (rounds, steps): (usize, usize), out: &mut Out<'_>) -> Result<(), ModelError> {
+pub fn measure(model: &Path, plan: &Plan, out: &mut Out<'_>) -> Result<(), ModelError> {
     let checkpoint = Checkpoint::open(model)?;
     let mut engines = Vec::new();
-    for (name, weights, batch_invariant) in ENGINES {
-        let compute = Compute { threads, switch: Switch::Measured, batch_invariant, weights };
-        let (engine, _, _) = ModelEngine::load(&checkpoint, Dtype::Bf16, SLOTS, BLOCK_TOKENS, compute)?;
-        engines.push((name, engine));
+    for (name, weights, batch_invariant, switch) in ENGINES {
+        let mut figures =
+            BATCHES.map(|batch| decode_figure(batch, name)).into_iter().chain(PROMPTS.map(|p| prefill_figure(p, name)));
+        if figures.any(|figure| plan.wants(&figure)) {
+            let compute = Compute { threads: plan.threads, switch, batch_invariant, weights };
+            engines.push((name, ModelEngine::load(&checkpoint, Dtype::Bf16, SLOTS, BLOCK_TOKENS, compute)?.0));
+        }
     }
-    let limits = Limits::new(&checkpoint.config, threads);
-    for _ in 0..rounds {
-        round(&limits, &mut engines, steps, out).map_err(|error| ModelError::Bench(error.to_string()))?;
+    tch::set_num_threads(i32::try_from(plan.threads).unwrap_or(i32::MAX));
+    let limits = Limits::new(&checkpoint.config, plan.threads);
+    for _ in 0..plan.rounds {
+        round(&limits, &mut engines, plan, out).map_err(|error| ModelError::Bench(error.to_string()))?;
     }
     Ok(())
 }
 
 /// Everything once.
-fn round(limits: &Limits, engines: &mut [(&str, ModelEngine)], steps: usize, out: &mut Out<'_>) -> Result<(), EngineError> {
+fn round(limits: &Limits, engines: &mut [(&str, ModelEngine)], plan: &Plan, out: &mut Out<'_>) -> Result<(), EngineError> {
     let stream = limits.stream_bytes_per_s();
     out("limit: memory read, GB/s", stream / 1e9);
-    for (name, engine) in &mut *engines {
-        for batch in BATCHES {
-            let rate = decode_tokens_per_s(engine, batch, steps)?;
-            out(&format!("decode, batch {batch}, weights {name}, tokens/s"), rate);
+    for batch in BATCHES {
+        for (name, engine) in engines.iter_mut().filter(|(name, _)| plan.wants(&decode_figure(batch, name))) {
+            let rate = decode_tokens_per_s(engine, batch, plan.steps)?;
+            out(&decode_figure(batch, name), rate);
             if batch == 1 {
                 let share = rate * engine.weight_bytes() as f64 / stream;
                 out(&format!("decode, batch 1, weights {name}, of the streaming limit"), share);
             }
         }
     }
-    for tokens in PROMPTS {
-        let gemm = limits.gemm_tokens_per_s(tokens)?;
-        out(&format!("limit: LibTorch's bf16 products of {tokens} tokens, tokens/s"), gemm);
-        for (name, engine) in &mut *engines {
-            let rate = prefill_tokens_per_s(engine, tokens)?;
-            out(&format!("prefill, {tokens} tokens, weights {name}, tokens/s"), rate);
+    for tokens in BATCHES[1..].iter().chain(&PROMPTS) {
+        let figure = format!("limit: LibTorch's bf16 products of {tokens} tokens, tokens/s");
+        if plan.wants(&figure) {
+            out(&figure, limits.gemm_tokens_per_s(*tokens)?);
         }
     }
-    for batch in &BATCHES[1..] {
-        out(&format!("limit: LibTorch's bf16 products of {batch} tokens, tokens/s"), limits.gemm_tokens_per_s(*batch)?);
+    for tokens in PROMPTS {
+        for (name, engine) in engines.iter_mut().filter(|(name, _)| plan.wants(&prefill_figure(tokens, name))) {
+            out(&prefill_figure(tokens, name), prefill_tokens_per_s(engine, tokens)?);
+        }
     }
     Ok(())
 }

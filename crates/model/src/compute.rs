@@ -8,15 +8,19 @@ use std::time::{Duration, Instant};
 use millrace_kernels::{Into, Isa, Norm, Precision, Products, elementwise};
 use tch::{Device, Kind, Tensor};
 
-use crate::linear::Linear;
+use crate::linear::{Linear, Loader};
 use crate::{Dtype, ModelError, tensors};
 
-/// Numbers of rows at which the own kernels and LibTorch are compared.
-const MEASURED_ROWS: [usize; 4] = [32, 64, 128, 512];
-/// Timed products of each kind at each of them; the fastest counts.
+/// Numbers of rows at which the own kernels and LibTorch are compared, ascending.
+const MEASURED_ROWS: [usize; 5] = [8, 32, 128, 512, 2048];
+/// The head multiplies the last token of each sequence only: it is compared up to so many rows.
+const HEAD_ROWS_MAX: usize = 128;
+/// Timed runs of each way at each of them, after one that is not timed; the fastest counts.
 const MEASURED_RUNS: usize = 3;
+/// No comparison begins that would likely end later than this after the first began: larger numbers of rows are then taken for the last compared.
+const MEASURED_MAX: Duration = Duration::from_millis(1500);
 /// LibTorch must be so much faster to be worth its copy of the weights.
-const WORTH: f64 = 0.9;
+const WORTH: f64 = 0.95;
 /// With quantised weights up to so many rows activations are rounded to 8 bits; above, weights and activations to bfloat16.
 const BYTES_ROWS_MAX: usize = 32;
 
@@ -66,11 +70,39 @@ impl Compute {
     }
 }
 
+/// Which numbers of rows LibTorch multiplies in one kind of linear layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// None.
+    Own,
+    /// More than this.
+    Above(usize),
+    /// Those of each of [`MEASURED_ROWS`] up to the next for which it is set.
+    Measured([bool; MEASURED_ROWS.len()]),
+}
+
+impl Choice {
+    fn libtorch(self, rows: usize) -> bool {
+        match self {
+            Self::Own => false,
+            Self::Above(max) => rows > max,
+            Self::Measured(faster) => MEASURED_ROWS.iter().zip(faster).rfind(|(at, _)| rows >= **at).is_some_and(|(_, it)| it),
+        }
+    }
+
+    /// Whether LibTorch multiplies any.
+    fn any(self) -> bool {
+        match self {
+            Self::Own => false,
+            Self::Above(_) => true,
+            Self::Measured(faster) => faster.contains(&true),
+        }
+    }
+}
+
 /// Multiplies, one way or the other.
 pub(crate) struct Multiplier {
     pub(crate) products: Products,
-    /// Rows above which LibTorch multiplies; it has no weights where this is `usize::MAX`.
-    pub(crate) own_rows_max: usize,
     kind: Kind,
     device: Device,
 }
@@ -80,39 +112,100 @@ impl Multiplier {
         let bytes_rows_max = if compute.batch_invariant { usize::MAX } else { BYTES_ROWS_MAX };
         let precision = Precision { exact: dtype == Dtype::F32, bytes_rows_max };
         let products = Products::new(compute.threads.max(1), Isa::best(), precision);
-        let own_rows_max = match compute.switch {
-            Switch::Above(rows) if !compute.batch_invariant => rows,
-            _ => usize::MAX,
-        };
-        Self { products, own_rows_max, kind: tensors::kind(dtype), device }
+        Self { products, kind: tensors::kind(dtype), device }
     }
 
-    /// Compares both on `linear`, which has weights for LibTorch, and keeps the smallest number of rows above which LibTorch is faster.
-    pub(crate) fn measure(&mut self, linear: &Linear) -> Result<(), ModelError> {
-        self.own_rows_max = usize::MAX;
-        for rows in MEASURED_ROWS.into_iter().rev() {
-            let (own, torch) = (self.time(linear, rows, usize::MAX)?, self.time(linear, rows, 0)?);
-            let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-            tracing::info!(rows, own_us = micros(own), libtorch_us = micros(torch), "products compared");
-            if torch.as_secs_f64() > WORTH * own.as_secs_f64() {
-                break;
+    /// Decides who multiplies in the layers, which are alike, and in the head, and makes LibTorch's copies of the weights. Gives whether it made any.
+    pub(crate) fn choose<'a>(
+        &mut self,
+        loader: &Loader<'_>,
+        compute: Compute,
+        mut layers: Vec<Vec<&'a mut Linear>>,
+        mut head: &'a mut Linear,
+    ) -> Result<bool, ModelError> {
+        let kinds = layers.first().map_or(0, Vec::len);
+        let (of_layers, of_head) = match compute.switch {
+            _ if compute.batch_invariant => return Ok(false),
+            Switch::Never => return Ok(false),
+            Switch::Above(rows) => (vec![Choice::Above(rows); kinds], Choice::Above(rows)),
+            Switch::Measured => {
+                let begin = Instant::now();
+                let of_layers =
+                    self.measure(loader, layers.first_mut().map(Vec::as_mut_slice).unwrap_or_default(), usize::MAX, begin)?;
+                let of_head = self.measure(loader, std::slice::from_mut(&mut head), HEAD_ROWS_MAX, begin)?;
+                (of_layers, of_head[0])
             }
-            self.own_rows_max = rows - 1;
+        };
+        let all = layers.iter_mut().flat_map(|layer| layer.iter_mut().zip(&of_layers));
+        for (linear, choice) in all.chain([(&mut head, &of_head)]) {
+            linear.choice = *choice;
+            linear.torch = if choice.any() { Some(loader.torch(&linear.names)?) } else { None };
         }
-        Ok(())
+        tracing::info!(?of_layers, ?of_head, rows = ?MEASURED_ROWS, "who multiplies");
+        Ok(of_layers.iter().chain([&of_head]).any(|choice| choice.any()))
     }
 
-    fn time(&mut self, linear: &Linear, rows: usize, own_rows_max: usize) -> Result<Duration, ModelError> {
-        let x = vec![0.5; rows * linear.matrix.columns()];
-        let mut out = vec![0.0; rows * linear.matrix.rows()];
-        let chosen = std::mem::replace(&mut self.own_rows_max, own_rows_max);
-        let mut best = Duration::MAX;
-        for _ in 0..=MEASURED_RUNS {
-            let begin = Instant::now();
-            self.multiply(&x, None, linear, Into::Set(&mut out))?;
-            best = best.min(begin.elapsed());
+    /// Compares own kernels, LibTorch, and whoever is faster in each of `linears` by itself, on all of them one after the other, as a step has them:
+    /// threads of LibTorch that still spin slow down what comes next.
+    fn measure(
+        &mut self,
+        loader: &Loader<'_>,
+        linears: &mut [&mut Linear],
+        rows_max: usize,
+        begin: Instant,
+    ) -> Result<Vec<Choice>, ModelError> {
+        let _no_grad = tch::no_grad_guard();
+        for linear in &mut *linears {
+            linear.torch = Some(loader.torch(&linear.names)?);
         }
-        self.own_rows_max = chosen;
+        let mut chosen = vec![[false; MEASURED_ROWS.len()]; linears.len()];
+        let mut last = (Duration::ZERO, 1);
+        for (index, rows) in MEASURED_ROWS.into_iter().enumerate() {
+            let (here, likely) = (Instant::now(), last.0.mul_f64(rows as f64 / last.1 as f64));
+            let ways: Vec<bool> = if rows > rows_max || begin.elapsed() + likely > MEASURED_MAX {
+                chosen.iter().map(|chosen| index > 0 && chosen[index - 1]).collect()
+            } else {
+                self.compare(linears, rows)?
+            };
+            chosen.iter_mut().zip(ways).for_each(|(chosen, way)| chosen[index] = way);
+            last = (here.elapsed(), rows);
+        }
+        Ok(chosen.into_iter().map(Choice::Measured).collect())
+    }
+
+    /// Whether LibTorch is to multiply `rows` rows in each of `linears`.
+    fn compare(&mut self, linears: &mut [&mut Linear], rows: usize) -> Result<Vec<bool>, ModelError> {
+        let count = linears.len();
+        let own = self.time(linears, &vec![false; count], rows)?;
+        let libtorch = self.time(linears, &vec![true; count], rows)?;
+        let mut ways = vec![(own.iter().sum::<Duration>(), vec![false; count]), (libtorch.iter().sum(), vec![true; count])];
+        let mixed: Vec<bool> = own.iter().zip(&libtorch).map(|(own, libtorch)| libtorch < own).collect();
+        if mixed.contains(&true) && mixed.contains(&false) {
+            ways.push((self.time(linears, &mixed, rows)?.iter().sum(), mixed));
+        }
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let times: Vec<u64> = ways.iter().map(|way| micros(way.0)).collect();
+        let (best, chosen) = ways.split_off(1).into_iter().min_by_key(|way| way.0).expect("LibTorch is a way");
+        let worth = best.as_secs_f64() < WORTH * ways[0].0.as_secs_f64();
+        tracing::info!(rows, own_libtorch_mixed_us = ?times, libtorch = ?if worth { &chosen } else { &ways[0].1 }, "products compared");
+        Ok(if worth { chosen } else { vec![false; count] })
+    }
+
+    /// The fastest run of each of `linears`, by LibTorch where `libtorch` says so.
+    fn time(&mut self, linears: &mut [&mut Linear], libtorch: &[bool], rows: usize) -> Result<Vec<Duration>, ModelError> {
+        let mut best = vec![Duration::MAX; linears.len()];
+        for run in 0..=MEASURED_RUNS {
+            for (index, linear) in linears.iter_mut().enumerate() {
+                linear.choice = if libtorch[index] { Choice::Above(0) } else { Choice::Own };
+                let x = vec![0.5; rows * linear.matrix.columns()];
+                let mut out = vec![0.0; rows * linear.matrix.rows()];
+                let begin = Instant::now();
+                self.multiply(&x, None, linear, Into::Set(&mut out))?;
+                if run > 0 {
+                    best[index] = best[index].min(begin.elapsed());
+                }
+            }
+        }
         Ok(best)
     }
 
@@ -139,7 +232,7 @@ impl Multiplier {
     fn product(&mut self, x: &[f32], norm: Option<Norm<'_>>, linear: &Linear, out: Into<'_>) -> Result<(), ModelError> {
         let columns = linear.matrix.columns();
         match &linear.torch {
-            Some(weights) if x.len() / columns > self.own_rows_max => self.in_libtorch(x, norm, columns, weights, out),
+            Some(weights) if linear.choice.libtorch(x.len() / columns) => self.in_libtorch(x, norm, columns, weights, out),
             _ => {
                 self.products.multiply(x, norm, &linear.matrix, out);
                 Ok(())
@@ -173,5 +266,20 @@ impl Multiplier {
             Into::SwiGlu(out) => elementwise::swiglu(self.products.isa(), &y, y.len() / shape[0] as usize / 2, out),
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_choice_holds_up_to_the_next_measured_number_of_rows() {
+        let measured = Choice::Measured([false, true, false, true, true]);
+        let rows = [1, 8, 31, 32, 127, 128, 511, 512, 4096];
+        let want = [false, false, false, true, true, false, false, true, true];
+        assert_eq!(rows.map(|rows| measured.libtorch(rows)), want);
+        assert_eq!([0, 7, 8].map(|rows| Choice::Above(7).libtorch(rows)), [false, false, true]);
+        assert!(!Choice::Own.libtorch(usize::MAX) && !Choice::Measured([false; MEASURED_ROWS.len()]).any());
     }
 }

@@ -13,7 +13,7 @@ use tch::Device;
 
 use crate::angles::{Angles, Turn};
 use crate::attend::{Attention, Batches};
-use crate::compute::{Compute, Multiplier, Switch};
+use crate::compute::{Compute, Multiplier};
 use crate::feed::Feed;
 use crate::heads::Heads;
 use crate::latent::Latent;
@@ -88,26 +88,17 @@ impl Decoder {
         Ok(decoder)
     }
 
-    /// Measures where that is asked for, and makes LibTorch's copy of the weights where it is to multiply.
+    /// Decides who multiplies, and makes LibTorch's copy of the weights where it does.
     fn choose(&mut self, loader: &Loader<'_>, compute: Compute) -> Result<(), ModelError> {
-        let widest =
-            self.layers.first_mut().and_then(|layer| layer.linears().into_iter().max_by_key(|linear| linear.matrix.bytes()));
-        if let Some(widest) = widest.filter(|_| compute.switch == Switch::Measured && !compute.batch_invariant) {
-            let _no_grad = tch::no_grad_guard();
-            loader.add_torch(widest)?;
-            self.multiplier.measure(widest)?;
-            widest.torch = None;
-        }
-        let rows = self.multiplier.own_rows_max;
-        self.attention.libtorch_threads = rows < usize::MAX;
-        if rows == usize::MAX {
-            tch::set_num_threads(1);
-        } else {
-            self.layers.iter_mut().flat_map(Layer::linears).try_for_each(|linear| loader.add_torch(linear))?;
-        }
-        let (isa, threads) = (self.multiplier.products.isa(), self.multiplier.products.team().threads());
         let bytes = self.weight_bytes();
-        tracing::info!(?isa, threads, weight_bytes = bytes, own_rows_max = rows, compute.batch_invariant, "linear layers ready");
+        let Self { layers, head, embedding, multiplier, attention, .. } = self;
+        let alike = layers.iter_mut().map(Layer::linears).collect();
+        attention.libtorch_threads = multiplier.choose(loader, compute, alike, head.as_mut().unwrap_or(embedding))?;
+        if !attention.libtorch_threads {
+            tch::set_num_threads(1);
+        }
+        let (isa, threads) = (multiplier.products.isa(), multiplier.products.team().threads());
+        tracing::info!(?isa, threads, weight_bytes = bytes, compute.batch_invariant, "linear layers ready");
         Ok(())
     }
 
@@ -122,7 +113,7 @@ impl Decoder {
         for (index, layer) in layers.iter().enumerate() {
             let batch = batches.of(index, attention);
             layer.project(hidden, multiplier, angles.as_ref(), qkv)?;
-            attention.store(batch, qkv, slab, index);
+            attention.store(batch, qkv, (slab, index), multiplier.products.team());
             on_layer(index as u16);
             attended.resize(batch.tokens() * attention.out_width(), 0.0);
             attention.attend(batch, qkv, (slab, index), multiplier.products.team(), attended)?;

@@ -8,7 +8,7 @@ use millrace_kernels::matrix::BLOCK;
 use millrace_kernels::{Format, Matrix, Norm, Source, convert};
 use tch::{Device, Kind, Tensor};
 
-use crate::compute::Weights;
+use crate::compute::{Choice, Weights};
 use crate::{Dtype, ModelError, tensors};
 
 /// `[out, in]`.
@@ -16,10 +16,12 @@ pub(crate) struct Linear {
     pub(crate) matrix: Matrix,
     /// The same numbers in the engine's type.
     pub(crate) torch: Option<Tensor>,
+    /// Which numbers of rows LibTorch multiplies.
+    pub(crate) choice: Choice,
     /// `[out]`.
     pub(crate) bias: Option<Vec<f32>>,
     /// The tensors it was made of; none for one that LibTorch never multiplies.
-    names: Vec<String>,
+    pub(crate) names: Vec<String>,
 }
 
 /// A norm's weights.
@@ -81,7 +83,7 @@ impl Loader<'_> {
         let biases = || names.iter().map(|name| self.numbers(&format!("{name}.bias"))).collect::<Result<Vec<_>, _>>();
         let bias = if bias { Some(biases()?.concat()) } else { None };
         drop(kept);
-        Ok(Linear { matrix, torch: None, bias, names: weights })
+        Ok(Linear { matrix, torch: None, choice: Choice::Own, bias, names: weights })
     }
 
     /// Rows of `columns` numbers, in the engine's type. Never multiplied by LibTorch.
@@ -92,7 +94,7 @@ impl Loader<'_> {
             Dtype::Bf16 => (Format::Bf16, halves()),
         };
         let matrix = Matrix::new(columns, &[Source { format, bytes: &bytes }])?;
-        Ok(Linear { matrix, torch: None, bias: None, names: Vec::new() })
+        Ok(Linear { matrix, torch: None, choice: Choice::Own, bias: None, names: Vec::new() })
     }
 
     /// A weight in f32, whatever the engine's type: its products are not rounded. Never multiplied by LibTorch.
@@ -101,13 +103,7 @@ impl Loader<'_> {
         let numbers = view.to_f32();
         let source = Source { format: Format::F32, bytes: bytemuck::cast_slice(&numbers) };
         let matrix = Matrix::new(view.shape.last().copied().unwrap_or(0), &[source])?;
-        Ok(Linear { matrix, torch: None, bias: None, names: Vec::new() })
-    }
-
-    /// Gives `linear` its weights for LibTorch.
-    pub(crate) fn add_torch(&self, linear: &mut Linear) -> Result<(), ModelError> {
-        linear.torch = Some(self.torch(&self.views(&linear.names)?)?);
-        Ok(())
+        Ok(Linear { matrix, torch: None, choice: Choice::Own, bias: None, names: Vec::new() })
     }
 
     fn views(&self, names: &[String]) -> Result<Vec<TensorView<'_>>, ModelError> {
@@ -137,7 +133,9 @@ impl Loader<'_> {
         }
     }
 
-    fn torch(&self, views: &[TensorView<'_>]) -> Result<Tensor, ModelError> {
+    /// The same for LibTorch, in the engine's type.
+    pub(crate) fn torch(&self, names: &[String]) -> Result<Tensor, ModelError> {
+        let views = self.views(names)?;
         let tensor = |view: &TensorView<'_>| {
             let shape: Vec<i64> = view.shape.iter().map(|&side| side as i64).collect();
             match self.dtype {

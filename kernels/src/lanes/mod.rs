@@ -74,6 +74,8 @@ pub(crate) trait Simd: Copy {
     fn high_halves(self, x: Self::I) -> Self::V;
     /// Words whose halves are `low` and `high` rounded to bfloat16.
     fn halves(self, low: Self::V, high: Self::V) -> Self::I;
+    /// `first`, then `second`, rounded to bfloat16, two to a word.
+    fn narrow(self, first: Self::V, second: Self::V) -> Self::I;
     /// Words to memory.
     fn store_words(self, x: Self::I, to: &mut [u32; LANES]);
     /// `sum + w . x` in each lane: the two bfloat16 of a word of `w` with those of `x`.
@@ -240,6 +242,10 @@ mod tests {
         let mut joined = [0; LANES];
         s.store_words(s.halves(s.load(&a), s.load(&b)), &mut joined);
         let round = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
+        let mut narrowed = [0; LANES];
+        s.store_words(s.narrow(s.load(&a), s.load(&b)), &mut narrowed);
+        let both = [a, b].concat();
+        assert_eq!(narrowed, std::array::from_fn(|i| round(both[2 * i]) | round(both[2 * i + 1]) << 16));
         assert_eq!(joined, std::array::from_fn(|i| round(a[i]) | round(b[i]) << 16));
         s.store(s.dot_halves(s.splat(1.0), s.words(&joined), 0x3f80_4000), &mut got);
         for i in 0..LANES {

@@ -158,6 +158,15 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn narrow(self, first: Self::V, second: Self::V) -> Self::I {
+        std::array::from_fn(|i| {
+            let from = if i < LANES / 2 { &first } else { &second };
+            let [low, high] = [from[2 * i % LANES], from[(2 * i + 1) % LANES]];
+            u32::from(round(low).to_bits()) | u32::from(round(high).to_bits()) << 16
+        })
+    }
+
+    #[inline(always)]
     fn store_words(self, x: Self::I, to: &mut [u32; LANES]) {
         *to = x;
     }

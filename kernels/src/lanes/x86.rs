@@ -27,6 +27,18 @@ impl<const DOT: bool> Avx512<DOT> {
     }
 }
 
+/// `$f` of both of two registers, each by the name of the pair. A macro and not `map`: a closure that is not inlined is not compiled for the
+/// instruction set, and makes each of its instructions a call.
+macro_rules! both {
+    ($pair:ident => $f:expr) => {{
+        let [first, second] = $pair;
+        let $pair = first;
+        let first = $f;
+        let $pair = second;
+        [first, $f]
+    }};
+}
+
 /// Implements the lane-wise methods: each is one intrinsic, named by the last pattern.
 macro_rules! avx512 {
     ($($name:ident($($arg:ident),+) = $intrinsic:ident;)+) => {$(
@@ -177,14 +189,24 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     fn halves(self, low: __m512, high: __m512) -> __m512i {
         // SAFETY: `self` proves AVX-512.
         unsafe {
-            let [low, high] = [low, high].map(|x| {
-                let bits = _mm512_castps_si512(x);
-                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-                let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-                let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
-                _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x), quiet)
-            });
-            _mm512_mask_mov_epi16(high, 0x5555_5555, _mm512_srli_epi32::<16>(low))
+            if DOT {
+                return _mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVED.0.as_ptr().cast()), self.narrow(low, high));
+            }
+            _mm512_mask_mov_epi16(rounded_512(high), 0x5555_5555, _mm512_srli_epi32::<16>(rounded_512(low)))
+        }
+    }
+
+    /// With `DOT` what is smaller than normal numbers becomes zero, as in every product of bfloat16.
+    #[inline(always)]
+    fn narrow(self, first: __m512, second: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512 and, with `DOT`, its BF16 part; both vector types are 64 plain bytes.
+        unsafe {
+            if DOT {
+                return std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
+            }
+            let [first, second] = [_mm512_srli_epi32::<16>(rounded_512(first)), _mm512_srli_epi32::<16>(rounded_512(second))];
+            let first = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(first));
+            _mm512_inserti64x4::<1>(first, _mm512_cvtepi32_epi16(second))
         }
     }
 
@@ -209,6 +231,32 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     }
 }
 
+/// Aligned as a vector is.
+#[repr(align(64))]
+struct Order([u16; 32]);
+
+/// Halves of one vector by turns with those of another.
+static INTERLEAVED: Order = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    Order(order)
+};
+
+/// As [`rounded`], of sixteen lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn rounded_512(x: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(x);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+    _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x), quiet)
+}
+
 /// As `avx512!`, on two registers of eight lanes.
 macro_rules! avx2 {
     ($($name:ident($($arg:ident),+) = $intrinsic:ident;)+) => {$(
@@ -218,6 +266,34 @@ macro_rules! avx2 {
             unsafe { [$intrinsic($($arg[0]),+), $intrinsic($($arg[1]),+)] }
         }
     )+};
+}
+
+/// Rounded to the nearest bfloat16, which stands in the upper halves of the words.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn rounded(x: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(x);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+    _mm256_blendv_epi8(nearest, quiet, nan)
+}
+
+/// Words whose halves are `low` and `high` rounded.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn joined(low: __m256, high: __m256) -> __m256i {
+    _mm256_blend_epi16::<0b1010_1010>(_mm256_srli_epi32::<16>(rounded(low)), rounded(high))
+}
+
+/// Sixteen lanes as halves, in order.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn packed(x: [__m256; 2]) -> __m256i {
+    let low = _mm256_srli_epi32::<16>(rounded(x[0]));
+    let high = _mm256_srli_epi32::<16>(rounded(x[1]));
+    _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high))
 }
 
 /// The lanes folded in halves by `f`.
@@ -260,7 +336,7 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
         unsafe {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from[8..].as_ptr().cast()));
-            [low, high].map(|bits| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)))
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
         }
     }
 
@@ -286,10 +362,12 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
     #[inline(always)]
     fn power_of_two(self, x: Self::V) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe {
-            let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(x));
-            _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)))
-        })
+        unsafe {
+            both!(x => {
+                let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(x));
+                _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)))
+            })
+        }
     }
 
     #[inline(always)]
@@ -316,75 +394,72 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
     #[inline(always)]
     fn low_nibbles(self, x: Self::I) -> Self::I {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_and_si256(x, _mm256_set1_epi8(15)) })
+        unsafe { both!(x => _mm256_and_si256(x, _mm256_set1_epi8(15))) }
     }
 
     #[inline(always)]
     fn high_nibbles(self, x: Self::I) -> Self::I {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_and_si256(_mm256_srli_epi16::<4>(x), _mm256_set1_epi8(15)) })
+        unsafe { both!(x => _mm256_and_si256(_mm256_srli_epi16::<4>(x), _mm256_set1_epi8(15))) }
     }
 
     #[inline(always)]
     fn byte<const J: i32>(self, x: Self::I) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe {
-            let shifted = _mm256_srlv_epi32(x, _mm256_set1_epi32(8 * J));
-            _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(0xff)))
-        })
+        unsafe {
+            both!(x => {
+                let shifted = _mm256_srlv_epi32(x, _mm256_set1_epi32(8 * J));
+                _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(0xff)))
+            })
+        }
     }
 
     #[inline(always)]
     fn dot_bytes(self, sum: Self::I, w: Self::I, x: u32) -> Self::I {
         // SAFETY: `self` proves AVX2, and AVX-VNNI where `DOT` is set.
-        std::array::from_fn(|i| unsafe {
+        unsafe {
             let x = _mm256_set1_epi32(x as i32);
             if DOT {
-                return _mm256_dpbusd_avx_epi32(sum[i], w[i], x);
+                return [_mm256_dpbusd_avx_epi32(sum[0], w[0], x), _mm256_dpbusd_avx_epi32(sum[1], w[1], x)];
             }
             // As in `Avx512`.
-            let even = _mm256_madd_epi16(
-                _mm256_and_si256(w[i], _mm256_set1_epi16(0xff)),
-                _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
-            );
-            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w[i]), _mm256_srai_epi16::<8>(x));
-            _mm256_add_epi32(sum[i], _mm256_add_epi32(even, odd))
-        })
+            let (x_even, x_odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)), _mm256_srai_epi16::<8>(x));
+            let dots = both!(w => {
+                let even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)), x_even);
+                _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), x_odd))
+            });
+            [_mm256_add_epi32(sum[0], dots[0]), _mm256_add_epi32(sum[1], dots[1])]
+        }
     }
 
     #[inline(always)]
     fn floats(self, x: Self::I) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_cvtepi32_ps(x) })
+        unsafe { both!(x => _mm256_cvtepi32_ps(x)) }
     }
 
     #[inline(always)]
     fn low_halves(self, x: Self::I) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)) })
+        unsafe { both!(x => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))) }
     }
 
     #[inline(always)]
     fn high_halves(self, x: Self::I) -> Self::V {
         // SAFETY: `self` proves AVX2.
-        x.map(|x| unsafe { _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000u32 as i32))) })
+        unsafe { both!(x => _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000u32 as i32)))) }
     }
 
     #[inline(always)]
     fn halves(self, low: Self::V, high: Self::V) -> Self::I {
         // SAFETY: `self` proves AVX2.
-        let round = |x: __m256| unsafe {
-            let bits = _mm256_castps_si256(x);
-            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
-            _mm256_blendv_epi8(nearest, quiet, nan)
-        };
+        unsafe { [joined(low[0], high[0]), joined(low[1], high[1])] }
+    }
+
+    #[inline(always)]
+    fn narrow(self, first: Self::V, second: Self::V) -> Self::I {
         // SAFETY: `self` proves AVX2.
-        std::array::from_fn(|i| unsafe {
-            _mm256_blend_epi16::<0b1010_1010>(_mm256_srli_epi32::<16>(round(low[i])), round(high[i]))
-        })
+        unsafe { [packed(first), packed(second)] }
     }
 
     #[inline(always)]

@@ -1,0 +1,426 @@
+//! Paged attention of many tokens of one sequence, the prefill half of attention, in bfloat16. Decides the order of the sums, nothing else.
+//!
+//! Scores are computed transposed, `K Q^T`: keys are rows already, as the left side of a tile product wants them; each lane of a vector is one query,
+//! so the softmax needs no sum across lanes; and what it gives is, pair by pair of tokens, the right side of `V^T P^T`. Online softmax over [`SPAN`] tokens
+//! at a time (FlashAttention, Dao et al. 2022), for all query heads that share a KV head while their keys and values are in the cache. Queries and
+//! weights are rounded to bfloat16, as LibTorch does.
+
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::ops::Deref;
+
+use crate::attention::{AttentionError, DecodeShape, Element};
+use crate::buffer::Line;
+use crate::convert::round;
+use crate::isa::Isa;
+use crate::lanes::{Kernel, LANES, Simd, exp, run};
+use crate::team::{Parts, Team};
+
+/// Tokens of context between two steps of the softmax.
+const SPAN: usize = 128;
+/// Query tokens of one item of work: two tiles.
+const QUERIES: usize = 2 * LANES;
+/// Tokens of one step of a tile product.
+const STEP: usize = 2 * LANES;
+const NOTHING: Line = Line([0; LANES]);
+
+/// Consecutive tokens of a sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    /// The first token's queries `[heads, head_dim]`, and so on every `stride` numbers.
+    pub queries: &'a [f32],
+    /// Numbers from one token's queries to the next's.
+    pub stride: usize,
+    /// Tokens of the sequence before the chunk.
+    pub start: usize,
+    /// Its tokens.
+    pub tokens: usize,
+}
+
+impl Chunk<'_> {
+    fn context(&self) -> usize {
+        self.start + self.tokens
+    }
+}
+
+/// Room for the keys and values of a chunk's context, kept from chunk to chunk.
+#[derive(Default)]
+pub struct ChunkAttention {
+    /// `[kv_heads, spans]` of [`Packed`].
+    packed: Vec<Line>,
+}
+
+/// Where things are in the lines of one span of one KV head.
+#[derive(Clone, Copy)]
+struct Packed {
+    /// Steps of a product over a head's elements.
+    dim_steps: usize,
+    /// Tiles of a head's elements.
+    dim_tiles: usize,
+}
+
+impl Packed {
+    fn new(head_dim: usize) -> Self {
+        Self { dim_steps: head_dim.div_ceil(STEP), dim_tiles: head_dim.div_ceil(LANES) }
+    }
+
+    /// Lines of the keys: `[SPAN / 16 tiles, dim_steps, 16 tokens]` of 32 elements.
+    fn keys(self) -> usize {
+        SPAN * self.dim_steps
+    }
+
+    /// Lines of keys, then of values: `[dim_tiles, SPAN / 32 steps, 16 elements]` of 32 tokens.
+    fn lines(self) -> usize {
+        self.keys() + self.dim_tiles * SPAN / STEP * LANES
+    }
+}
+
+impl ChunkAttention {
+    /// Attention of each token of `chunk` over the tokens before it and itself. `cell(i)` is the sequence's block `i`; its own keys and values stand
+    /// there already. `out`: `[tokens, heads * head_dim]`.
+    ///
+    /// # Errors
+    /// [`AttentionError`] when the arguments do not fit.
+    ///
+    /// # Panics
+    /// When a cell has another size than the shape's, or the shape's element is not bfloat16.
+    pub fn attend<C: Deref<Target = [u8]>>(
+        &mut self,
+        (team, isa): (&Team, Isa),
+        shape: &DecodeShape,
+        chunk: &Chunk<'_>,
+        cell: impl Fn(usize) -> C + Sync,
+        out: &mut [f32],
+    ) -> Result<(), AttentionError> {
+        check(shape, chunk, out)?;
+        let (packed, spans) = (Packed::new(shape.head_dim), chunk.context().div_ceil(SPAN));
+        let lines = packed.lines();
+        self.packed.resize(shape.kv_heads * spans * lines, NOTHING);
+        team.chunks(&mut self.packed, lines, 1, |index, lines| {
+            pack(shape, packed, (index / spans, index % spans), chunk.context(), &cell, lines);
+        });
+        let blocks = chunk.tokens.div_ceil(QUERIES);
+        let (out, all) = (&Parts::new(out), &self.packed);
+        team.each(blocks * shape.kv_heads, 1, |index| {
+            // The last queries see most: they come first, so that all threads end together.
+            let (kv_head, first) = (index % shape.kv_heads, (blocks - 1 - index / shape.kv_heads) * QUERIES);
+            let keys_values = &all[kv_head * spans * lines..(kv_head + 1) * spans * lines];
+            SCRATCH.with_borrow_mut(|scratch| {
+                run(isa, Item { isa, shape, chunk, packed, keys_values, kv_head, first, scratch, out });
+            });
+        });
+        Ok(())
+    }
+}
+
+fn check(shape: &DecodeShape, chunk: &Chunk<'_>, out: &[f32]) -> Result<(), AttentionError> {
+    let DecodeShape { heads, kv_heads, head_dim, block_tokens, element, .. } = *shape;
+    assert_eq!(element, Element::Bf16, "chunks are attended in bfloat16");
+    if kv_heads == 0 || head_dim == 0 || block_tokens == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+        return Err(AttentionError::Heads { heads, kv_heads });
+    }
+    let (width, tokens) = (heads * head_dim, chunk.tokens);
+    let needed = tokens.saturating_sub(1) * chunk.stride + width;
+    if tokens == 0 || chunk.stride < width || chunk.queries.len() < needed {
+        return Err(AttentionError::Query { got: chunk.queries.len(), expected: needed });
+    }
+    if out.len() != tokens * width {
+        return Err(AttentionError::Query { got: out.len(), expected: tokens * width });
+    }
+    Ok(())
+}
+
+/// Copies keys and values of one span of one KV head into order; zeroes stand for what is beyond the context.
+fn pack<C: Deref<Target = [u8]>>(
+    shape: &DecodeShape,
+    packed: Packed,
+    (kv_head, span): (usize, usize),
+    context: usize,
+    cell: impl Fn(usize) -> C,
+    lines: &mut [Line],
+) {
+    let DecodeShape { kv_heads, head_dim: dim, block_tokens: block, .. } = *shape;
+    let (first, last) = (span * SPAN, context.min((span + 1) * SPAN));
+    if last - first < SPAN || !dim.is_multiple_of(STEP) {
+        lines.fill(NOTHING);
+    }
+    let (keys, values) = lines.split_at_mut(packed.keys());
+    let keys: &mut [[u16; STEP]] = bytemuck::cast_slice_mut(keys);
+    let values: &mut [[u16; STEP]] = bytemuck::cast_slice_mut(values);
+    for index in first / block..last.div_ceil(block) {
+        let cell = cell(index);
+        let numbers: &[u16] = bytemuck::cast_slice(&cell);
+        assert_eq!(numbers.len(), 2 * kv_heads * block * dim, "a cell is as large as its shape says");
+        let (cell_keys, cell_values) = numbers.split_at(kv_heads * block * dim);
+        for position in first.max(index * block)..last.min((index + 1) * block) {
+            let (token, at) = (position - first, (kv_head * block + position % block) * dim);
+            for (step, key) in cell_keys[at..at + dim].chunks(STEP).enumerate() {
+                keys[(token / LANES * packed.dim_steps + step) * LANES + token % LANES][..key.len()].copy_from_slice(key);
+            }
+            let place = token / STEP * LANES;
+            for (tile, value) in cell_values[at..at + dim].chunks(LANES).enumerate() {
+                let lines = &mut values[tile * (SPAN / STEP) * LANES + place..][..value.len()];
+                lines.iter_mut().zip(value).for_each(|(line, value)| line[token % STEP] = *value);
+            }
+        }
+    }
+}
+
+/// Results of one product: two tiles of rows by two of queries.
+type Block = [[[Line; LANES]; 2]; 2];
+
+/// What one item of work keeps; each thread has its own.
+struct Scratch {
+    /// `[group, 2 halves of the queries, dim_steps, 16 pairs of elements]` of 16 queries.
+    queries: Vec<Line>,
+    /// Weighted sums of V, `[group, dim_tiles, 16 elements, 2]` of 16 queries in f32.
+    sums: Vec<[[Line; 2]; LANES]>,
+    /// `[group]`.
+    running: Vec<Running>,
+    /// Of one head and span, `K Q^T`.
+    scores: Box<[Block; SPAN / STEP]>,
+    /// The softmax of those, `[2 halves of the queries, SPAN / 2 pairs of tokens]` of 16 queries.
+    weights: Box<[[Line; SPAN / 2]; 2]>,
+}
+
+/// The running softmax of one head: largest score so far, and the sum of exponentials relative to it, of each query.
+#[derive(Clone, Copy)]
+struct Running {
+    largest: [[f32; LANES]; 2],
+    total: [[f32; LANES]; 2],
+}
+
+const NO_BLOCK: Block = [[[NOTHING; LANES]; 2]; 2];
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
+        queries: Vec::new(),
+        sums: Vec::new(),
+        running: Vec::new(),
+        scores: Box::new([NO_BLOCK; SPAN / STEP]),
+        weights: Box::new([[NOTHING; SPAN / 2]; 2]),
+    });
+}
+
+/// Up to [`QUERIES`] tokens for the heads of one KV head.
+struct Item<'a> {
+    isa: Isa,
+    shape: &'a DecodeShape,
+    chunk: &'a Chunk<'a>,
+    packed: Packed,
+    /// All spans of the KV head.
+    keys_values: &'a [Line],
+    kv_head: usize,
+    /// The first token, counted in the chunk.
+    first: usize,
+    scratch: &'a mut Scratch,
+    out: &'a Parts<'a, f32>,
+}
+
+/// The part of a span that an item looks at.
+#[derive(Clone, Copy)]
+struct Span {
+    /// Its first token, counted in the sequence.
+    first: usize,
+    /// Steps of tokens of which any query of the item sees one.
+    steps: usize,
+    /// The item's first query token, counted in the sequence: no query is hidden from what stands before it.
+    begin: usize,
+}
+
+impl Kernel for Item<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let group = self.shape.heads / self.shape.kv_heads;
+        let count = (self.chunk.tokens - self.first).min(QUERIES);
+        self.place_queries(group, count);
+        self.scratch.sums.clear();
+        self.scratch.sums.resize(group * self.packed.dim_tiles, [[NOTHING; 2]; LANES]);
+        self.scratch.running.clear();
+        self.scratch.running.resize(group, Running { largest: [[f32::NEG_INFINITY; LANES]; 2], total: [[0.0; LANES]; 2] });
+        let multiply = Multiply::new(self.isa);
+        let begin = self.chunk.start + self.first;
+        for first in (0..begin + count).step_by(SPAN) {
+            let steps = (begin + count - first).min(SPAN).div_ceil(STEP);
+            for head in 0..group {
+                self.span(s, &multiply, head, Span { first, steps, begin });
+            }
+        }
+        for head in 0..group {
+            self.finish(s, head, count);
+        }
+    }
+}
+
+impl Item<'_> {
+    /// Rounds the queries and puts them in order; missing ones are zero.
+    #[inline(always)]
+    fn place_queries(&mut self, group: usize, count: usize) {
+        let (dim, steps) = (self.shape.head_dim, self.packed.dim_steps);
+        self.scratch.queries.clear();
+        self.scratch.queries.resize(group * 2 * steps * LANES, NOTHING);
+        for lane in 0..count {
+            let token = &self.chunk.queries[(self.first + lane) * self.chunk.stride..];
+            for head in 0..group {
+                let query = &token[(self.kv_head * group + head) * dim..][..dim];
+                let lines = &mut self.scratch.queries[(2 * head + lane / LANES) * steps * LANES..];
+                for (pair, line) in query.chunks(2).zip(lines) {
+                    let high = pair.get(1).map_or(0, |x| u32::from(round(*x).to_bits()));
+                    line.0[lane % LANES] = u32::from(round(pair[0]).to_bits()) | high << 16;
+                }
+            }
+        }
+    }
+
+    /// One head over one span.
+    #[inline(always)]
+    fn span<S: Simd>(&mut self, s: S, multiply: &Multiply, head: usize, span: Span) {
+        let Span { first, steps, .. } = span;
+        let Packed { dim_steps, dim_tiles } = self.packed;
+        let lines = &self.keys_values[first / SPAN * self.packed.lines()..][..self.packed.lines()];
+        let (keys, values) = lines.split_at(self.packed.keys());
+        let Scratch { queries, sums, running, scores, weights } = &mut *self.scratch;
+        let panel = |half: usize| &queries[(2 * head + half) * dim_steps * LANES..][..dim_steps * LANES];
+        let tile = |tile: usize| &keys[tile * dim_steps * LANES..][..dim_steps * LANES];
+        for (step, scores) in scores.iter_mut().enumerate().take(steps) {
+            multiply.product(s, [tile(2 * step), tile(2 * step + 1)], [panel(0), panel(1)], scores);
+        }
+        let (scale, running, scores) = (self.shape.scale, &mut running[head], &mut scores[..steps]);
+        let [one, other] = &mut **weights;
+        let shrink = [softmax(s, (scale, 0), scores, span, running, one), softmax(s, (scale, 1), scores, span, running, other)];
+        let weights = [&weights[0][..steps * LANES], &weights[1][..steps * LANES]];
+        let tile = |tile: usize| &values[tile * (SPAN / STEP) * LANES..][..steps * LANES];
+        let sums = &mut sums[head * dim_tiles..][..dim_tiles];
+        let mut product = NO_BLOCK;
+        for (pair, sums) in sums.chunks_mut(2).enumerate() {
+            let (one, other) = (tile(2 * pair), tile(2 * pair + sums.len() - 1));
+            multiply.product(s, [one, other], weights, &mut product);
+            for (sums, product) in sums.iter_mut().zip(&product) {
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    for half in 0..2 {
+                        let sum = s.fma(load(s, &sums[half]), shrink[half], load(s, &product[half][row]));
+                        s.store(sum, bytemuck::cast_mut(&mut sums[half].0));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Divides by the sums of exponentials.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, s: S, head: usize, count: usize) {
+        let DecodeShape { heads, kv_heads, head_dim, .. } = *self.shape;
+        let (tiles, totals) = (self.packed.dim_tiles, &self.scratch.running[head].total);
+        let mut inverse = [[0.0; LANES]; 2];
+        for half in 0..2 {
+            s.store(s.div(s.splat(1.0), s.load(&totals[half])), &mut inverse[half]);
+        }
+        let sums = self.scratch.sums[head * tiles..][..tiles].as_flattened();
+        for lane in 0..count {
+            let at = ((self.first + lane) * heads + self.kv_head * (heads / kv_heads) + head) * head_dim;
+            // SAFETY: one head of one token, which belongs to this item alone, and each item comes once.
+            let out = unsafe { self.out.part(at..at + head_dim) };
+            let (half, lane) = (lane / LANES, lane % LANES);
+            for (out, sums) in out.iter_mut().zip(sums) {
+                *out = f32::from_bits(sums[half].0[lane]) * inverse[half][lane];
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn load<S: Simd>(s: S, line: &Line) -> S::V {
+    s.load(bytemuck::cast_ref(&line.0))
+}
+
+/// What is added to scores: minus infinity for 32 queries, nothing for 32 more. Of a token that the first `n` queries of an item do not see, it
+/// is what stands from `32 - n` on.
+static MASK: [f32; 2 * QUERIES] = {
+    let mut mask = [0.0; 2 * QUERIES];
+    let mut i = 0;
+    while i < QUERIES {
+        mask[i] = f32::NEG_INFINITY;
+        i += 1;
+    }
+    mask
+};
+
+/// One step of the softmax of one head for one half of the queries: fills `weights`, and gives by what the sums so far shrink.
+#[inline(always)]
+fn softmax<S: Simd>(
+    s: S,
+    (scale, half): (f32, usize),
+    scores: &mut [Block],
+    span: Span,
+    running: &mut Running,
+    weights: &mut [Line; SPAN / 2],
+) -> S::V {
+    let mut largest = s.splat(f32::NEG_INFINITY);
+    for (tile, scores) in scores.as_flattened_mut().iter_mut().enumerate() {
+        for (row, line) in scores[half].iter_mut().enumerate() {
+            let hidden = (span.first + tile * LANES + row).saturating_sub(span.begin).min(QUERIES);
+            let mut score = load(s, line);
+            if hidden > 0 {
+                let mask = MASK[QUERIES - hidden + half * LANES..].first_chunk().expect("the mask is 64 long");
+                score = s.add(score, s.load(mask));
+                s.store(score, bytemuck::cast_mut(&mut line.0));
+            }
+            largest = s.max(largest, score);
+        }
+    }
+    let (scale, before) = (s.splat(scale), s.load(&running.largest[half]));
+    let now = s.max(before, s.mul(largest, scale));
+    s.store(now, &mut running.largest[half]);
+    let (less, shrink) = (s.sub(s.splat(0.0), now), exp(s, s.sub(before, now)));
+    let mut total = s.mul(s.load(&running.total[half]), shrink);
+    let rows = scores.as_flattened().iter().flat_map(|scores| scores[half].as_chunks::<2>().0);
+    for (rows, weights) in rows.zip(weights) {
+        let low = exp(s, s.fma(load(s, &rows[0]), scale, less));
+        let high = exp(s, s.fma(load(s, &rows[1]), scale, less));
+        total = s.add(total, s.add(low, high));
+        s.store_words(s.halves(low, high), &mut weights.0);
+    }
+    s.store(total, &mut running.total[half]);
+    shrink
+}
+
+/// Multiplies tiles of bfloat16, with AMX or lane by lane.
+struct Multiply {
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<crate::tiles::Tiles>,
+}
+
+impl Multiply {
+    #[cfg(target_arch = "x86_64")]
+    fn new(isa: Isa) -> Self {
+        Self { tiles: if isa == Isa::Amx { crate::tiles::Tiles::take() } else { None } }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn new(_isa: Isa) -> Self {
+        Self {}
+    }
+
+    /// As `Tiles::product`; where `a` is twice the same the second results are left as they are.
+    #[inline(always)]
+    fn product<S: Simd>(&self, s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &self.tiles {
+            return tiles.product(a, b, c);
+        }
+        for i in 0..2 {
+            for j in 0..2 {
+                for row in 0..LANES {
+                    let mut sum = s.splat(0.0);
+                    for (a, b) in a[i].as_chunks::<LANES>().0.iter().zip(b[j].as_chunks::<LANES>().0) {
+                        for (b, a) in b.iter().zip(a[row].0) {
+                            sum = s.dot_halves(sum, s.words(&b.0), a);
+                        }
+                    }
+                    s.store(sum, bytemuck::cast_mut(&mut c[i][j][row].0));
+                }
+            }
+        }
+    }
+}

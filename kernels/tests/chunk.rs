@@ -1,0 +1,124 @@
+//! Attention of chunks of every instruction set against that of single tokens.
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use half::bf16;
+use millrace_kernels::{AttentionError, Chunk, ChunkAttention, DecodeShape, Element, Isa, KvSlab, Team, paged_decode};
+
+/// Numbers in [-1, 1) from a counter.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 40) as f32) / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn vector(&mut self, len: usize, scale: f32) -> Vec<f32> {
+        (0..len).map(|_| bf16::from_f32(self.next() * scale).to_f32()).collect()
+    }
+}
+
+fn shape(heads: usize, kv_heads: usize, head_dim: usize, block_tokens: usize) -> DecodeShape {
+    DecodeShape {
+        heads,
+        kv_heads,
+        head_dim,
+        latent: None,
+        block_tokens,
+        element: Element::Bf16,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+    }
+}
+
+/// Cells of a context; what is beyond it is poison.
+fn slab(shape: &DecodeShape, context: usize, noise: &mut Noise) -> std::sync::Arc<KvSlab> {
+    let blocks = context.div_ceil(shape.block_tokens);
+    let slab = KvSlab::new(shape.cell_bytes(), 1, blocks).unwrap();
+    for slot in 0..blocks {
+        let numbers = noise.vector(2 * shape.kv_heads * shape.block_tokens * shape.head_dim, 2.0);
+        let halves = numbers.iter().enumerate().map(|(i, x)| {
+            let position = slot * shape.block_tokens + i / shape.head_dim % shape.block_tokens;
+            bf16::from_f32(if position < context { *x } else { f32::NAN })
+        });
+        slab.write(slot, 0).copy_from_slice(bytemuck::cast_slice(&halves.collect::<Vec<_>>()));
+    }
+    slab
+}
+
+/// The largest difference between the attention of a chunk and that of its tokens one by one.
+fn difference(isa: Isa, shape: &DecodeShape, (start, tokens): (usize, usize), noise: &mut Noise) -> f32 {
+    let slab = slab(shape, start + tokens, noise);
+    let (width, stride) = (shape.heads * shape.head_dim, shape.heads * shape.head_dim + 5);
+    let queries = noise.vector(tokens * stride, 3.0);
+    let chunk = Chunk { queries: &queries, stride, start, tokens };
+    let mut out = vec![f32::NAN; tokens * width];
+    let mut attention = ChunkAttention::default();
+    for _ in 0..2 {
+        attention.attend((&Team::new(2), isa), shape, &chunk, |block| slab.read(block, 0), &mut out).unwrap();
+    }
+    let cells: Vec<_> = (0..slab.slots()).map(|slot| slab.read(slot, 0)).collect();
+    let mut want = vec![0.0; width];
+    let mut largest = 0.0;
+    for token in 0..tokens {
+        let query = &queries[token * stride..][..width];
+        paged_decode(Isa::Portable, shape, query, &cells, start + token + 1, &mut want).unwrap();
+        for (got, want) in out[token * width..].iter().zip(&want) {
+            let difference = (got - want).abs();
+            assert!(difference.is_finite(), "{isa:?} {shape:?} {start} {token}: {got} {want}");
+            largest = f32::max(largest, difference);
+        }
+    }
+    largest
+}
+
+#[test]
+fn every_instruction_set_agrees_with_single_tokens() {
+    let mut noise = Noise(1);
+    for shape in [shape(9, 3, 64, 16), shape(4, 4, 16, 8), shape(4, 1, 128, 128), shape(2, 2, 80, 32), shape(3, 1, 10, 4)] {
+        for (start, tokens) in [(0, 1), (0, 2), (0, 33), (5, 40), (96, 70), (112, 32), (127, 2), (128, 1), (0, 150), (300, 17)] {
+            for isa in Isa::available() {
+                let largest = difference(isa, &shape, (start, tokens), &mut noise);
+                // The weights of the softmax are rounded to 8 bits; what is weighed is below 2.
+                assert!(largest < 1.5e-2, "{isa:?} {shape:?} {start} {tokens}: {largest}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_new_chunk_sees_nothing_of_the_last() {
+    let mut noise = Noise(2);
+    let shape = shape(3, 1, 48, 16);
+    let (long, short) = (slab(&shape, 200, &mut noise), slab(&shape, 37, &mut noise));
+    let queries = noise.vector(200 * 144, 2.0);
+    let chunk = |tokens: usize| Chunk { queries: &queries, stride: 144, start: 0, tokens };
+    let team = Team::new(1);
+    for isa in Isa::available() {
+        let [mut fresh, mut used] = [vec![0.0; 37 * 144], vec![0.0; 37 * 144]];
+        let mut attention = ChunkAttention::default();
+        attention.attend((&team, isa), &shape, &chunk(37), |block| short.read(block, 0), &mut fresh).unwrap();
+        let mut all = vec![0.0; 200 * 144];
+        attention.attend((&team, isa), &shape, &chunk(200), |block| long.read(block, 0), &mut all).unwrap();
+        attention.attend((&team, isa), &shape, &chunk(37), |block| short.read(block, 0), &mut used).unwrap();
+        assert!(fresh.iter().zip(&used).all(|(a, b)| a.to_bits() == b.to_bits()), "{isa:?}");
+    }
+}
+
+#[test]
+fn arguments_that_do_not_fit_are_refused() {
+    let good = shape(4, 2, 16, 16);
+    let slab = slab(&good, 16, &mut Noise(3));
+    let queries = vec![0.0; 128];
+    let ask = |shape: DecodeShape, chunk: Chunk<'_>, out: usize| {
+        let cell = |block| slab.read(block, 0);
+        ChunkAttention::default().attend((&Team::new(1), Isa::best()), &shape, &chunk, cell, &mut vec![0.0; out])
+    };
+    let chunk = Chunk { queries: &queries, stride: 64, start: 0, tokens: 2 };
+    assert_eq!(ask(good, chunk, 128), Ok(()));
+    assert!(matches!(ask(DecodeShape { kv_heads: 3, ..good }, chunk, 128), Err(AttentionError::Heads { .. })));
+    assert!(matches!(ask(good, Chunk { tokens: 3, ..chunk }, 192), Err(AttentionError::Query { .. })));
+    assert!(matches!(ask(good, Chunk { tokens: 0, ..chunk }, 0), Err(AttentionError::Query { .. })));
+    assert!(matches!(ask(good, Chunk { stride: 63, ..chunk }, 128), Err(AttentionError::Query { .. })));
+    assert!(matches!(ask(good, chunk, 127), Err(AttentionError::Query { .. })));
+}
