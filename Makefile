@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim matrix fuzz bench bench-load bench-routing clean clean-cache
+.PHONY: help setup demo test check sim matrix fuzz bench bench-load bench-routing cached clean clean-cache
 
 cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
@@ -83,6 +83,9 @@ endif
 bench-routing: setup ## ways of placing requests against each other on the traces in the folder TRACES= (REQUESTS=, EXPERIMENT_ARGS=...)
 	cargo build --release
 	tests/load/routing.sh "$(target_dir)/release" '$(model)' '$(TRACES)' "$(target_dir)/routing" $(EXPERIMENT_ARGS)
+
+cached: setup ## GPT-2 with and without a KV cache: the same tokens, the times, and a plot in cached.svg (CACHED_ARGS=...)
+	cargo run --release -p millrace-model --example cached -- --svg cached.svg $(CACHED_ARGS)
 
 clean: ## remove what was built, and local clusters; the cache stays
 	cargo clean

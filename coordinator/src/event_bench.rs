@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use millrace_core::cluster::{self, Answer, Command, DeltaVerdict};
 use millrace_core::ids::{BlockHash, Epoch, NodeId};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::{BlockOp, DELTA_OPS_MAX, Delta, Join, ModelIdentity, Role};
 use millrace_core::sampling::mix;
 use tokio::task::JoinSet;
@@ -195,7 +195,8 @@ async fn propose(leader: &RaftHandle, command: &Command) -> Result<Answer, Propo
 }
 
 fn join(number: u64) -> Join {
-    let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+    let layout =
+        KvLayout { layers: 1, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
     Join {
         name: format!("node-{number}"),
         role: Role::Decode,

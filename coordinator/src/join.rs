@@ -96,7 +96,7 @@ fn outcome(answer: Result<Answer, NoAnswer>) -> Outcome {
 mod tests {
     use std::sync::Arc;
 
-    use millrace_core::layout::{KvDtype, KvLayout};
+    use millrace_core::layout::{KvDtype, KvLayout, KvParts};
     use parking_lot::RwLock;
 
     use super::*;
@@ -104,7 +104,8 @@ mod tests {
     use crate::state::SharedCluster;
 
     fn model() -> ModelIdentity {
-        let layout = KvLayout { layers: 2, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+        let layout =
+            KvLayout { layers: 2, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
         ModelIdentity { name: "m".into(), weights: [1; 32], tokenizer: [2; 32], layout }
     }
 

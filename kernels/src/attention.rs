@@ -6,7 +6,7 @@
 //! them, and the parts are merged in order.
 
 use std::marker::PhantomData;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 use bytemuck::Pod;
 
@@ -38,7 +38,8 @@ impl Element {
     }
 }
 
-/// The shape of a model's decode attention. A cell is `[2 (K, V), kv_heads, block_tokens, head_dim]`.
+/// The shape of a model's decode attention. A cell is `[2 (K, V), kv_heads, block_tokens, head_dim]`, or `[kv_heads, block_tokens, head_dim]`
+/// with a latent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DecodeShape {
     /// Query heads: a multiple of `kv_heads`; head `h` reads KV head `h / (heads / kv_heads)`.
@@ -47,6 +48,8 @@ pub struct DecodeShape {
     pub kv_heads: usize,
     /// Elements of one head.
     pub head_dim: usize,
+    /// For a latent: cells hold one vector for K and V, and V is its first so many elements.
+    pub latent: Option<usize>,
     /// Tokens of one cell.
     pub block_tokens: usize,
     /// Element type of the cells.
@@ -56,10 +59,19 @@ pub struct DecodeShape {
 }
 
 impl DecodeShape {
-    /// Numbers of one part of a context: weighted sums of V `[heads, head_dim]`, then largest score and sum of exponentials of each head.
+    /// Elements of one head of V.
+    #[must_use]
+    pub const fn value_dim(&self) -> usize {
+        match self.latent {
+            Some(elements) => elements,
+            None => self.head_dim,
+        }
+    }
+
+    /// Numbers of one part of a context: weighted sums of V `[heads, value_dim]`, then largest score and sum of exponentials of each head.
     #[must_use]
     pub const fn part_numbers(&self) -> usize {
-        self.heads * (self.head_dim + 2)
+        self.heads * (self.value_dim() + 2)
     }
 
     /// Blocks of one part of a context: [`PART_TOKENS`] tokens, or one block where that is longer.
@@ -71,14 +83,15 @@ impl DecodeShape {
     /// Bytes of one cell.
     #[must_use]
     pub const fn cell_bytes(&self) -> usize {
-        2 * self.kv_heads * self.block_tokens * self.head_dim * self.element.bytes()
+        let parts = if self.latent.is_some() { 1 } else { 2 };
+        parts * self.kv_heads * self.block_tokens * self.head_dim * self.element.bytes()
     }
 }
 
 /// Arguments that do not fit one another.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AttentionError {
-    /// A dimension is zero, or the query heads are not a multiple of the KV heads.
+    /// A dimension is zero, a value longer than its latent, or the query heads are not a multiple of the KV heads.
     #[error("attention of {heads} query heads over {kv_heads} KV heads")]
     Heads {
         /// Query heads.
@@ -86,19 +99,19 @@ pub enum AttentionError {
         /// Key/value heads.
         kv_heads: usize,
     },
-    /// The query or the output is not `[heads, head_dim]`.
+    /// The query is not `[heads, head_dim]`, or the output not `[heads, value_dim]`.
     #[error("query or output of {got} elements, expected {expected}")]
     Query {
         /// Its elements.
         got: usize,
-        /// `heads * head_dim`.
+        /// What they should be.
         expected: usize,
     },
     /// A context of 0 tokens, or more than the cells hold.
-    #[error("a context of {context} tokens in {cells} cells")]
+    #[error("a context of tokens {context:?} in {cells} cells")]
     Context {
         /// Tokens to read.
-        context: usize,
+        context: Range<usize>,
         /// Cells given.
         cells: usize,
     },
@@ -115,7 +128,7 @@ pub enum AttentionError {
 /// Attention of one token over the `context` tokens in `cells` (its own included), with the instruction set `isa`
 /// (the portable one where the machine lacks it).
 ///
-/// `query`, `out`: `[heads, head_dim]`; `cells`: the sequence's blocks in order, longer than needed is fine.
+/// `query`: `[heads, head_dim]`; `out`: `[heads, value_dim]`; `cells`: the sequence's blocks in order, longer than needed is fine.
 ///
 /// # Errors
 /// [`AttentionError`] when the arguments do not fit; `out` is then untouched.
@@ -127,15 +140,16 @@ pub fn paged_decode<C: Deref<Target = [u8]>>(
     context: usize,
     out: &mut [f32],
 ) -> Result<(), AttentionError> {
-    if out.len() != shape.heads * shape.head_dim {
-        return Err(AttentionError::Query { got: out.len(), expected: shape.heads * shape.head_dim });
+    if out.len() != shape.heads * shape.value_dim() {
+        return Err(AttentionError::Query { got: out.len(), expected: shape.heads * shape.value_dim() });
     }
     let mut part = vec![0.0; shape.part_numbers()];
-    paged_part(isa, shape, query, cells, context, &mut part)?;
+    paged_part(isa, shape, query, cells, 0..context, &mut part)?;
     merge_parts(isa, shape, &part, out)
 }
 
-/// As [`paged_decode`], for the part of a context that lies in `cells`; `part` is [`DecodeShape::part_numbers`] long.
+/// As [`paged_decode`], for the part of a context that lies in `cells`: their tokens `context`, the first of which may lie within a cell where
+/// a window begins there. `part` is [`DecodeShape::part_numbers`] long.
 ///
 /// # Errors
 /// [`AttentionError`] when the arguments do not fit; `part` is then untouched.
@@ -144,14 +158,14 @@ pub fn paged_part<C: Deref<Target = [u8]>>(
     shape: &DecodeShape,
     query: &[f32],
     cells: &[C],
-    context: usize,
+    context: Range<usize>,
     part: &mut [f32],
 ) -> Result<(), AttentionError> {
-    check(shape, query, cells, context)?;
+    check(shape, query, cells, &context)?;
     if part.len() != shape.part_numbers() {
         return Err(AttentionError::Query { got: part.len(), expected: shape.part_numbers() });
     }
-    let (out, running) = part.split_at_mut(shape.heads * shape.head_dim);
+    let (out, running) = part.split_at_mut(shape.heads * shape.value_dim());
     let running = running.as_chunks_mut().0;
     match shape.element {
         Element::F32 => run(isa, Row { shape, query, cells, context, out, running, element: PhantomData::<f32> }),
@@ -160,12 +174,12 @@ pub fn paged_part<C: Deref<Target = [u8]>>(
     Ok(())
 }
 
-/// The attention of one token from the parts of its context, one after the other. `out`: `[heads, head_dim]`.
+/// The attention of one token from the parts of its context, one after the other. `out`: `[heads, value_dim]`.
 ///
 /// # Errors
 /// [`AttentionError`] when there is no part, or the lengths do not fit.
 pub fn merge_parts(isa: Isa, shape: &DecodeShape, parts: &[f32], out: &mut [f32]) -> Result<(), AttentionError> {
-    let expected = shape.heads * shape.head_dim;
+    let expected = shape.heads * shape.value_dim();
     if out.len() != expected {
         return Err(AttentionError::Query { got: out.len(), expected });
     }
@@ -186,32 +200,38 @@ impl Kernel for Merge<'_> {
     /// Plain code: all that is wanted of the instruction set is the width of its vectors.
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let DecodeShape { heads, head_dim, .. } = *self.shape;
+        let (heads, value_dim) = (self.shape.heads, self.shape.value_dim());
         let parts = self.parts.chunks_exact(self.shape.part_numbers());
-        for (head, out) in self.out.chunks_exact_mut(head_dim).enumerate() {
-            let of = |part: &[f32]| [part[heads * head_dim + 2 * head], part[heads * head_dim + 2 * head + 1]];
+        for (head, out) in self.out.chunks_exact_mut(value_dim).enumerate() {
+            let of = |part: &[f32]| [part[heads * value_dim + 2 * head], part[heads * value_dim + 2 * head + 1]];
             let largest = parts.clone().map(|part| of(part)[0]).fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
             let total: f32 = parts.clone().map(|part| (of(part)[0] - largest).exp() * of(part)[1]).sum();
             out.fill(0.0);
             for part in parts.clone() {
                 let weight = (of(part)[0] - largest).exp() / total;
-                out.iter_mut().zip(&part[head * head_dim..]).for_each(|(out, x)| *out += x * weight);
+                out.iter_mut().zip(&part[head * value_dim..]).for_each(|(out, x)| *out += x * weight);
             }
         }
     }
 }
 
 /// Everything that the kernel relies on.
-fn check<C: Deref<Target = [u8]>>(shape: &DecodeShape, query: &[f32], cells: &[C], context: usize) -> Result<(), AttentionError> {
+fn check<C: Deref<Target = [u8]>>(
+    shape: &DecodeShape,
+    query: &[f32],
+    cells: &[C],
+    context: &Range<usize>,
+) -> Result<(), AttentionError> {
     let DecodeShape { heads, kv_heads, head_dim, block_tokens, .. } = *shape;
-    if kv_heads == 0 || head_dim == 0 || block_tokens == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+    let values = 1..=head_dim;
+    if kv_heads == 0 || !values.contains(&shape.value_dim()) || block_tokens == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
         return Err(AttentionError::Heads { heads, kv_heads });
     }
     if query.len() != heads * head_dim {
         return Err(AttentionError::Query { got: query.len(), expected: heads * head_dim });
     }
-    if context == 0 || context.div_ceil(block_tokens) > cells.len() {
-        return Err(AttentionError::Context { context, cells: cells.len() });
+    if context.is_empty() || context.end.div_ceil(block_tokens) > cells.len() {
+        return Err(AttentionError::Context { context: context.clone(), cells: cells.len() });
     }
     let expected = shape.cell_bytes();
     match cells.iter().find(|cell| cell.len() != expected || cell.as_ptr().align_offset(shape.element.bytes()) != 0) {
@@ -225,7 +245,7 @@ struct Row<'a, C, T> {
     shape: &'a DecodeShape,
     query: &'a [f32],
     cells: &'a [C],
-    context: usize,
+    context: Range<usize>,
     /// Weighted sums of V.
     out: &'a mut [f32],
     running: &'a mut [Running],
@@ -277,12 +297,13 @@ impl<T: Load, C: Deref<Target = [u8]>> Kernel for Row<'_, C, T> {
         let group = shape.heads / shape.kv_heads;
         out.fill(0.0);
         running.fill([f32::NEG_INFINITY, 0.0]);
-        let heads = query.chunks_exact(group * dim).zip(out.chunks_exact_mut(group * dim));
+        let heads = query.chunks_exact(group * dim).zip(out.chunks_exact_mut(group * shape.value_dim()));
         for (kv_head, ((query, out), running)) in heads.zip(running.chunks_exact_mut(group)).enumerate() {
-            for (index, cell) in cells.iter().take(context.div_ceil(block)).enumerate() {
-                let tokens = (context - index * block).min(block);
-                let (keys, values) = bytemuck::cast_slice::<u8, T>(cell).split_at(shape.kv_heads * block * dim);
-                let span = kv_head * block * dim..(kv_head * block + tokens) * dim;
+            for (index, cell) in cells.iter().enumerate().take(context.end.div_ceil(block)).skip(context.start / block) {
+                let (first, last) = (context.start.saturating_sub(index * block), (context.end - index * block).min(block));
+                let cell = bytemuck::cast_slice::<u8, T>(cell);
+                let values = if shape.latent.is_some() { cell } else { &cell[shape.kv_heads * block * dim..] };
+                let (keys, span) = (cell, (kv_head * block + first) * dim..(kv_head * block + last) * dim);
                 group_block::<T, S>(s, shape, query, &keys[span.clone()], &values[span], running, out);
             }
         }
@@ -300,10 +321,10 @@ fn group_block<T: Load, S: Simd>(
     running: &mut [Running],
     out: &mut [f32],
 ) {
-    let dim = shape.head_dim;
+    let (dim, value_dim) = (shape.head_dim, shape.value_dim());
     for (keys, values) in keys.chunks(LANES * dim).zip(values.chunks(LANES * dim)) {
-        let tile = Tile { dim, scale: shape.scale, keys, values };
-        let parts = query.chunks(GROUP * dim).zip(running.chunks_mut(GROUP)).zip(out.chunks_mut(GROUP * dim));
+        let tile = Tile { dim, value_dim, scale: shape.scale, keys, values };
+        let parts = query.chunks(GROUP * dim).zip(running.chunks_mut(GROUP)).zip(out.chunks_mut(GROUP * value_dim));
         for ((query, running), out) in parts {
             match running.len() {
                 1 => tile.step::<S, 1>(s, query, running, out),
@@ -318,6 +339,8 @@ fn group_block<T: Load, S: Simd>(
 /// At most `LANES` tokens of one KV head: `[tokens, dim]` each.
 struct Tile<'a, T> {
     dim: usize,
+    /// Numbers of each value that count.
+    value_dim: usize,
     scale: f32,
     keys: &'a [T],
     values: &'a [T],
@@ -368,11 +391,11 @@ impl<T: Load> Tile<'_, T> {
     /// `out = out * shrink + sum over tokens of weight * v`, for each head.
     #[inline(always)]
     fn weigh<S: Simd, const G: usize>(&self, s: S, weights: &[[f32; LANES]; G], shrink: &[f32; G], out: &mut [f32]) {
-        let dim = self.dim;
-        for c in 0..dim / LANES {
+        let (dim, value_dim) = (self.dim, self.value_dim);
+        for c in 0..value_dim / LANES {
             let mut sums = [s.splat(0.0); G];
             for g in 0..G {
-                sums[g] = s.mul(s.load(&out[g * dim..][..dim].as_chunks().0[c]), s.splat(shrink[g]));
+                sums[g] = s.mul(s.load(&out[g * value_dim..][..value_dim].as_chunks().0[c]), s.splat(shrink[g]));
             }
             for (token, value) in self.values.chunks_exact(dim).enumerate().take(LANES) {
                 let value = T::lanes(s, &value.as_chunks().0[c]);
@@ -381,14 +404,14 @@ impl<T: Load> Tile<'_, T> {
                 }
             }
             for g in 0..G {
-                s.store(sums[g], &mut out[g * dim..][..dim].as_chunks_mut().0[c]);
+                s.store(sums[g], &mut out[g * value_dim..][..value_dim].as_chunks_mut().0[c]);
             }
         }
         for g in 0..G {
-            for c in dim - dim % LANES..dim {
+            for c in value_dim - value_dim % LANES..value_dim {
                 let products = self.values.chunks_exact(dim).zip(&weights[g]);
-                let start = out[g * dim + c] * shrink[g];
-                out[g * dim + c] = products.fold(start, |sum, (value, weight)| sum + weight * value[c].widen());
+                let start = out[g * value_dim + c] * shrink[g];
+                out[g * value_dim + c] = products.fold(start, |sum, (value, weight)| sum + weight * value[c].widen());
             }
         }
     }

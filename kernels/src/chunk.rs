@@ -116,7 +116,7 @@ impl ChunkAttention {
 
 fn check(shape: &DecodeShape, chunk: &Chunk<'_>, out: &[f32]) -> Result<(), AttentionError> {
     let DecodeShape { heads, kv_heads, head_dim, block_tokens, element, .. } = *shape;
-    assert_eq!(element, Element::Bf16, "chunks are attended in bfloat16");
+    assert!(element == Element::Bf16 && shape.latent.is_none(), "chunks are attended in bfloat16, keys and values apart");
     if kv_heads == 0 || head_dim == 0 || block_tokens == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
         return Err(AttentionError::Heads { heads, kv_heads });
     }

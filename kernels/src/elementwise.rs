@@ -1,20 +1,25 @@
-//! What stands between the matrix products of a decoder layer, one pass each: RMS norm, SwiGLU, residual sum. All in f32.
+//! What stands between the matrix products of a decoder layer, one pass each: norms, SwiGLU, GELU, residual sum. All in f32.
 //!
 //! Each token is computed by itself and in a fixed order, so its bits do not depend on what else is in the batch.
 
 use crate::isa::Isa;
-use crate::lanes::{Kernel, LANES, Simd, run, silu};
-use crate::rows::inverse_rms;
+use crate::lanes::{Kernel, LANES, Simd, run, sigmoid, silu};
+use crate::rows::{Norm, apply_norm};
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`, token by token.
+/// `x = norm(x)`, token by token: `x / sqrt(mean(x^2) + eps) * weight`, and around it the mean and the bias where there is one.
 ///
-/// `x`, `out`: `[tokens, hidden]`; `weight`: `[hidden]`.
+/// `x`: `[tokens, hidden]`; `weight`, `bias`: `[hidden]`.
 ///
 /// # Panics
 /// When the lengths do not fit.
-pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) {
-    assert!(!weight.is_empty() && x.len() == out.len() && x.len().is_multiple_of(weight.len()));
-    run(isa, RmsNorm { x, weight, eps, out });
+pub fn norm(isa: Isa, norm: Norm<'_>, x: &mut [f32]) {
+    assert!(!norm.weight.is_empty() && norm.fits(norm.weight.len()) && x.len().is_multiple_of(norm.weight.len()));
+    run(isa, Normed { norm, x });
+}
+
+/// `x = gelu(x)` by its tanh formula (Hendrycks, Gimpel 2016): `x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
+pub fn gelu(isa: Isa, x: &mut [f32]) {
+    run(isa, Gelu { x });
 }
 
 /// `out = silu(gate) * up`, token by token.
@@ -37,22 +42,37 @@ pub fn add(sum: &mut [f32], x: &[f32]) {
     sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
 }
 
-struct RmsNorm<'a> {
-    x: &'a [f32],
-    weight: &'a [f32],
-    eps: f64,
-    out: &'a mut [f32],
+struct Normed<'a> {
+    norm: Norm<'a>,
+    x: &'a mut [f32],
 }
 
-impl Kernel for RmsNorm<'_> {
+impl Kernel for Normed<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let hidden = self.weight.len();
-        for (x, out) in self.x.chunks_exact(hidden).zip(self.out.chunks_exact_mut(hidden)) {
-            let scale = inverse_rms(s, x, self.eps);
-            for ((out, x), weight) in out.iter_mut().zip(x).zip(self.weight) {
-                *out = x * scale * weight;
-            }
+        for x in self.x.chunks_exact_mut(self.norm.weight.len()) {
+            apply_norm(s, self.norm, x);
+        }
+    }
+}
+
+struct Gelu<'a> {
+    x: &'a mut [f32],
+}
+
+impl Kernel for Gelu<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let twice = 2.0 * (2.0 / std::f32::consts::PI).sqrt();
+        for x in self.x.chunks_mut(LANES) {
+            let mut lanes = [0.0; LANES];
+            lanes[..x.len()].copy_from_slice(x);
+            let value = s.load(&lanes);
+            let cube = s.mul(s.mul(value, value), value);
+            let inner = s.fma(cube, s.splat(0.044715), value);
+            // (1 + tanh(u)) / 2 is the sigmoid of 2 u.
+            s.store(s.mul(value, sigmoid(s, s.mul(inner, s.splat(twice)))), &mut lanes);
+            x.copy_from_slice(&lanes[..x.len()]);
         }
     }
 }
@@ -89,18 +109,35 @@ mod tests {
     }
 
     #[test]
-    fn rms_norm_is_the_formula() {
-        for hidden in [5, 16, 64, 70] {
-            let (x, weight) = (wave(3 * hidden, 4.0), wave(hidden, 2.0));
+    fn norms_are_their_formulas() {
+        for (hidden, layer) in [5, 16, 64, 70].into_iter().flat_map(|hidden| [(hidden, false), (hidden, true)]) {
+            let x: Vec<f32> = wave(3 * hidden, 4.0).iter().map(|x| x + 1.5).collect();
+            let (weight, bias) = (wave(hidden, 2.0), wave(hidden, 0.5));
             for isa in Isa::available() {
-                let mut out = vec![0.0; x.len()];
-                rms_norm(isa, &x, &weight, 1e-5, &mut out);
+                let mut out = x.clone();
+                norm(isa, Norm { weight: &weight, bias: layer.then_some(&bias), eps: 1e-5 }, &mut out);
                 for (i, out) in out.iter().enumerate() {
                     let token = &x[i / hidden * hidden..][..hidden];
-                    let mean = token.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / hidden as f64;
-                    let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i % hidden]);
+                    let mean = token.iter().map(|x| f64::from(*x)).sum::<f64>() / hidden as f64 * f64::from(u8::from(layer));
+                    let square = token.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / hidden as f64;
+                    let normed = (f64::from(x[i]) - mean) / (square + 1e-5).sqrt() * f64::from(weight[i % hidden]);
+                    let want = normed + f64::from(bias[i % hidden]) * f64::from(u8::from(layer));
                     assert!((f64::from(*out) - want).abs() < 1e-5, "{isa:?} {hidden} [{i}]: {out} {want}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn gelu_is_the_formula() {
+        for isa in Isa::available() {
+            let x: Vec<f32> = (-300..301).map(|i| i as f32 * 0.05).chain([1e30, -1e30, 0.0]).collect();
+            let mut out = x.clone();
+            gelu(isa, &mut out);
+            for (x, out) in x.iter().zip(out) {
+                let x = f64::from(*x);
+                let want = 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh());
+                assert!((f64::from(out) - want).abs() <= 2e-6 * want.abs().max(0.5), "{isa:?} {x}: {out} {want}");
             }
         }
     }

@@ -26,13 +26,22 @@ pub(crate) struct Forms {
     pub(crate) bytes: bool,
 }
 
-/// An RMS norm that is applied on the way.
+/// A norm that is applied on the way: RMS norm, or LayerNorm where it has a bias.
 #[derive(Clone, Copy, Debug)]
 pub struct Norm<'a> {
     /// `[columns]`.
     pub weight: &'a [f32],
+    /// `[columns]`. With it the mean is taken off first, and it is added last.
+    pub bias: Option<&'a [f32]>,
     /// Added to the mean square.
     pub eps: f64,
+}
+
+impl Norm<'_> {
+    /// Whether it is for rows of so many columns.
+    pub(crate) fn fits(&self, columns: usize) -> bool {
+        self.weight.len() == columns && self.bias.is_none_or(|bias| bias.len() == columns)
+    }
 }
 
 /// Prepared rows.
@@ -66,7 +75,7 @@ impl Rows {
     /// # Panics
     /// When the lengths do not fit.
     pub(crate) fn fill(&mut self, team: &Team, isa: Isa, x: &[f32], columns: usize, norm: Option<Norm<'_>>, forms: Forms) {
-        assert!(columns > 0 && x.len().is_multiple_of(columns) && norm.is_none_or(|norm| norm.weight.len() == columns));
+        assert!(columns > 0 && x.len().is_multiple_of(columns) && norm.is_none_or(|norm| norm.fits(columns)));
         *self = Self { count: x.len() / columns, columns, ..std::mem::take(self) };
         let (count, steps) = (self.count, self.steps());
         grow(&mut self.plain, if forms.plain { count * steps * BLOCK } else { 0 }, 0.0);
@@ -148,8 +157,7 @@ impl Kernel for Prepare<'_> {
         scratch.extend_from_slice(x);
         scratch.resize(steps * BLOCK, 0.0);
         if let Some(norm) = norm {
-            let scale = inverse_rms(s, x, norm.eps);
-            scratch.iter_mut().zip(norm.weight).for_each(|(x, weight)| *x = *x * scale * weight);
+            apply_norm(s, norm, &mut scratch[..x.len()]);
         }
         let blocks = scratch.as_chunks::<LANES>().0.as_chunks::<2>().0;
         if forms.plain {
@@ -176,9 +184,25 @@ impl Kernel for Prepare<'_> {
     }
 }
 
-/// `1 / sqrt(mean(x^2) + eps)`, with the sum in the order that `elementwise::rms_norm` has.
+/// A row through a norm, in place.
 #[inline(always)]
-pub(crate) fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f64) -> f32 {
+pub(crate) fn apply_norm<S: Simd>(s: S, norm: Norm<'_>, x: &mut [f32]) {
+    if norm.bias.is_some() {
+        let (whole, tail) = x.as_chunks::<LANES>();
+        let sums = whole.iter().fold(s.splat(0.0), |sum, x| s.add(s.load(x), sum));
+        let mean = tail.iter().fold(s.sum(sums), |sum, x| sum + x) / x.len() as f32;
+        x.iter_mut().for_each(|x| *x -= mean);
+    }
+    let scale = inverse_rms(s, x, norm.eps);
+    x.iter_mut().zip(norm.weight).for_each(|(x, weight)| *x = *x * scale * weight);
+    if let Some(bias) = norm.bias {
+        x.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+    }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)`.
+#[inline(always)]
+fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f64) -> f32 {
     let (whole, tail) = x.as_chunks::<LANES>();
     let mut squares = s.splat(0.0);
     for x in whole {

@@ -28,14 +28,14 @@ struct Case {
 }
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, block_tokens: usize, element: Element) -> DecodeShape {
-    DecodeShape { heads, kv_heads, head_dim, block_tokens, element, scale: 1.0 / (head_dim as f32).sqrt() }
+    DecodeShape { heads, kv_heads, head_dim, latent: None, block_tokens, element, scale: 1.0 / (head_dim as f32).sqrt() }
 }
 
 fn case(shape: DecodeShape, context: usize, noise: &mut Noise) -> Case {
     let blocks = context.div_ceil(shape.block_tokens);
     let slab = KvSlab::new(shape.cell_bytes(), 1, blocks).unwrap();
     for slot in 0..blocks {
-        let mut numbers = noise.vector(2 * shape.kv_heads * shape.block_tokens * shape.head_dim, 2.0);
+        let mut numbers = noise.vector(shape.cell_bytes() / shape.element.bytes(), 2.0);
         for (i, x) in numbers.iter_mut().enumerate() {
             if slot * shape.block_tokens + (i / shape.head_dim) % shape.block_tokens >= context {
                 *x = f32::NAN;
@@ -55,7 +55,7 @@ fn case(shape: DecodeShape, context: usize, noise: &mut Noise) -> Case {
 impl Case {
     fn run(&self, isa: Isa) -> Vec<f32> {
         let cells: Vec<_> = (0..self.slab.slots()).map(|slot| self.slab.read(slot, 0)).collect();
-        let mut out = vec![0.0; self.query.len()];
+        let mut out = vec![0.0; self.shape.heads * self.shape.value_dim()];
         paged_decode(isa, &self.shape, &self.query, &cells, self.context, &mut out).unwrap();
         out
     }
@@ -63,6 +63,7 @@ impl Case {
     fn element(&self, part: usize, kv_head: usize, token: usize, i: usize) -> f64 {
         let s = &self.shape;
         let cell = self.slab.read(token / s.block_tokens, 0);
+        let part = if s.latent.is_some() { 0 } else { part };
         let at = ((part * s.kv_heads + kv_head) * s.block_tokens + token % s.block_tokens) * s.head_dim + i;
         match s.element {
             Element::F32 => f64::from(bytemuck::cast_slice::<u8, f32>(&cell)[at]),
@@ -71,19 +72,25 @@ impl Case {
     }
 
     fn naive(&self) -> Vec<f64> {
+        self.naive_from(0)
+    }
+
+    /// Over the tokens from `first` on.
+    fn naive_from(&self, first: usize) -> Vec<f64> {
         let s = &self.shape;
         let mut out = Vec::new();
         for head in 0..s.heads {
             let kv_head = head / (s.heads / s.kv_heads);
             let q = |i: usize| f64::from(self.query[head * s.head_dim + i]);
             let dot = |t| (0..s.head_dim).map(|i| q(i) * self.element(0, kv_head, t, i)).sum::<f64>();
-            let scores: Vec<f64> = (0..self.context).map(|t| dot(t) * f64::from(s.scale)).collect();
+            let scores: Vec<f64> = (first..self.context).map(|t| dot(t) * f64::from(s.scale)).collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = scores.iter().map(|x| (x - max).exp()).collect();
             let total: f64 = weights.iter().sum();
             out.extend(
-                (0..s.head_dim)
-                    .map(|i| weights.iter().enumerate().map(|(t, w)| w * self.element(1, kv_head, t, i)).sum::<f64>() / total),
+                (0..s.value_dim()).map(|i| {
+                    weights.iter().enumerate().map(|(t, w)| w * self.element(1, kv_head, first + t, i)).sum::<f64>() / total
+                }),
             );
         }
         out
@@ -125,7 +132,7 @@ fn parts_of_a_context_make_the_whole() {
                 let (mut parts, mut out) = (vec![f32::NAN; cells.len().div_ceil(blocks) * numbers], vec![0.0; want.len()]);
                 for (index, (cells, part)) in cells.chunks(blocks).zip(parts.chunks_mut(numbers)).enumerate() {
                     let tokens = (context - index * blocks * block).min(cells.len() * block);
-                    paged_part(isa, &case.shape, &case.query, cells, tokens, part).unwrap();
+                    paged_part(isa, &case.shape, &case.query, cells, 0..tokens, part).unwrap();
                 }
                 merge_parts(isa, &case.shape, &parts, &mut out).unwrap();
                 for (got, want) in out.iter().zip(&want) {
@@ -133,6 +140,45 @@ fn parts_of_a_context_make_the_whole() {
                 }
                 assert!(merge_parts(isa, &case.shape, &parts[1..], &mut out).is_err());
                 assert!(merge_parts(isa, &case.shape, &[], &mut out).is_err());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_latent_is_keys_and_values() {
+    let mut noise = Noise(4);
+    for (heads, head_dim, values) in [(4, 40, 32), (5, 24, 16), (7, 23, 19)] {
+        for element in [Element::F32, Element::Bf16] {
+            for context in [1, 17, 100] {
+                let shape = DecodeShape { latent: Some(values), ..shape(heads, 1, head_dim, 16, element) };
+                let case = case(shape, context, &mut noise);
+                let want = case.naive();
+                for isa in Isa::available() {
+                    for (got, want) in case.run(isa).iter().zip(&want) {
+                        assert!((f64::from(*got) - want).abs() < 2e-5, "{isa:?} {:?} ctx {context}: {got} {want}", case.shape);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_window_may_begin_anywhere() {
+    let mut noise = Noise(6);
+    for (heads, kv_heads, head_dim, block) in [(9, 3, 64, 16), (4, 1, 16, 4), (6, 2, 10, 32)] {
+        let case = case(shape(heads, kv_heads, head_dim, block, Element::F32), 60, &mut noise);
+        let cells: Vec<_> = (0..case.slab.slots()).map(|slot| case.slab.read(slot, 0)).collect();
+        for first in [1, 15, 16, 17, 47, 59] {
+            let want = case.naive_from(first);
+            for isa in Isa::available() {
+                let (mut part, mut out) = (vec![0.0; case.shape.part_numbers()], vec![0.0; want.len()]);
+                paged_part(isa, &case.shape, &case.query, &cells, first..60, &mut part).unwrap();
+                merge_parts(isa, &case.shape, &part, &mut out).unwrap();
+                for (got, want) in out.iter().zip(&want) {
+                    assert!((f64::from(*got) - want).abs() < 2e-5, "{isa:?} {:?} from {first}: {got} {want}", case.shape);
+                }
             }
         }
     }
@@ -165,6 +211,9 @@ fn arguments_that_do_not_fit_are_refused() {
     assert_eq!(ask(good, &query, &cells, 4), Ok(()));
     assert!(matches!(ask(DecodeShape { kv_heads: 3, ..good }, &query, &cells, 4), Err(AttentionError::Heads { .. })));
     assert!(matches!(ask(DecodeShape { kv_heads: 0, ..good }, &query, &cells, 4), Err(AttentionError::Heads { .. })));
+    for latent in [0, 9] {
+        assert!(matches!(ask(DecodeShape { latent: Some(latent), ..good }, &query, &cells, 4), Err(AttentionError::Query { .. })));
+    }
     assert!(matches!(ask(good, &query[..31], &cells, 4), Err(AttentionError::Query { .. })));
     assert!(matches!(ask(good, &query, &cells, 0), Err(AttentionError::Context { .. })));
     assert!(matches!(ask(good, &query, &cells, 5), Err(AttentionError::Context { .. })));

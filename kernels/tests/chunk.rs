@@ -20,7 +20,15 @@ impl Noise {
 }
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, block_tokens: usize) -> DecodeShape {
-    DecodeShape { heads, kv_heads, head_dim, block_tokens, element: Element::Bf16, scale: 1.0 / (head_dim as f32).sqrt() }
+    DecodeShape {
+        heads,
+        kv_heads,
+        head_dim,
+        latent: None,
+        block_tokens,
+        element: Element::Bf16,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+    }
 }
 
 /// Cells of a context; what is beyond it is poison.

@@ -193,15 +193,15 @@ fn norm_sum_and_swiglu_on_the_way() {
         for isa in Isa::available() {
             for precision in [EXACT, BYTES] {
                 let mut products = Products::new(2, isa, precision);
-                let norm = Some(Norm { weight: &weight, eps: 1e-5 });
+                let norm = Norm { weight: &weight, bias: None, eps: 1e-5 };
                 let (mut plain, mut added, mut gated) =
                     (vec![0.0; count * 2 * half], vec![1.5; count * 2 * half], vec![0.0; count * half]);
                 let mut normed = x.clone();
-                millrace_kernels::elementwise::rms_norm(isa, &x, &weight, 1e-5, &mut normed);
+                millrace_kernels::elementwise::norm(isa, norm, &mut normed);
                 products.multiply(&normed, None, &matrix, Into::Set(&mut plain));
-                products.multiply(&x, norm, &matrix, Into::Add(&mut added));
+                products.multiply(&x, Some(norm), &matrix, Into::Add(&mut added));
                 assert!(plain.iter().zip(&added).all(|(a, b)| a + 1.5 == *b), "{isa:?} {precision:?}");
-                products.multiply(&x, norm, &matrix, Into::SwiGlu(&mut gated));
+                products.multiply(&x, Some(norm), &matrix, Into::SwiGlu(&mut gated));
                 for (i, got) in gated.iter().enumerate() {
                     let (row, column) = (i / half, i % half);
                     let (gate, up) = (f64::from(plain[row * 2 * half + column]), f64::from(plain[row * 2 * half + half + column]));

@@ -22,6 +22,7 @@ pub mod exit;
 pub mod front;
 pub mod local;
 pub mod members;
+pub mod model;
 pub mod nodes;
 pub mod output;
 pub mod prompt;
@@ -81,6 +82,9 @@ enum Command {
     /// Save the replicated state, look into a saved one, begin a new cluster from one
     #[command(subcommand)]
     Snapshot(snapshot::Snapshot),
+    /// Look at a model on this machine: what it is made of, what its KV takes
+    #[command(subcommand)]
+    Model(model::Model),
     /// A live screen: nodes, load, requests, cache hits, tokens a second
     Top(top::TopArgs),
     /// Look at everything and say what is wrong and what cures it; exit code 3 when something is, 4 without a quorum
@@ -135,6 +139,7 @@ fn run(cli: Cli) -> Result<()> {
             Command::Tenants(command) => tenants::run(command).await,
             Command::Config(command) => config::run(command).await,
             Command::Snapshot(command) => snapshot::run(command).await,
+            Command::Model(command) => model::run(command),
             Command::Context(command) => context::run(command),
             Command::Top(args) => top::run(args).await,
             Command::Doctor(args) => doctor::run(args).await,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use millrace_core::cluster::{Answer, Command, Limits, PolicyCommand};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{AttemptId, Epoch};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::{Finish, Join, Load, Message, PrefillStats, Role, Ticket};
 use millrace_core::sampling::Sampling;
 
@@ -30,7 +30,8 @@ struct World {
 }
 
 fn model() -> ModelIdentity {
-    let layout = KvLayout { layers: 2, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+    let layout =
+        KvLayout { layers: 2, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
     ModelIdentity { name: "m".into(), weights: [1; 32], tokenizer: [2; 32], layout }
 }
 

@@ -1,11 +1,12 @@
 //! A Hugging Face directory: safetensors shards, tokenizer.json and the chat template beside config.json.
 
-use crate::directory_config::{self, JsonFile};
+use crate::directory_config;
+use crate::json_file::JsonFile;
 use crate::mapping::{MappedFile, read_small};
 use crate::template::ChatTemplate;
 use crate::text::{CONTRADICTION, guarded};
 use crate::weights::Weights;
-use crate::{CheckpointError, ModelConfig, Parts, TextCodec, safetensors};
+use crate::{CheckpointError, ModelConfig, Parts, TextCodec, names, safetensors};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
@@ -25,17 +26,17 @@ type Result<T> = std::result::Result<T, CheckpointError>;
 /// Reads all but the weights' numbers.
 pub(crate) fn open(directory: &Path) -> Result<Parts> {
     let config = directory_config::read(directory, crate::model_name(directory))?;
-    let weights = open_weights(directory)?;
+    let weights = open_weights(directory, &config)?;
     let mut hasher = blake3::Hasher::new_derive_key("millrace 2026 tokenizer v1");
     let text = open_text(directory, &config, &mut hasher)?;
     Ok(Parts { config, text, weights, tokenizer_digest: *hasher.finalize().as_bytes() })
 }
 
-fn open_weights(directory: &Path) -> Result<Weights> {
+fn open_weights(directory: &Path, config: &ModelConfig) -> Result<Weights> {
     let mut weights = Weights::default();
     let index_path = directory.join("model.safetensors.index.json");
     let Some(index) = JsonFile::open(index_path, INDEX_BYTES_MAX)? else {
-        add_shard(&mut weights, &directory.join("model.safetensors"), None)?;
+        add_shard(&mut weights, config, &directory.join("model.safetensors"), None)?;
         return Ok(weights);
     };
     let Some(Value::Object(map)) = index.get("weight_map") else {
@@ -54,17 +55,18 @@ fn open_weights(directory: &Path) -> Result<Weights> {
         return Err(CheckpointError::limit(&index.path, "weight_map: shards", shards.len() as u64, SHARDS_MAX as u64));
     }
     for (shard, tensors) in shards {
-        add_shard(&mut weights, &directory.join(shard), Some(tensors))?;
+        add_shard(&mut weights, config, &directory.join(shard), Some(tensors))?;
     }
     Ok(weights)
 }
 
 /// Adds the tensors of one file. The index, if there is one, must not promise tensors that are not in it.
-fn add_shard(weights: &mut Weights, path: &Path, promised: Option<BTreeSet<&str>>) -> Result<()> {
+fn add_shard(weights: &mut Weights, config: &ModelConfig, path: &Path, promised: Option<BTreeSet<&str>>) -> Result<()> {
     let file = MappedFile::open(path)?;
     let mut missing = promised.unwrap_or_default();
     for (name, slot) in safetensors::read_header(&file, weights.files.len())? {
         missing.remove(name.as_str());
+        let (name, slot) = names::in_directory(config, name, slot);
         weights.insert(path, name, slot)?;
     }
     if let Some(tensor) = missing.first() {

@@ -1,95 +1,17 @@
-//! `config.json` and `generation_config.json` of a Hugging Face directory, in the forms of transformers 4 and 5.
+//! `config.json` and `generation_config.json` of a Hugging Face directory, in the forms of transformers 4 and 5: what all families share.
+//! What is a family's own is in `directory_families`.
 
-use crate::mapping::read_small;
-use crate::{Architecture, CheckpointError, Llama3Scaling, ModelConfig, Rope};
+use crate::directory_families::{self, Parts};
+use crate::json_file::JsonFile;
+use crate::rope::Yarn;
+use crate::{Architecture, CheckpointError, Llama3Scaling, ModelConfig, Rope, Scaling};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Largest configuration file, in bytes.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 type Result<T> = std::result::Result<T, CheckpointError>;
-
-/// An object of a JSON file, with getters whose errors name file and field. `null` is the same as absent, as it is for transformers.
-pub(crate) struct JsonFile {
-    pub(crate) path: PathBuf,
-    value: Value,
-    /// Put before the field's name in errors.
-    prefix: String,
-}
-
-impl JsonFile {
-    /// Reads a JSON object, or `None` if there is no such file.
-    pub(crate) fn open(path: PathBuf, bytes_max: u64) -> Result<Option<Self>> {
-        let Some(bytes) = read_small(&path, bytes_max)? else { return Ok(None) };
-        match serde_json::from_slice(&bytes) {
-            Ok(value @ Value::Object(_)) => Ok(Some(Self { path, value, prefix: String::new() })),
-            Ok(_) => Err(CheckpointError::malformed(&path, "JSON", "is not an object")),
-            Err(e) => Err(CheckpointError::malformed(&path, "JSON", e.to_string())),
-        }
-    }
-
-    pub(crate) fn get(&self, field: &str) -> Option<&Value> {
-        self.value.get(field).filter(|v| !v.is_null())
-    }
-
-    pub(crate) fn wrong<T>(&self, field: &str, reason: &str) -> Result<T> {
-        Err(CheckpointError::malformed(&self.path, format!("{}{field}", self.prefix), reason))
-    }
-
-    fn object(&self, field: &str) -> Result<Option<Self>> {
-        match self.get(field) {
-            None => Ok(None),
-            Some(value @ Value::Object(_)) => {
-                Ok(Some(Self { path: self.path.clone(), value: value.clone(), prefix: format!("{field}.") }))
-            }
-            Some(_) => self.wrong(field, "is not an object"),
-        }
-    }
-
-    fn text(&self, field: &str) -> Result<Option<&str>> {
-        match self.get(field) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => self.wrong(field, "is not a string"),
-        }
-    }
-
-    fn count(&self, field: &str) -> Result<Option<usize>> {
-        let Some(value) = self.get(field) else { return Ok(None) };
-        match value.as_u64().and_then(|n| usize::try_from(n).ok()) {
-            Some(count) => Ok(Some(count)),
-            None => self.wrong(field, "is not a whole number of at least 0"),
-        }
-    }
-
-    fn number(&self, field: &str) -> Result<Option<f64>> {
-        match self.get(field) {
-            None => Ok(None),
-            Some(value) => value.as_f64().map_or_else(|| self.wrong(field, "is not a number"), |x| Ok(Some(x))),
-        }
-    }
-
-    fn need<T>(&self, field: &str, found: Option<T>) -> Result<T> {
-        found.map_or_else(|| self.wrong(field, "is missing"), Ok)
-    }
-
-    fn is_true(&self, field: &str) -> Result<bool> {
-        match self.get(field) {
-            None => Ok(false),
-            Some(Value::Bool(b)) => Ok(*b),
-            Some(_) => self.wrong(field, "is not true or false"),
-        }
-    }
-
-    /// One token id, a list of them, or nothing.
-    fn tokens(&self, field: &str) -> Result<Option<Vec<u32>>> {
-        let Some(value) = self.get(field) else { return Ok(None) };
-        let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
-        let ids: Option<Vec<u32>> = list.iter().map(|v| u32::try_from(v.as_u64()?).ok()).collect();
-        ids.map_or_else(|| self.wrong(field, "is not a token id or a list of them"), |ids| Ok(Some(ids)))
-    }
-}
 
 /// The configuration of the model in `directory`, checked.
 pub(crate) fn read(directory: &Path, name: String) -> Result<ModelConfig> {
@@ -97,33 +19,48 @@ pub(crate) fn read(directory: &Path, name: String) -> Result<ModelConfig> {
     let Some(json) = JsonFile::open(path.clone(), CONFIG_BYTES_MAX)? else {
         return Err(CheckpointError::NotAModel { file: directory.into(), reason: "there is no config.json".into() });
     };
-    refuse_other_models(&json)?;
-    let count = |field: &str| json.count(field).and_then(|found| json.need(field, found));
-    let (heads, hidden_size) = (count("num_attention_heads")?, count("hidden_size")?);
-    let head_dim = match json.count("head_dim")? {
-        Some(head_dim) => head_dim,
-        None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
-        None => return json.wrong("num_attention_heads", "does not divide hidden_size, and there is no head_dim"),
-    };
+    let architecture = architecture(&json)?;
+    if let Some(value) = json.get("quantization_config") {
+        let shown = value.get("quant_method").unwrap_or(value);
+        return Err(CheckpointError::unsupported(&json.path, "quantization_config", shown));
+    }
+    let Parts { hidden_size, layers, max_positions, norm, positions, attention, mlp, experts } =
+        directory_families::parts(&json, architecture)?;
     let bos = json.tokens("bos_token_id")?.unwrap_or_default();
     let config = ModelConfig {
         name,
-        architecture: Architecture::Llama,
-        vocab_size: count("vocab_size")?,
+        architecture,
+        vocab_size: json.needed("vocab_size")?,
         hidden_size,
-        intermediate_size: count("intermediate_size")?,
-        layers: count("num_hidden_layers")?,
-        heads,
-        kv_heads: json.count("num_key_value_heads")?.unwrap_or(heads),
-        head_dim,
-        rms_norm_eps: json.number("rms_norm_eps")?.unwrap_or(1e-6), // LlamaConfig's default
-        rope: rope(&json)?,
-        max_positions: json.count("max_position_embeddings")?.unwrap_or(2048), // LlamaConfig's default
-        tie_word_embeddings: json.is_true("tie_word_embeddings")?,
+        layers,
+        norm,
+        positions,
+        attention,
+        mlp,
+        experts,
+        max_positions,
+        // GPT2Config's default is another than that of all others.
+        tie_word_embeddings: json.flag("tie_word_embeddings", architecture == Architecture::Gpt2)?,
         bos: bos.first().copied(),
         eos: eos(directory, &json)?,
     };
     config.validate(&path)
+}
+
+/// By `architectures`, else by `model_type`.
+fn architecture(json: &JsonFile) -> Result<Architecture> {
+    let named = json.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+    let name = json.need("architectures", named.map_or_else(|| json.text("model_type"), |name| Ok(Some(name)))?)?;
+    match name {
+        "LlamaForCausalLM" | "llama" => Ok(Architecture::Llama),
+        "MistralForCausalLM" | "mistral" => Ok(Architecture::Mistral),
+        "Qwen2ForCausalLM" | "qwen2" => Ok(Architecture::Qwen2),
+        "Qwen3ForCausalLM" | "qwen3" => Ok(Architecture::Qwen3),
+        "GPT2LMHeadModel" | "gpt2" => Ok(Architecture::Gpt2),
+        "DeepseekV2ForCausalLM" | "deepseek_v2" => Ok(Architecture::DeepseekV2),
+        "DeepseekV3ForCausalLM" | "deepseek_v3" => Ok(Architecture::DeepseekV3),
+        other => Err(CheckpointError::Architecture { file: json.path.clone(), architecture: other.into() }),
+    }
 }
 
 /// The generation settings win over the model's where they are there.
@@ -136,36 +73,14 @@ fn eos(directory: &Path, json: &JsonFile) -> Result<Vec<u32>> {
     Ok(eos)
 }
 
-fn refuse_other_models(json: &JsonFile) -> Result<()> {
-    let named = json.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
-    let architecture = named.map_or_else(|| json.text("model_type"), |name| Ok(Some(name)))?;
-    match json.need("architectures", architecture)? {
-        "LlamaForCausalLM" | "llama" => {}
-        other => return Err(CheckpointError::Architecture { file: json.path.clone(), architecture: other.into() }),
-    }
-    for field in ["attention_bias", "mlp_bias"] {
-        if json.is_true(field)? {
-            return Err(CheckpointError::unsupported(&json.path, field, true));
-        }
-    }
-    for field in ["quantization_config", "sliding_window"] {
-        if let Some(value) = json.get(field) {
-            let shown = value.get("quant_method").unwrap_or(value);
-            return Err(CheckpointError::unsupported(&json.path, field, shown));
-        }
-    }
-    match json.text("hidden_act")? {
-        None | Some("silu") => Ok(()),
-        Some(other) => Err(CheckpointError::unsupported(&json.path, "hidden_act", other)),
-    }
+/// The object that says how frequencies are scaled: `rope_parameters` (transformers 5) or `rope_scaling` (4).
+pub(crate) fn rope_object(json: &JsonFile) -> Result<Option<JsonFile>> {
+    json.object("rope_parameters")?.map_or_else(|| json.object("rope_scaling"), |object| Ok(Some(object)))
 }
 
-/// `rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling` (4).
-fn rope(json: &JsonFile) -> Result<Rope> {
-    let scaling = match json.object("rope_parameters")? {
-        Some(parameters) => Some(parameters),
-        None => json.object("rope_scaling")?,
-    };
+/// Rotary settings; `rope_theta` stands in the same object (transformers 5) or beside it (4).
+pub(crate) fn rope(json: &JsonFile, max_positions: usize) -> Result<Rope> {
+    let scaling = rope_object(json)?;
     let own = scaling.as_ref().map_or(Ok(None), |s| s.number("rope_theta"))?;
     let theta = own.map_or_else(|| json.number("rope_theta"), |theta| Ok(Some(theta)))?.unwrap_or(10_000.0);
     for (file, field) in [(Some(json), "partial_rotary_factor"), (scaling.as_ref(), "partial_rotary_factor")] {
@@ -173,20 +88,36 @@ fn rope(json: &JsonFile) -> Result<Rope> {
             return Err(CheckpointError::unsupported(&json.path, field, factor));
         }
     }
-    let Some(scaling) = scaling else { return Ok(Rope { theta, scaling: None, factors: None }) };
+    let Some(scaling) = scaling else { return Ok(Rope { theta, scaling: Scaling::Plain }) };
     let kind = scaling.text("rope_type")?.map_or_else(|| scaling.text("type"), |kind| Ok(Some(kind)))?;
     let number = |field: &str| scaling.number(field).and_then(|found| scaling.need(field, found));
-    match kind.unwrap_or("default") {
-        "default" => Ok(Rope { theta, scaling: None, factors: None }),
-        "llama3" => {
-            let llama3 = Llama3Scaling {
-                factor: number("factor")?,
-                low: number("low_freq_factor")?,
-                high: number("high_freq_factor")?,
-                original_max: number("original_max_position_embeddings")?,
-            };
-            Ok(Rope { theta, scaling: Some(llama3), factors: None })
-        }
-        other => Err(CheckpointError::unsupported(&json.path, format!("{}rope_type", scaling.prefix), other)),
+    let scaling = match kind.unwrap_or("default") {
+        "default" => Scaling::Plain,
+        "llama3" => Scaling::Llama3(Llama3Scaling {
+            factor: number("factor")?,
+            low: number("low_freq_factor")?,
+            high: number("high_freq_factor")?,
+            original_max: number("original_max_position_embeddings")?,
+        }),
+        "yarn" => Scaling::Yarn(yarn(&scaling, max_positions)?),
+        other => return Err(CheckpointError::unsupported(&json.path, format!("{}rope_type", scaling.prefix), other)),
+    };
+    Ok(Rope { theta, scaling })
+}
+
+/// With the defaults of transformers' `_compute_yarn_parameters`.
+fn yarn(scaling: &JsonFile, max_positions: usize) -> Result<Yarn> {
+    let original = scaling.number("original_max_position_embeddings")?;
+    let original_max = scaling.need("original_max_position_embeddings", original)?;
+    let factor = scaling.number("factor")?.unwrap_or(max_positions as f64 / original_max);
+    let set = |field: &str| scaling.number(field).map(|found| found.filter(|&x| x != 0.0));
+    if !scaling.flag("truncate", true)? {
+        return Err(CheckpointError::unsupported(&scaling.path, format!("{}truncate", scaling.prefix), false));
     }
+    let turn_scale = match (scaling.number("attention_factor")?, set("mscale")?, set("mscale_all_dim")?) {
+        (Some(given), _, _) => given,
+        (None, Some(one), Some(all)) => Yarn::sharpening(factor, one) / Yarn::sharpening(factor, all),
+        _ => Yarn::sharpening(factor, 1.0),
+    };
+    Ok(Yarn { factor, fast: set("beta_fast")?.unwrap_or(32.0), slow: set("beta_slow")?.unwrap_or(1.0), original_max, turn_scale })
 }

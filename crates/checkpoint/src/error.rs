@@ -26,7 +26,7 @@ pub enum CheckpointError {
         reason: String,
     },
     /// A well-formed model of an architecture that is not served.
-    #[error("{}: architecture {architecture:?} is not supported (supported: llama)", file.display())]
+    #[error("{}: architecture {architecture:?} is not supported (supported: {})", file.display(), crate::Architecture::ALL.map(|a| a.name()).join(", "))]
     Architecture {
         /// The file that names it.
         file: PathBuf,

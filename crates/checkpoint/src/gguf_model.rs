@@ -1,11 +1,16 @@
-//! What a GGUF file of architecture `llama` means: its configuration and its tensors under canonical names.
+//! What a GGUF file means: its configuration and its tensors under canonical names.
 //!
 //! The converter's conventions come from llama.cpp (`convert_hf_to_gguf.py`, `gguf-py/gguf/constants.py`).
 
 use crate::gguf::Gguf;
-use crate::weights::{Slot, Weights};
-use crate::{Architecture, CheckpointError, ModelConfig, Rope, TensorType, TensorView};
+use crate::weights::{Order, Slot, Weights};
+use crate::{
+    Architecture, Attention, AttentionKind, CheckpointError, Grouped, LAYERS_MAX, Mlp, MlpKind, ModelConfig, Norm, NormKind,
+    Positions, Rope, Scaling, TensorType, TensorView, names,
+};
 use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::path::Path;
 
 /// Control tokens that end a turn whatever the file's `eos_token_id` says; some converters left them out.
 const END_OF_TURN: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"];
@@ -16,43 +21,36 @@ pub(crate) const TOKEN_CONTROL: i64 = 3;
 pub(crate) fn config(gguf: &Gguf<'_>, bytes: &[u8], name: String) -> Result<ModelConfig, CheckpointError> {
     let file = gguf.file;
     let architecture = gguf.text("general.architecture")?;
-    let missing = |key: &str| CheckpointError::malformed(file, key, "is missing");
-    match architecture.ok_or_else(|| missing("general.architecture"))? {
-        "llama" => {}
+    let architecture = match architecture.ok_or_else(|| missing(file, "general.architecture"))? {
+        "llama" => Architecture::Llama, // Mistral too
+        "qwen2" => Architecture::Qwen2,
+        "qwen3" => Architecture::Qwen3,
+        "gpt2" => Architecture::Gpt2,
         other => return Err(CheckpointError::Architecture { file: file.into(), architecture: other.into() }),
-    }
-    refuse_variants(gguf)?;
-    let count = |key: &str| gguf.count(key)?.ok_or_else(|| missing(key));
-    let heads = count("llama.attention.head_count")?;
-    let hidden_size = count("llama.embedding_length")?;
-    let head_dim = match gguf.count("llama.attention.key_length")? {
-        Some(length) => length,
-        None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
-        None => return Err(CheckpointError::malformed(file, "llama.attention.head_count", "does not divide embedding_length")),
     };
-    for key in ["llama.rope.dimension_count", "llama.attention.value_length"] {
-        if let Some(found) = gguf.count(key)?.filter(|&found| found != head_dim) {
-            return Err(CheckpointError::unsupported(file, key, format!("{found} (with heads of {head_dim})")));
-        }
-    }
-    let vocab_size = match gguf.count("llama.vocab_size")? {
+    let keys = Keys { gguf, prefix: architecture.name() };
+    keys.refuse_variants()?;
+    let hidden_size = keys.needed("embedding_length")?;
+    let layers = keys.needed("block_count")?;
+    crate::parts::count(file, "num_hidden_layers", layers, LAYERS_MAX)?;
+    let vocab_size = match keys.count("vocab_size")? {
         Some(size) => size,
-        None => gguf.texts("tokenizer.ggml.tokens")?.ok_or_else(|| missing("llama.vocab_size"))?.len(),
+        None => gguf.texts("tokenizer.ggml.tokens")?.ok_or_else(|| missing(file, &keys.name("vocab_size")))?.len(),
     };
-    let eps = "llama.attention.layer_norm_rms_epsilon";
+    let learned = architecture == Architecture::Gpt2;
+    let kind = if learned { MlpKind::Gelu } else { MlpKind::SwiGlu };
     let config = ModelConfig {
         name,
-        architecture: Architecture::Llama,
+        architecture,
         vocab_size,
         hidden_size,
-        intermediate_size: count("llama.feed_forward_length")?,
-        layers: count("llama.block_count")?,
-        heads,
-        kv_heads: gguf.count("llama.attention.head_count_kv")?.unwrap_or(heads),
-        head_dim,
-        rms_norm_eps: gguf.float(eps)?.ok_or_else(|| missing(eps))?,
-        rope: rope(gguf, bytes)?,
-        max_positions: count("llama.context_length")?,
+        layers,
+        norm: keys.norm(learned)?,
+        positions: if learned { Positions::Learned } else { Positions::Rotary(keys.rope(bytes)?) },
+        attention: keys.attention(architecture, hidden_size, layers)?,
+        mlp: Mlp { width: keys.needed("feed_forward_length")?, kind },
+        experts: None,
+        max_positions: keys.needed("context_length")?,
         tie_word_embeddings: !gguf.tensors.iter().any(|t| t.name == "output.weight"),
         bos: gguf.token("tokenizer.ggml.bos_token_id")?,
         eos: eos(gguf)?,
@@ -60,31 +58,94 @@ pub(crate) fn config(gguf: &Gguf<'_>, bytes: &[u8], name: String) -> Result<Mode
     config.validate(file)
 }
 
-/// Models that call themselves llama and are something else.
-fn refuse_variants(gguf: &Gguf<'_>) -> Result<(), CheckpointError> {
-    if let Some(experts) = gguf.count("llama.expert_count")?.filter(|&n| n > 0) {
-        return Err(CheckpointError::unsupported(gguf.file, "llama.expert_count", experts));
-    }
-    if let Some(scaling) = gguf.text("llama.rope.scaling.type")?.filter(|&s| s != "none") {
-        return Err(CheckpointError::unsupported(gguf.file, "llama.rope.scaling.type", scaling));
-    }
-    if let Some(tensor) = gguf.tensors.iter().find(|t| t.name.ends_with(".bias")) {
-        return Err(CheckpointError::unsupported(gguf.file, format!("tensor {}", tensor.name), "a bias"));
-    }
-    Ok(())
+fn missing(file: &Path, key: &str) -> CheckpointError {
+    CheckpointError::malformed(file, key, "is missing")
 }
 
-fn rope(gguf: &Gguf<'_>, bytes: &[u8]) -> Result<Rope, CheckpointError> {
-    let theta = gguf.float("llama.rope.freq_base")?.unwrap_or(10_000.0);
-    let Some(info) = gguf.tensors.iter().find(|t| t.name == "rope_freqs.weight") else {
-        return Ok(Rope { theta, scaling: None, factors: None });
-    };
-    if info.dtype != TensorType::F32 || info.shape.len() != 1 || info.shape[0] > crate::HEAD_DIM_MAX {
-        return Err(CheckpointError::malformed(gguf.file, "tensor rope_freqs.weight", "is not a short row of F32"));
+/// The keys of one architecture.
+struct Keys<'a> {
+    gguf: &'a Gguf<'a>,
+    prefix: &'static str,
+}
+
+impl Keys<'_> {
+    fn name(&self, key: &str) -> String {
+        format!("{}.{key}", self.prefix)
     }
-    let raw = Cow::Borrowed(&bytes[info.range.clone()]);
-    let factors = TensorView { dtype: info.dtype, shape: info.shape.clone(), bytes: raw }.to_f32();
-    Ok(Rope { theta, scaling: None, factors: Some(factors) })
+
+    fn count(&self, key: &str) -> Result<Option<usize>, CheckpointError> {
+        self.gguf.count(&self.name(key))
+    }
+
+    fn needed(&self, key: &str) -> Result<usize, CheckpointError> {
+        self.count(key)?.ok_or_else(|| missing(self.gguf.file, &self.name(key)))
+    }
+
+    /// Models that call themselves so and are something else.
+    fn refuse_variants(&self) -> Result<(), CheckpointError> {
+        if let Some(experts) = self.count("expert_count")?.filter(|&n| n > 0) {
+            return Err(CheckpointError::unsupported(self.gguf.file, self.name("expert_count"), experts));
+        }
+        let scaling = self.name("rope.scaling.type");
+        match self.gguf.text(&scaling)?.filter(|&s| s != "none") {
+            Some(other) => Err(CheckpointError::unsupported(self.gguf.file, scaling, other)),
+            None => Ok(()),
+        }
+    }
+
+    fn norm(&self, learned: bool) -> Result<Norm, CheckpointError> {
+        let (kind, key) = match learned {
+            true => (NormKind::Layer, "attention.layer_norm_epsilon"),
+            false => (NormKind::Rms, "attention.layer_norm_rms_epsilon"),
+        };
+        let eps = self.gguf.float(&self.name(key))?.ok_or_else(|| missing(self.gguf.file, &self.name(key)))?;
+        Ok(Norm { kind, eps })
+    }
+
+    fn attention(&self, architecture: Architecture, hidden_size: usize, layers: usize) -> Result<Attention, CheckpointError> {
+        let heads = self.needed("attention.head_count")?;
+        let head_dim = match self.count("attention.key_length")? {
+            Some(length) => length,
+            None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
+            None => {
+                let key = self.name("attention.head_count");
+                return Err(CheckpointError::malformed(self.gguf.file, key, "does not divide embedding_length"));
+            }
+        };
+        for key in ["rope.dimension_count", "attention.value_length"] {
+            if let Some(found) = self.count(key)?.filter(|&found| found != head_dim) {
+                return Err(CheckpointError::unsupported(
+                    self.gguf.file,
+                    self.name(key),
+                    format!("{found} (with heads of {head_dim})"),
+                ));
+            }
+        }
+        let learned = architecture == Architecture::Gpt2;
+        let kv_heads = self.count("attention.head_count_kv")?.unwrap_or(heads);
+        let norms = architecture == Architecture::Qwen3;
+        Ok(Attention {
+            heads,
+            kind: AttentionKind::Grouped(Grouped { kv_heads, head_dim, joined: learned, norms }),
+            qkv_bias: learned || architecture == Architecture::Qwen2,
+            output_bias: learned,
+            scale: (head_dim as f64).powf(-0.5),
+            windows: vec![self.count("attention.sliding_window")?.filter(|&window| window > 0); layers],
+        })
+    }
+
+    fn rope(&self, bytes: &[u8]) -> Result<Rope, CheckpointError> {
+        let theta = self.gguf.float(&self.name("rope.freq_base"))?.unwrap_or(10_000.0);
+        let Some(info) = self.gguf.tensors.iter().find(|t| t.name == "rope_freqs.weight") else {
+            return Ok(Rope { theta, scaling: Scaling::Plain });
+        };
+        if info.dtype != TensorType::F32 || info.shape.len() != 1 || info.shape[0] > crate::HEAD_DIM_MAX {
+            return Err(CheckpointError::malformed(self.gguf.file, "tensor rope_freqs.weight", "is not a short row of F32"));
+        }
+        let raw = Cow::Borrowed(&bytes[info.range.clone()]);
+        let factors = TensorView { dtype: info.dtype, shape: info.shape.clone(), bytes: raw }.to_f32();
+        Ok(Rope { theta, scaling: Scaling::Factors(factors) })
+    }
 }
 
 fn eos(gguf: &Gguf<'_>) -> Result<Vec<u32>, CheckpointError> {
@@ -101,44 +162,18 @@ fn eos(gguf: &Gguf<'_>) -> Result<Vec<u32>, CheckpointError> {
     Ok(eos)
 }
 
-/// Fills the table of weights from the file, which must be the only one in `weights`.
+/// Fills the table of weights from the file, which must be the only one in `weights`. A bias that the description does not have means that
+/// the model is something else.
 pub(crate) fn fill(gguf: &Gguf<'_>, config: &ModelConfig, weights: &mut Weights) -> Result<(), CheckpointError> {
+    let described: BTreeSet<String> = config.tensors().into_iter().map(|(name, _)| name).collect();
     for info in &gguf.tensors {
-        let name = canonical_name(&info.name).unwrap_or_else(|| info.name.clone());
-        let heads = match name.rsplit('.').nth(1) {
-            Some("q_proj") => Some(config.heads),
-            Some("k_proj") => Some(config.kv_heads),
-            _ => None,
-        };
-        // A shape that is not whole heads fails the check against the configuration; until then it is not taken apart.
-        let paired_heads = heads.filter(|heads| info.shape.len() == 2 && info.shape[0] == heads * config.head_dim);
-        let slot = Slot { file: 0, range: info.range.clone(), dtype: info.dtype, shape: info.shape.clone(), paired_heads };
+        let slot =
+            Slot { file: 0, range: info.range.clone(), dtype: info.dtype, shape: info.shape.clone(), order: Order::Canonical };
+        let (name, slot) = names::in_gguf(config, &info.name, slot);
+        if info.name.ends_with(".bias") && !described.contains(&name) {
+            return Err(CheckpointError::unsupported(gguf.file, format!("tensor {}", info.name), "a bias"));
+        }
         weights.insert(gguf.file, name, slot)?;
     }
     Ok(())
-}
-
-/// Hugging Face's name of a tensor that the llama architecture has.
-fn canonical_name(name: &str) -> Option<String> {
-    match name {
-        "token_embd.weight" => return Some("model.embed_tokens.weight".into()),
-        "output_norm.weight" => return Some("model.norm.weight".into()),
-        "output.weight" => return Some("lm_head.weight".into()),
-        _ => {}
-    }
-    let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
-    let layer: u16 = layer.parse().ok()?;
-    let part = match part.strip_suffix(".weight")? {
-        "attn_norm" => "input_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "ffn_norm" => "post_attention_layernorm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return None,
-    };
-    Some(format!("model.layers.{layer}.{part}.weight"))
 }

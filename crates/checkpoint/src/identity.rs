@@ -13,9 +13,9 @@ impl Checkpoint {
     #[must_use]
     pub fn kv_layout(&self, dtype: KvDtype, block_tokens: u16) -> KvLayout {
         let small = |value: usize| u16::try_from(value).expect("bounded when the configuration was read");
-        let config = &self.config;
-        let (layers, kv_heads, head_dim) = (small(config.layers), small(config.kv_heads), small(config.head_dim));
-        KvLayout { layers, kv_heads, head_dim, block_tokens, dtype }
+        let (parts, kv_heads, head_dim) = self.config.attention.cached();
+        let (layers, kv_heads, head_dim) = (small(self.config.layers), small(kv_heads), small(head_dim));
+        KvLayout { layers, parts, kv_heads, head_dim, block_tokens, dtype }
     }
 
     /// The model's identity under its public `name`. Everything that shapes KV beside the layout (weights, rope, norms) is in the

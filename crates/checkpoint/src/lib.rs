@@ -6,20 +6,26 @@
 //!
 //! Replace a model's files by new ones; never edit them in place while a process serves them, because they are mapped.
 //!
-//! Code map: `gguf` and `safetensors` read containers; `gguf_model`, `gguf_text`, `directory` give them meaning; all end in [`ModelConfig`],
-//! `weights` and [`TextCodec`].
+//! Code map: `gguf` and `safetensors` read containers; `gguf_model`, `gguf_text`, `directory`, `directory_families`, `names` give them meaning; all
+//! end in [`ModelConfig`] (a description made of `parts`, from which `shapes` and `digest` follow), `weights` and [`TextCodec`].
 
 mod config;
+mod digest;
 mod directory;
 mod directory_config;
+mod directory_families;
 mod error;
 mod gguf;
 mod gguf_model;
 mod gguf_text;
 mod identity;
+mod json_file;
 mod mapping;
+mod names;
+mod parts;
 mod rope;
 mod safetensors;
+mod shapes;
 mod stream;
 mod strftime;
 mod template;
@@ -32,7 +38,11 @@ pub use config::{
 };
 pub use error::{CheckpointError, TextError};
 pub use gguf::{GGUF_ALIGNMENT_MAX, GGUF_KEYS_MAX, GGUF_NAME_BYTES_MAX, GGUF_TENSORS_MAX};
-pub use rope::{Llama3Scaling, ROPE_THETA_MAX, Rope};
+pub use parts::{
+    Attention, AttentionKind, EXPERTS_MAX, EXPERTS_TOTAL_MAX, Experts, Grouped, Groups, LATENT_MAX, LATENT_NORM_EPS, Latent, Mlp,
+    MlpKind, Norm, NormKind, Positions, Router, Score,
+};
+pub use rope::{Llama3Scaling, ROPE_THETA_MAX, Rope, Scaling, Yarn};
 pub use safetensors::SAFETENSORS_HEADER_BYTES_MAX;
 pub use stream::DecodeStream;
 pub use template::{CHAT_FUEL, CHAT_TEXT_BYTES_MAX, MESSAGES_MAX};
@@ -98,8 +108,8 @@ impl Checkpoint {
         self.text_absent.as_deref()
     }
 
-    /// The tensor of a canonical name such as `model.layers.0.self_attn.q_proj.weight`. Borrows from the mapped file, except for query and
-    /// key projections of a GGUF file, whose rows are put in order (a copy).
+    /// The tensor of a canonical name such as `model.layers.0.self_attn.q_proj.weight`. Borrows from the mapped file, except where
+    /// numbers have to be put in order (a copy): GPT-2's linear layers, and what is turned in GGUF's Llama and in DeepSeek.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, CheckpointError> {
         let missing = || CheckpointError::MissingTensor { file: self.path.clone(), tensor: name.into(), expected: Vec::new() };
         self.weights.view(name).ok_or_else(missing)

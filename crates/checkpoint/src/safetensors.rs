@@ -5,7 +5,7 @@
 //! Format: <https://huggingface.co/docs/safetensors>: u64 length, JSON header, data without holes or overlaps.
 
 use crate::mapping::MappedFile;
-use crate::weights::Slot;
+use crate::weights::{Order, Slot};
 use crate::{CheckpointError, TensorType};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::collections::BTreeSet;
@@ -56,7 +56,7 @@ impl Info {
             let reason = format!("shape {:?} of {} does not take {} bytes", self.shape, self.dtype, end - start);
             return Err(CheckpointError::malformed(path, format!("tensor {name}"), reason));
         }
-        Ok(Slot { file, range: data_start + start..data_start + end, dtype, shape: self.shape, paired_heads: None })
+        Ok(Slot { file, range: data_start + start..data_start + end, dtype, shape: self.shape, order: Order::Canonical })
     }
 }
 

@@ -18,8 +18,19 @@ pub(crate) struct Slot {
     pub(crate) range: Range<usize>,
     pub(crate) dtype: TensorType,
     pub(crate) shape: Vec<usize>,
-    /// Set where the rows of each of so many heads lie as rotary pairs (GGUF) and not as rotary halves (Hugging Face).
-    pub(crate) paired_heads: Option<usize>,
+    /// In which order its numbers lie.
+    pub(crate) order: Order,
+}
+
+/// In which order a tensor's numbers lie in the file. `Slot::shape` is the canonical one in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// The canonical one.
+    Canonical,
+    /// `[in, out]` in place of `[out, in]`: GPT-2's Conv1D.
+    Transposed,
+    /// The last `turned` rows of each of `heads` heads lie as rotary pairs (GGUF's Llama, DeepSeek) and not as rotary halves.
+    Paired { heads: usize, turned: usize },
 }
 
 /// The files of a model's weights and what is in them.
@@ -61,9 +72,12 @@ impl Weights {
     pub(crate) fn view(&self, name: &str) -> Option<TensorView<'_>> {
         let slot = self.slots.get(name)?;
         let raw = &self.files[slot.file].bytes()[slot.range.clone()];
-        let bytes = match slot.paired_heads {
-            Some(heads) => Cow::Owned(rows_in_halves(raw, slot.shape[0], heads)),
-            None => Cow::Borrowed(raw),
+        let bytes = match (slot.order, slot.shape.as_slice()) {
+            (Order::Paired { heads, turned }, &[rows, _]) if heads > 0 && rows.is_multiple_of(heads) && rows / heads >= turned => {
+                Cow::Owned(rows_in_halves(raw, rows, heads, turned))
+            }
+            (Order::Transposed, &[rows, columns]) => Cow::Owned(transposed(raw, rows, columns)),
+            _ => Cow::Borrowed(raw),
         };
         Some(TensorView { dtype: slot.dtype, shape: slot.shape.clone(), bytes })
     }
@@ -85,16 +99,30 @@ impl Weights {
 
 /// Undoes `LlamaModel.permute` of llama.cpp's converter, which turns a head's rotary halves into neighbouring pairs. Rows are moved
 /// whole, so it works on quantised rows too.
-fn rows_in_halves(raw: &[u8], rows: usize, heads: usize) -> Vec<u8> {
-    let row_bytes = raw.len() / rows;
-    let pairs = rows / heads / 2;
+fn rows_in_halves(raw: &[u8], rows: usize, heads: usize, turned: usize) -> Vec<u8> {
+    let (row_bytes, head_rows) = (raw.len() / rows, rows / heads);
+    let plain = head_rows - turned;
     let mut out = Vec::with_capacity(raw.len());
-    for head in 0..heads {
+    for head in raw.chunks_exact(head_rows * row_bytes) {
+        out.extend_from_slice(&head[..plain * row_bytes]);
         for half in 0..2 {
-            for pair in 0..pairs {
-                let from = (head * 2 * pairs + 2 * pair + half) * row_bytes;
-                out.extend_from_slice(&raw[from..from + row_bytes]);
+            for pair in 0..turned / 2 {
+                let from = (plain + 2 * pair + half) * row_bytes;
+                out.extend_from_slice(&head[from..from + row_bytes]);
             }
+        }
+    }
+    out
+}
+
+/// `[columns, rows]` numbers of whole bytes as `[rows, columns]`.
+fn transposed(raw: &[u8], rows: usize, columns: usize) -> Vec<u8> {
+    let bytes = raw.len() / (rows * columns).max(1);
+    let mut out = Vec::with_capacity(raw.len());
+    for row in 0..rows {
+        for column in 0..columns {
+            let from = (column * rows + row) * bytes;
+            out.extend_from_slice(&raw[from..from + bytes]);
         }
     }
     out
@@ -108,7 +136,18 @@ mod tests {
     fn pairs_become_halves_head_by_head() {
         // Two heads of four rows, two bytes a row; rows of a head lie as pair 0 (first, second half), pair 1.
         let raw: Vec<u8> = (0..8).flat_map(|row| [row, row + 100]).collect();
-        let rows: Vec<u8> = rows_in_halves(&raw, 8, 2).chunks(2).map(|r| r[0]).collect();
+        let rows: Vec<u8> = rows_in_halves(&raw, 8, 2, 4).chunks(2).map(|r| r[0]).collect();
         assert_eq!(rows, [0, 2, 1, 3, 4, 6, 5, 7]);
+    }
+
+    #[test]
+    fn only_the_last_rows_of_a_head_are_turned() {
+        let raw: Vec<u8> = (0..12).collect();
+        assert_eq!(rows_in_halves(&raw, 12, 2, 4), [0, 1, 2, 4, 3, 5, 6, 7, 8, 10, 9, 11]);
+    }
+
+    #[test]
+    fn a_transposed_weight() {
+        assert_eq!(transposed(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], 3, 2), [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]);
     }
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Gguf, Seeded, alphabet, array, mutate, open_bytes, q8_0, refused, string, tiny, tiny_gguf, use_all};
+use common::{Gguf, Seeded, alphabet, array, mutate, open_bytes, q8_0, refused, rope, string, tiny, tiny_gguf, use_all};
 use millrace_checkpoint::{Checkpoint, CheckpointError, TensorType};
 
 #[test]
@@ -17,7 +17,7 @@ fn gives_the_tensors_of_the_directory_it_was_made_of() {
         assert_eq!((a.dtype, &a.shape), (TensorType::F32, &shape));
         assert!(a.bytes == b.bytes, "{name}");
     }
-    assert!((gguf.config.rms_norm_eps - 1e-5).abs() < 1e-12);
+    assert!((gguf.config.norm.eps - 1e-5).abs() < 1e-12);
     assert_eq!((gguf.config.bos, gguf.config.eos.as_slice()), (Some(259), [2, 260].as_slice()));
     assert!(gguf.tensor("lm_head.weight").is_err());
 }
@@ -44,7 +44,7 @@ fn untied_heads_and_scaled_rope() {
     let model = open_bytes(&gguf.build()).unwrap();
     assert!(!model.config.tie_word_embeddings);
     assert_eq!(model.tensor("lm_head.weight").unwrap().shape, [300, 64]);
-    let f = model.config.rope.inverse_frequencies(16);
+    let f = rope(&model.config).inverse_frequencies(16);
     assert_eq!((f[0], f[2], f[4]), (1.0, 0.05, 0.0025));
 }
 

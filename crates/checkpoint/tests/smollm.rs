@@ -63,7 +63,7 @@ fn agrees_with_every_reference_row() {
 fn shape_and_numbers() {
     let Some(model) = model() else { return };
     let c = &model.config;
-    assert_eq!((c.vocab_size, c.hidden_size, c.layers, c.heads, c.kv_heads, c.head_dim), (49152, 576, 30, 9, 3, 64));
+    assert_eq!((c.vocab_size, c.hidden_size, c.layers, c.attention.heads, c.attention.letters()), (49152, 576, 30, 9, "GQA"));
     assert_eq!((c.eos.as_slice(), c.tie_word_embeddings, c.max_positions), ([2].as_slice(), true, 8192));
     assert_eq!(model.tensor("model.layers.7.self_attn.q_proj.weight").unwrap().dtype, TensorType::Q4_1);
     let norm = model.tensor("model.norm.weight").unwrap().to_f32();

@@ -22,15 +22,38 @@ impl KvDtype {
     }
 }
 
+/// What of a token is cached in a layer.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KvParts {
+    /// For each KV head a key and a value, `head_dim` numbers each.
+    KeysValues,
+    /// One vector of `head_dim` numbers for all heads: multi-head latent attention's latent, then its turned key. Keys and values are made
+    /// of it where it is read.
+    Latent,
+}
+
+impl KvParts {
+    /// Vectors for each token and KV head.
+    #[must_use]
+    pub const fn count(self) -> usize {
+        match self {
+            Self::KeysValues => 2,
+            Self::Latent => 1,
+        }
+    }
+}
+
 /// How a node keeps KV. One *cell* is the KV of one block in one layer, contiguous,
-/// `[2 (K, V), kv_heads, block_tokens, head_dim]`; a block is `layers` cells.
+/// `[parts (K, V or the latent), kv_heads, block_tokens, head_dim]`; a block is `layers` cells.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KvLayout {
     /// Decoder layers.
     pub layers: u16,
-    /// Key/value heads (fewer than query heads with GQA).
+    /// What of a token is cached.
+    pub parts: KvParts,
+    /// Key/value heads (fewer than query heads with GQA; one with a latent).
     pub kv_heads: u16,
-    /// Elements of one head.
+    /// Elements of one cached vector.
     pub head_dim: u16,
     /// Tokens of one block: a power of two.
     pub block_tokens: u16,
@@ -42,7 +65,13 @@ impl KvLayout {
     /// Bytes of one cell.
     #[must_use]
     pub const fn cell_bytes(&self) -> usize {
-        2 * self.kv_heads as usize * self.block_tokens as usize * self.head_dim as usize * self.dtype.bytes()
+        self.token_bytes() * self.block_tokens as usize
+    }
+
+    /// Bytes of one token in one layer.
+    #[must_use]
+    pub const fn token_bytes(&self) -> usize {
+        self.parts.count() * self.kv_heads as usize * self.head_dim as usize * self.dtype.bytes()
     }
 
     /// Bytes of one block, all layers.
@@ -62,6 +91,7 @@ impl KvLayout {
     pub fn differs(&self, other: &Self) -> Option<&'static str> {
         [
             (self.layers != other.layers, "layers"),
+            (self.parts != other.parts, "parts"),
             (self.kv_heads != other.kv_heads, "kv_heads"),
             (self.head_dim != other.head_dim, "head_dim"),
             (self.block_tokens != other.block_tokens, "block_tokens"),

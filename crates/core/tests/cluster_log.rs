@@ -9,7 +9,7 @@ use millrace_core::cluster::{
 };
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{BlockHash, Epoch, NodeId, ReplicaId};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::{BlockOp, Delta, Join, ModelIdentity, Role, SnapshotPage};
 
 /// SplitMix64.
@@ -35,7 +35,8 @@ impl Rng {
 }
 
 fn model(weights: u8) -> ModelIdentity {
-    let layout = KvLayout { layers: 2, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+    let layout =
+        KvLayout { layers: 2, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
     ModelIdentity { name: "tiny".into(), weights: [weights; 32], tokenizer: [0; 32], layout }
 }
 

@@ -6,7 +6,7 @@ use millrace_core::cluster::{
     Answer, Cluster, CodecError, Command, DeltaVerdict, LEASE_US, NodeState, SnapshotVerdict, decode, encode,
 };
 use millrace_core::ids::{BlockHash, Epoch, NodeId};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::{BlockOp, DELTA_OPS_MAX, Delta, Join, ModelIdentity, Role, SnapshotPage};
 
 /// A cluster and the next index of its log.
@@ -71,7 +71,8 @@ impl Log {
 }
 
 fn join(name: &str, instance: u128) -> Join {
-    let layout = KvLayout { layers: 2, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+    let layout =
+        KvLayout { layers: 2, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
     let model = ModelIdentity { name: "tiny".into(), weights: [1; 32], tokenizer: [2; 32], layout };
     Join { name: name.into(), role: Role::Prefill, address: "127.0.0.1:9".into(), instance, pid: 1, model, slots: 8 }
 }

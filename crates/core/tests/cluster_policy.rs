@@ -8,7 +8,7 @@ use millrace_core::cluster::{
 };
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::BlockHash;
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::{Join, ModelIdentity, Role};
 
 struct Log {
@@ -63,7 +63,8 @@ impl Log {
     }
 
     fn join(&mut self, name: &str, slots: u32) {
-        let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+        let layout =
+            KvLayout { layers: 1, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
         let model = ModelIdentity { name: "m".into(), weights: [0; 32], tokenizer: [0; 32], layout };
         let (role, address) = (Role::Decode, "a".into());
         let join = Join { name: name.into(), role, address, instance: 1, pid: 1, model, slots };

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use millrace_core::identity::{Chain, TenantKey, block_names, cell_digest};
 use millrace_core::ids::TokenId;
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::ModelIdentity;
 
 #[derive(Clone)]
@@ -26,7 +26,8 @@ impl Cell {
 }
 
 fn cell() -> Cell {
-    let layout = KvLayout { layers: 4, kv_heads: 2, head_dim: 8, block_tokens: 4, dtype: KvDtype::Bf16 };
+    let layout =
+        KvLayout { layers: 4, parts: KvParts::KeysValues, kv_heads: 2, head_dim: 8, block_tokens: 4, dtype: KvDtype::Bf16 };
     let model = ModelIdentity { name: "m".into(), weights: [1; 32], tokenizer: [2; 32], layout };
     let bytes = (0..64).map(|i| i * 3).collect();
     Cell { tenant: [7; 32], model, salt: vec![], tokens: (0..11).collect(), block: 1, layer: 2, bytes }
@@ -37,12 +38,13 @@ type Change = fn(&mut Cell);
 
 #[test]
 fn whatever_makes_it_another_cell_makes_it_another_digest() {
-    let changes: [(&str, Change); 17] = [
+    let changes: [(&str, Change); 18] = [
         ("nothing", |_| {}),
         ("tenant", |c| c.tenant[31] ^= 1),
         ("weights", |c| c.model.weights[0] ^= 1),
         ("tokenizer", |c| c.model.tokenizer[0] ^= 1),
         ("layers", |c| c.model.layout.layers += 1),
+        ("what is cached", |c| c.model.layout.parts = KvParts::Latent),
         ("kv heads", |c| c.model.layout.kv_heads += 1),
         ("head size", |c| c.model.layout.head_dim += 1),
         ("block size", |c| c.model.layout.block_tokens *= 2),

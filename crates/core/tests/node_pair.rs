@@ -7,7 +7,7 @@ use millrace_core::batch::BatchConfig;
 use millrace_core::engine::{Sampled, Step};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{AttemptId, Epoch, NodeId, ReplicaId, RequestId, Time, TokenId};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::{FailKind, Join, Message, ModelIdentity, Peer, Role, Ticket};
 use millrace_core::node::{Effect, Input, LinkNo, Node, SpanJob};
 use millrace_core::sampling::Sampling;
@@ -65,7 +65,7 @@ struct World {
 }
 
 fn node(name: &str, role: Role) -> Node {
-    let layout = KvLayout { layers: 3, kv_heads: 1, head_dim: 8, block_tokens: 4, dtype: KvDtype::F32 };
+    let layout = KvLayout { layers: 3, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 4, dtype: KvDtype::F32 };
     let model = ModelIdentity { name: "m".into(), weights: [1; 32], tokenizer: [2; 32], layout };
     let batch = BatchConfig {
         block_tokens: 4,

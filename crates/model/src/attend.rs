@@ -4,12 +4,14 @@
 //! kernel for chunks where the processor has dot products of bfloat16 and the KV is that. Elsewhere it gathers keys and
 //! values of a KV head into one tensor and calls LibTorch's scaled dot product attention, heads shared by our threads: LibTorch's own spin long
 //! after their work is done, on the processors that the next product needs. In batch-invariant mode it goes token by token through the paged
-//! kernel, because the order of sums of both others depends on the chunk. All read only what stands in the cells.
+//! kernel, because the order of sums of both others depends on the chunk. All read only what stands in the cells, and of a layer with a window only
+//! from where the window begins. A latent is one KV head whose values are the first numbers of its keys; windows and latents are not for our
+//! own kernel for chunks.
 
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use millrace_checkpoint::ModelConfig;
+use millrace_checkpoint::{AttentionKind, ModelConfig};
 use millrace_core::engine::{Row, Step};
 use millrace_core::layout::{KvDtype, KvLayout};
 use millrace_kernels::{
@@ -27,6 +29,8 @@ const STORED_ALONE_MAX: usize = 64;
 pub(crate) struct Attention {
     shape: DecodeShape,
     layout: KvLayout,
+    /// Of each layer.
+    windows: Vec<Option<usize>>,
     kind: Kind,
     device: Device,
     /// Chunks go token by token.
@@ -37,7 +41,25 @@ pub(crate) struct Attention {
     own: Option<ChunkAttention>,
 }
 
-/// A step's rows with what all layers share.
+/// A step's rows, once for each window that layers have.
+pub(crate) struct Batches<'a>(Vec<(Option<usize>, Batch<'a>)>);
+
+impl<'a> Batches<'a> {
+    pub(crate) fn new(step: &'a Step, attention: &Attention) -> Self {
+        let mut windows = attention.windows.clone();
+        windows.sort_unstable();
+        windows.dedup();
+        Self(windows.into_iter().map(|window| (window, Batch::new(step, attention, window))).collect())
+    }
+
+    /// For a layer.
+    pub(crate) fn of(&self, layer: usize, attention: &Attention) -> &Batch<'a> {
+        let (_, batch) = self.0.iter().find(|(window, _)| *window == attention.windows[layer]).expect("made for each window");
+        batch
+    }
+}
+
+/// A step's rows with what all layers of one window share.
 pub(crate) struct Batch<'a> {
     rows: Vec<Placed<'a>>,
     /// Tokens that the paged kernel attends for, in the order of the batch.
@@ -47,6 +69,7 @@ pub(crate) struct Batch<'a> {
     /// What the step writes of each cell: which row, and positions of one block.
     written: Vec<(usize, Range<usize>)>,
     tokens: usize,
+    window: Option<usize>,
 }
 
 /// A row and its place in the batch.
@@ -54,7 +77,10 @@ struct Placed<'a> {
     row: &'a Row,
     /// Index of its first token in the batch.
     first: usize,
-    /// `[tokens, context]` in the type of the KV, minus infinity above the diagonal; only for a chunk that is not at the start of its sequence.
+    /// The first position that any of its tokens sees, down to a whole block.
+    from: usize,
+    /// `[tokens, context from there on]` in the type of the KV, minus infinity where a token does not see; only for a chunk that is not at the start
+    /// of its sequence, or longer than its window.
     mask: Option<Vec<u8>>,
     /// Whether its tokens are singles.
     single: bool,
@@ -65,25 +91,27 @@ struct Single<'a> {
     row: &'a Row,
     /// Index in the batch.
     token: usize,
-    /// Tokens it sees, itself included.
-    context: usize,
+    /// Positions it sees, its own included.
+    context: Range<usize>,
     /// Its parts.
     parts: Range<usize>,
 }
 
 impl<'a> Batch<'a> {
     /// Places the rows one after the other, cuts contexts into parts and makes the masks.
-    pub(crate) fn new(step: &'a Step, attention: &Attention) -> Self {
+    fn new(step: &'a Step, attention: &Attention, window: Option<usize>) -> Self {
         let rows = Vec::with_capacity(step.rows.len());
-        let mut batch = Self { rows, singles: Vec::new(), parts: Vec::new(), written: Vec::new(), tokens: 0 };
+        let mut batch = Self { rows, singles: Vec::new(), parts: Vec::new(), written: Vec::new(), tokens: 0, window };
         for row in &step.rows {
             let (first, single) = (batch.tokens, row.tokens.len() == 1 || attention.batch_invariant);
-            let mask = (!single && attention.own.is_none() && row.start > 0).then(|| attention.mask(row));
+            let from = batch.context(row, 0).start / attention.shape.block_tokens * attention.shape.block_tokens;
+            let masked = attention.own.is_none() && (row.start > 0 || window.is_some_and(|window| row.tokens.len() > window));
+            let mask = (!single && masked).then(|| batch.mask(row, from, attention.layout.dtype));
             if single {
                 (0..row.tokens.len()).for_each(|index| batch.add_single(row, index, attention));
             }
             batch.add_written(row, attention.shape.block_tokens);
-            batch.rows.push(Placed { row, first, mask, single });
+            batch.rows.push(Placed { row, first, from, mask, single });
             batch.tokens += row.tokens.len();
         }
         batch
@@ -99,41 +127,73 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// The token `index` of `row`, whose first token is the batch's next.
+    /// Tokens of the step.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// What token `index` of a row sees.
+    fn context(&self, row: &Row, index: usize) -> Range<usize> {
+        let end = row.start as usize + index + 1;
+        self.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// The token `index` of `row`, whose first token is the batch's next. Parts lie where they lie without a window.
     fn add_single(&mut self, row: &'a Row, index: usize, attention: &Attention) {
-        let (context, begin) = (row.start as usize + index + 1, self.parts.len());
-        let (single, blocks) = (self.singles.len(), attention.layout.blocks(context));
-        self.parts.extend((0..blocks).step_by(attention.shape.part_blocks()).map(|block| (single, block)));
+        let (context, begin) = (self.context(row, index), self.parts.len());
+        let (single, blocks) = (self.singles.len(), attention.shape.part_blocks());
+        let first = context.start / (blocks * attention.shape.block_tokens) * blocks;
+        self.parts.extend((first..attention.layout.blocks(context.end)).step_by(blocks).map(|block| (single, block)));
         self.singles.push(Single { row, token: self.tokens + index, context, parts: begin..self.parts.len() });
+    }
+
+    /// The scores of what the tokens of a chunk see and do not see.
+    fn mask(&self, row: &Row, from: usize, dtype: KvDtype) -> Vec<u8> {
+        let score = |seen: bool| if seen { 0.0 } else { f32::NEG_INFINITY };
+        let seen = |token: usize| {
+            let context = self.context(row, token);
+            (from..row.end() as usize).map(move |at| score(context.contains(&at)))
+        };
+        let scores = (0..row.tokens.len()).flat_map(seen);
+        match dtype {
+            KvDtype::F32 => scores.flat_map(f32::to_le_bytes).collect(),
+            KvDtype::Bf16 => scores.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+        }
     }
 }
 
 impl Attention {
     pub(crate) fn new(config: &ModelConfig, layout: KvLayout, device: Device, batch_invariant: bool) -> Self {
         let shape = DecodeShape {
-            heads: config.heads,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
+            heads: config.attention.heads,
+            kv_heads: layout.kv_heads.into(),
+            head_dim: layout.head_dim.into(),
+            latent: match &config.attention.kind {
+                AttentionKind::Grouped(_) => None,
+                AttentionKind::Latent(latent) => Some(latent.rank),
+            },
             block_tokens: layout.block_tokens.into(),
             element: match layout.dtype {
                 KvDtype::F32 => Element::F32,
                 KvDtype::Bf16 => Element::Bf16,
             },
-            scale: 1.0 / (config.head_dim as f32).sqrt(),
+            scale: config.attention.scale as f32,
         };
-        let owned = shape.element == Element::Bf16 && Isa::best().has_bf16() && device == Device::Cpu;
+        let windows = config.attention.windows.clone();
+        let plain = shape.latent.is_none() && windows.iter().all(Option::is_none);
+        let owned = plain && shape.element == Element::Bf16 && Isa::best().has_bf16() && device == Device::Cpu;
         let own = owned.then(ChunkAttention::default);
-        Self { shape, layout, kind: tensors::kind(layout.dtype), device, batch_invariant, libtorch_threads: true, own }
+        Self { shape, layout, windows, kind: tensors::kind(layout.dtype), device, batch_invariant, libtorch_threads: true, own }
     }
 
-    /// Heads of one token's queries, keys and values together.
-    pub(crate) fn qkv_heads(&self) -> usize {
-        self.shape.heads + 2 * self.shape.kv_heads
+    /// Vectors of one token together: queries and what is cached.
+    fn qkv_heads(&self) -> usize {
+        self.shape.heads + self.layout.parts.count() * self.shape.kv_heads
     }
 
-    /// Heads that the rotary turn is for: queries and keys.
-    pub(crate) fn turned_heads(&self) -> usize {
-        self.shape.heads + self.shape.kv_heads
+    /// Numbers that attention gives for a token.
+    pub(crate) fn out_width(&self) -> usize {
+        self.shape.heads * self.shape.value_dim()
     }
 
     /// Writes keys and values of the step's tokens to their cells. `qkv`: `[tokens, qkv_heads, head_dim]`.
@@ -152,7 +212,7 @@ impl Attention {
         });
     }
 
-    /// `kv`: keys then values of one token, `[2 kv_heads, head_dim]`, which is the order of the cell's outer sides.
+    /// `kv`: keys then values of one token, `[2 kv_heads, head_dim]`, or its latent, which is the order of the cell's outer sides.
     fn store_token(&self, cell: &mut [u8], offset: usize, kv: &[f32]) {
         let (block, dim) = (self.shape.block_tokens, self.shape.head_dim);
         for (head, values) in kv.chunks_exact(dim).enumerate() {
@@ -164,7 +224,7 @@ impl Attention {
         }
     }
 
-    /// Attention of every row over the cells of `(slab, layer)`; `out`: `[tokens, heads * head_dim]`.
+    /// Attention of every row over the cells of `(slab, layer)`; `out`: `[tokens, heads, value_dim]`.
     pub(crate) fn attend(
         &mut self,
         batch: &Batch<'_>,
@@ -173,8 +233,8 @@ impl Attention {
         team: &Team,
         out: &mut [f32],
     ) -> Result<(), ModelError> {
-        let width = self.shape.heads * self.shape.head_dim;
-        assert_eq!((qkv.len(), out.len()), (batch.tokens * self.qkv_heads() * self.shape.head_dim, batch.tokens * width));
+        let lengths = (batch.tokens * self.qkv_heads() * self.shape.head_dim, batch.tokens * self.out_width());
+        assert_eq!((qkv.len(), out.len()), lengths);
         match self.own.take() {
             Some(mut own) => {
                 let attended = self.own_chunks(&mut own, batch, qkv, (slab, layer), team, out);
@@ -216,7 +276,7 @@ impl Attention {
         team: &Team,
         out: &mut [f32],
     ) -> Result<(), ModelError> {
-        let DecodeShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let (DecodeShape { heads, kv_heads, .. }, value_dim) = (self.shape, self.shape.value_dim());
         let chunks = batch.rows.iter().filter(|placed| !placed.single);
         let items: Vec<_> = chunks.flat_map(|placed| (0..kv_heads).map(move |head| (placed, head))).collect();
         let mut attended: Vec<Result<Vec<f32>, ModelError>> = Vec::new();
@@ -228,9 +288,9 @@ impl Attention {
         });
         for ((placed, kv_head), attended) in items.iter().zip(attended) {
             let (attended, tokens) = (attended?, placed.row.tokens.len());
-            for (index, values) in attended.chunks_exact(head_dim).enumerate() {
+            for (index, values) in attended.chunks_exact(value_dim).enumerate() {
                 let (head, token) = (kv_head * (heads / kv_heads) + index / tokens, placed.first + index % tokens);
-                out[(token * heads + head) * head_dim..][..head_dim].copy_from_slice(values);
+                out[(token * heads + head) * value_dim..][..value_dim].copy_from_slice(values);
             }
         }
         Ok(())
@@ -246,7 +306,7 @@ impl Attention {
         out: &mut [f32],
     ) -> Result<(), ModelError> {
         let (shape, isa) = (&self.shape, Isa::best());
-        let (width, out_width) = (self.qkv_heads() * shape.head_dim, shape.heads * shape.head_dim);
+        let (width, query_width) = (self.qkv_heads() * shape.head_dim, shape.heads * shape.head_dim);
         let (numbers, blocks) = (shape.part_numbers(), shape.part_blocks());
         let failed: OnceLock<AttentionError> = OnceLock::new();
         let note = |result: Result<(), AttentionError>| result.unwrap_or_else(|error| drop(failed.set(error)));
@@ -254,19 +314,21 @@ impl Attention {
         team.chunks(&mut parts, numbers, 1, |index, part| {
             let (single, first) = batch.parts[index];
             let single = &batch.singles[single];
-            let last = self.layout.blocks(single.context).min(first + blocks);
+            let last = self.layout.blocks(single.context.end).min(first + blocks);
             let cells: Vec<_> = single.row.table[first..last].iter().map(|slot| slab.read(slot.0 as usize, layer)).collect();
-            let context = (single.context - first * shape.block_tokens).min(cells.len() * shape.block_tokens);
-            note(paged_part(isa, shape, &qkv[single.token * width..][..out_width], &cells, context, part));
+            let of_part =
+                |position: usize| position.saturating_sub(first * shape.block_tokens).min(cells.len() * shape.block_tokens);
+            let context = of_part(single.context.start)..of_part(single.context.end);
+            note(paged_part(isa, shape, &qkv[single.token * width..][..query_width], &cells, context, part));
         });
         for single in &batch.singles {
-            let out = &mut out[single.token * out_width..][..out_width];
+            let out = &mut out[single.token * self.out_width()..][..self.out_width()];
             note(merge_parts(isa, shape, &parts[single.parts.start * numbers..single.parts.end * numbers], out));
         }
         failed.into_inner().map_or(Ok(()), |error| Err(error.into()))
     }
 
-    /// The query heads of one KV head for one row of several tokens: `[group, tokens, head_dim]`.
+    /// The query heads of one KV head for one row of several tokens: `[group, tokens, value_dim]`.
     fn chunk(
         &self,
         placed: &Placed<'_>,
@@ -281,20 +343,25 @@ impl Attention {
         let of_head = |head: usize| rows.chunks_exact(width).flat_map(move |token| &token[head * head_dim..][..head_dim]);
         let query: Vec<f32> = (kv_head * group..(kv_head + 1) * group).flat_map(of_head).copied().collect();
         let query = tensors::from_f32(&query, &[1, group as i64, tokens as i64, head_dim as i64], self.kind, self.device)?;
-        let kv = self.gather(placed.row, kv_head, slab, layer)?;
-        let (keys, values) = (kv.f_narrow(0, 0, 1)?, kv.f_narrow(0, 1, 1)?);
-        let sides = [tokens as i64, i64::from(placed.row.end())];
+        let kv = self.gather(placed, kv_head, slab, layer)?;
+        let (keys, values) = match self.shape.latent {
+            None => (kv.f_narrow(0, 0, 1)?, kv.f_narrow(0, 1, 1)?),
+            Some(rank) => (kv.f_narrow(0, 0, 1)?, kv.f_narrow(3, 0, rank as i64)?),
+        };
+        let sides = [tokens as i64, (placed.row.end() as usize - placed.from) as i64];
         let mask = placed.mask.as_ref().map(|mask| tensors::from_bytes(mask, &sides, self.kind, self.device)).transpose()?;
-        let (causal, grouped) = (mask.is_none(), group > 1);
-        tensors::to_f32(&Tensor::f_scaled_dot_product_attention(&query, &keys, &values, mask, 0.0, causal, None, grouped)?)
+        let (causal, grouped, scale) = (mask.is_none(), group > 1, f64::from(self.shape.scale));
+        tensors::to_f32(&Tensor::f_scaled_dot_product_attention(&query, &keys, &values, mask, 0.0, causal, scale, grouped)?)
     }
 
-    /// Keys and values of one KV head over a row's whole context as it stands in the cells: `[2, 1, context, head_dim]`.
-    fn gather(&self, row: &Row, kv_head: usize, slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
+    /// Keys and values of one KV head over what a row sees, as it stands in the cells: `[parts, 1, context, head_dim]`.
+    fn gather(&self, placed: &Placed<'_>, kv_head: usize, slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
         let DecodeShape { kv_heads, head_dim, block_tokens, .. } = self.shape;
-        let (context, token) = (row.end() as usize, head_dim * self.layout.dtype.bytes());
-        let mut bytes = vec![0u8; 2 * context * token];
-        for (index, slot) in row.table[..self.layout.blocks(context)].iter().enumerate() {
+        let (end, token, parts) = (placed.row.end() as usize, head_dim * self.layout.dtype.bytes(), self.layout.parts.count());
+        let context = end - placed.from;
+        let mut bytes = vec![0u8; parts * context * token];
+        let table = &placed.row.table[placed.from / block_tokens..self.layout.blocks(end)];
+        for (index, slot) in table.iter().enumerate() {
             let cell = slab.read(slot.0 as usize, layer);
             let first = index * block_tokens;
             let span = (context - first).min(block_tokens) * token;
@@ -303,17 +370,6 @@ impl Attention {
                 to[first * token..][..span].copy_from_slice(&cell[from..from + span]);
             }
         }
-        tensors::from_bytes(&bytes, &[2, 1, context as i64, head_dim as i64], self.kind, self.device)
-    }
-
-    /// What token `i` of a chunk may not see: every position after `start + i`.
-    fn mask(&self, row: &Row) -> Vec<u8> {
-        let seen = |token: usize| row.start as usize + token + 1;
-        let score = |hidden: bool| if hidden { f32::NEG_INFINITY } else { 0.0 };
-        let scores = (0..row.tokens.len()).flat_map(|token| (0..row.end() as usize).map(move |at| score(at >= seen(token))));
-        match self.layout.dtype {
-            KvDtype::F32 => scores.flat_map(f32::to_le_bytes).collect(),
-            KvDtype::Bf16 => scores.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
-        }
+        tensors::from_bytes(&bytes, &[parts as i64, 1, context as i64, head_dim as i64], self.kind, self.device)
     }
 }

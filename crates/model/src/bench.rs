@@ -16,7 +16,7 @@ use millrace_kernels::Team;
 use tch::{Device, Kind, Tensor};
 
 use crate::compute::Weights;
-use crate::{Compute, Dtype, LlamaEngine, ModelError, Switch};
+use crate::{Compute, Dtype, ModelEngine, ModelError, Switch};
 
 /// Context of each sequence when decoding begins, in tokens.
 const DECODE_CONTEXT: usize = 128;
@@ -84,7 +84,7 @@ pub fn measure(model: &Path, plan: &Plan, out: &mut Out<'_>) -> Result<(), Model
             BATCHES.map(|batch| decode_figure(batch, name)).into_iter().chain(PROMPTS.map(|p| prefill_figure(p, name)));
         if figures.any(|figure| plan.wants(&figure)) {
             let compute = Compute { threads: plan.threads, switch, batch_invariant, weights };
-            engines.push((name, LlamaEngine::load(&checkpoint, Dtype::Bf16, SLOTS, BLOCK_TOKENS, compute)?.0));
+            engines.push((name, ModelEngine::load(&checkpoint, Dtype::Bf16, SLOTS, BLOCK_TOKENS, compute)?.0));
         }
     }
     tch::set_num_threads(i32::try_from(plan.threads).unwrap_or(i32::MAX));
@@ -96,7 +96,7 @@ pub fn measure(model: &Path, plan: &Plan, out: &mut Out<'_>) -> Result<(), Model
 }
 
 /// Everything once.
-fn round(limits: &Limits, engines: &mut [(&str, LlamaEngine)], plan: &Plan, out: &mut Out<'_>) -> Result<(), EngineError> {
+fn round(limits: &Limits, engines: &mut [(&str, ModelEngine)], plan: &Plan, out: &mut Out<'_>) -> Result<(), EngineError> {
     let stream = limits.stream_bytes_per_s();
     out("limit: memory read, GB/s", stream / 1e9);
     for batch in BATCHES {
@@ -133,10 +133,12 @@ struct Limits {
 
 impl Limits {
     fn new(config: &ModelConfig, threads: usize) -> Self {
-        let (hidden, dim) = (config.hidden_size as i64, config.head_dim as i64);
-        let (heads, kv_heads, inner) = (config.heads as i64, config.kv_heads as i64, config.intermediate_size as i64);
-        let layer = [[(heads + 2 * kv_heads) * dim, hidden], [hidden, heads * dim], [2 * inner, hidden], [hidden, inner]];
-        let shapes = (0..config.layers).flat_map(|_| layer).chain([[config.vocab_size as i64, hidden]]);
+        // Matrices that are multiplied with the same activations count as one.
+        let tensors: Vec<_> = config.tensors().into_iter().filter(|(name, _)| name.starts_with("model.layers.")).collect();
+        let together = |a: &(String, Vec<usize>), b: &(String, Vec<usize>)| a.1.get(1) == b.1.get(1) && !b.0.contains("o_proj");
+        let joined = tensors.chunk_by(together).filter(|parts| parts[0].1.len() == 2);
+        let joined = joined.map(|parts| [parts.iter().map(|(_, shape)| shape[0] as i64).sum(), parts[0].1[1] as i64]);
+        let shapes = joined.chain([[config.vocab_size as i64, config.hidden_size as i64]]);
         let weights = shapes.map(|shape| Tensor::ones(shape, (Kind::BFloat16, Device::Cpu))).collect();
         Self { team: Team::new(threads), memory: (0..STREAM_BYTES as u64 / 8).collect(), weights }
     }
@@ -179,7 +181,7 @@ impl Limits {
 }
 
 /// Tokens a second of one prompt of `tokens` tokens, computed as one chunk.
-fn prefill_tokens_per_s(engine: &mut LlamaEngine, tokens: usize) -> Result<f64, EngineError> {
+fn prefill_tokens_per_s(engine: &mut ModelEngine, tokens: usize) -> Result<f64, EngineError> {
     let step = Step { rows: vec![prompt(engine, 0, tokens, 0)] };
     let begin = Instant::now();
     engine.step(&step, &mut |_| ())?;
@@ -187,7 +189,7 @@ fn prefill_tokens_per_s(engine: &mut LlamaEngine, tokens: usize) -> Result<f64, 
 }
 
 /// Tokens a second of `batch` sequences together, each [`DECODE_CONTEXT`] tokens long at the start, over `steps` steps.
-fn decode_tokens_per_s(engine: &mut LlamaEngine, batch: usize, steps: usize) -> Result<f64, EngineError> {
+fn decode_tokens_per_s(engine: &mut ModelEngine, batch: usize, steps: usize) -> Result<f64, EngineError> {
     let mut rows: Vec<Row> = (0..batch).map(|index| prompt(engine, index, DECODE_CONTEXT, steps)).collect();
     let mut begin = Instant::now();
     for count in 0..=steps {
@@ -203,7 +205,7 @@ fn decode_tokens_per_s(engine: &mut LlamaEngine, batch: usize, steps: usize) -> 
 }
 
 /// Sequence `index` with a prompt of `tokens` tokens and slots of its own, with room for `more`.
-fn prompt(engine: &LlamaEngine, index: usize, tokens: usize, more: usize) -> Row {
+fn prompt(engine: &ModelEngine, index: usize, tokens: usize, more: usize) -> Row {
     let blocks = engine.layout().blocks(tokens + more + 1);
     let token = |i: usize| ((i * 7919 + index * 104_729 + 11) % engine.vocab()) as TokenId;
     let sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, max_new: 1, eos: vec![], ignore_eos: true };

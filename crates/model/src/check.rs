@@ -49,11 +49,12 @@ fn check_row(row: &Row, layout: &KvLayout, limits: Limits) -> Result<(), String>
 mod tests {
     use super::*;
     use millrace_core::ids::{AttemptId, Slot};
-    use millrace_core::layout::KvDtype;
+    use millrace_core::layout::{KvDtype, KvParts};
 
     #[test]
     fn each_wrong_row_is_refused() {
-        let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 2, block_tokens: 4, dtype: KvDtype::F32 };
+        let layout =
+            KvLayout { layers: 1, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 2, block_tokens: 4, dtype: KvDtype::F32 };
         let limits = Limits { vocab: 10, positions: 12, slots: 3 };
         let good = Row { attempt: AttemptId::default(), tokens: vec![1, 9], start: 3, table: vec![Slot(2), Slot(0)], sample: None };
         let ask = |change: fn(&mut Row)| {

@@ -68,11 +68,11 @@ impl ChecksumEngine {
         hash
     }
 
-    /// Where token `offset` of a cell lies: one range of bytes for each of K and V of each head.
+    /// Where token `offset` of a cell lies: one range of bytes for each cached vector.
     fn ranges(&self, offset: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
         let layout = self.config.layout;
         let token = usize::from(layout.head_dim) * layout.dtype.bytes();
-        (0..2 * usize::from(layout.kv_heads)).map(move |head| {
+        (0..layout.parts.count() * usize::from(layout.kv_heads)).map(move |head| {
             let at = (head * usize::from(layout.block_tokens) + offset) * token;
             at..at + token
         })

@@ -100,9 +100,6 @@ impl Choice {
     }
 }
 
-/// A linear layer and its weights' names in the file.
-pub(crate) type Named<'a> = (&'a mut Linear, Vec<String>);
-
 /// Multiplies, one way or the other.
 pub(crate) struct Multiplier {
     pub(crate) products: Products,
@@ -123,8 +120,8 @@ impl Multiplier {
         &mut self,
         loader: &Loader<'_>,
         compute: Compute,
-        mut layers: Vec<Vec<Named<'a>>>,
-        mut head: Named<'a>,
+        mut layers: Vec<Vec<&'a mut Linear>>,
+        mut head: &'a mut Linear,
     ) -> Result<bool, ModelError> {
         let kinds = layers.first().map_or(0, Vec::len);
         let (of_layers, of_head) = match compute.switch {
@@ -140,9 +137,9 @@ impl Multiplier {
             }
         };
         let all = layers.iter_mut().flat_map(|layer| layer.iter_mut().zip(&of_layers));
-        for ((linear, names), choice) in all.chain([(&mut head, &of_head)]) {
+        for (linear, choice) in all.chain([(&mut head, &of_head)]) {
             linear.choice = *choice;
-            linear.torch = if choice.any() { Some(loader.torch(names)?) } else { None };
+            linear.torch = if choice.any() { Some(loader.torch(&linear.names)?) } else { None };
         }
         tracing::info!(?of_layers, ?of_head, rows = ?MEASURED_ROWS, "who multiplies");
         Ok(of_layers.iter().chain([&of_head]).any(|choice| choice.any()))
@@ -153,13 +150,13 @@ impl Multiplier {
     fn measure(
         &mut self,
         loader: &Loader<'_>,
-        linears: &mut [Named<'_>],
+        linears: &mut [&mut Linear],
         rows_max: usize,
         begin: Instant,
     ) -> Result<Vec<Choice>, ModelError> {
         let _no_grad = tch::no_grad_guard();
-        for (linear, names) in &mut *linears {
-            linear.torch = Some(loader.torch(names)?);
+        for linear in &mut *linears {
+            linear.torch = Some(loader.torch(&linear.names)?);
         }
         let mut chosen = vec![[false; MEASURED_ROWS.len()]; linears.len()];
         let mut last = (Duration::ZERO, 1);
@@ -177,7 +174,7 @@ impl Multiplier {
     }
 
     /// Whether LibTorch is to multiply `rows` rows in each of `linears`.
-    fn compare(&mut self, linears: &mut [Named<'_>], rows: usize) -> Result<Vec<bool>, ModelError> {
+    fn compare(&mut self, linears: &mut [&mut Linear], rows: usize) -> Result<Vec<bool>, ModelError> {
         let count = linears.len();
         let own = self.time(linears, &vec![false; count], rows)?;
         let libtorch = self.time(linears, &vec![true; count], rows)?;
@@ -195,10 +192,10 @@ impl Multiplier {
     }
 
     /// The fastest run of each of `linears`, by LibTorch where `libtorch` says so.
-    fn time(&mut self, linears: &mut [Named<'_>], libtorch: &[bool], rows: usize) -> Result<Vec<Duration>, ModelError> {
+    fn time(&mut self, linears: &mut [&mut Linear], libtorch: &[bool], rows: usize) -> Result<Vec<Duration>, ModelError> {
         let mut best = vec![Duration::MAX; linears.len()];
         for run in 0..=MEASURED_RUNS {
-            for (index, (linear, _)) in linears.iter_mut().enumerate() {
+            for (index, linear) in linears.iter_mut().enumerate() {
                 linear.choice = if libtorch[index] { Choice::Above(0) } else { Choice::Own };
                 let x = vec![0.5; rows * linear.matrix.columns()];
                 let mut out = vec![0.0; rows * linear.matrix.rows()];
@@ -212,8 +209,27 @@ impl Multiplier {
         Ok(best)
     }
 
-    /// `norm(x) W^T`, or `x W^T` without a norm.
+    /// `norm(x) W^T + bias`; no norm and no bias where there are none.
+    ///
+    /// # Panics
+    /// When a layer with a bias goes into SwiGLU: no description has that.
     pub(crate) fn multiply(&mut self, x: &[f32], norm: Option<Norm<'_>>, linear: &Linear, out: Into<'_>) -> Result<(), ModelError> {
+        let Some(bias) = &linear.bias else { return self.product(x, norm, linear, out) };
+        let sum = match out {
+            Into::Set(sum) => {
+                sum.chunks_exact_mut(bias.len()).for_each(|row| row.copy_from_slice(bias));
+                sum
+            }
+            Into::Add(sum) => {
+                sum.chunks_exact_mut(bias.len()).for_each(|row| elementwise::add(row, bias));
+                sum
+            }
+            Into::SwiGlu(_) => panic!("SwiGLU of a layer with a bias"),
+        };
+        self.product(x, norm, linear, Into::Add(sum))
+    }
+
+    fn product(&mut self, x: &[f32], norm: Option<Norm<'_>>, linear: &Linear, out: Into<'_>) -> Result<(), ModelError> {
         let columns = linear.matrix.columns();
         match &linear.torch {
             Some(weights) if linear.choice.libtorch(x.len() / columns) => self.in_libtorch(x, norm, columns, weights, out),
@@ -236,8 +252,8 @@ impl Multiplier {
         let x = match norm {
             None => x,
             Some(norm) => {
-                normed.resize(x.len(), 0.0);
-                elementwise::rms_norm(self.products.isa(), x, norm.weight, norm.eps, &mut normed);
+                normed.extend_from_slice(x);
+                elementwise::norm(self.products.isa(), norm, &mut normed);
                 &normed
             }
         };

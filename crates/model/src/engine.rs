@@ -11,18 +11,18 @@ use tch::Device;
 
 use crate::check::{self, Limits};
 use crate::compute::Compute;
-use crate::llama::{Llama, layout};
+use crate::decoder::{Decoder, layout};
 use crate::{Dtype, ModelError, sampler};
 
-/// A Llama model with its KV memory.
-pub struct LlamaEngine {
-    llama: Llama,
+/// A model with its KV memory.
+pub struct ModelEngine {
+    decoder: Decoder,
     slab: Arc<KvSlab>,
     layout: KvLayout,
     limits: Limits,
 }
 
-impl LlamaEngine {
+impl ModelEngine {
     /// Loads the weights for activations and KV of `dtype`, and makes a KV memory of `slots` blocks of `block_tokens` tokens (a power of two).
     /// The threads of `compute` are for all of LibTorch in this process too. The slab is for the hand-over tasks.
     ///
@@ -36,13 +36,13 @@ impl LlamaEngine {
         compute: Compute,
     ) -> Result<(Self, Arc<KvSlab>, KvLayout), ModelError> {
         let config = &checkpoint.config;
-        let layout = layout(config, dtype, block_tokens)?;
+        let layout = layout(checkpoint, dtype, block_tokens)?;
         let slab = KvSlab::new(layout.cell_bytes(), layout.layers.into(), slots)?;
         heap::keep_freed();
         tch::set_num_threads(i32::try_from(compute.threads.max(1)).unwrap_or(i32::MAX));
-        let llama = Llama::load(checkpoint, layout, compute, Device::Cpu)?;
+        let decoder = Decoder::load(checkpoint, layout, compute, Device::Cpu)?;
         let limits = Limits { vocab: config.vocab_size, positions: config.max_positions, slots };
-        Ok((Self { llama, slab: slab.clone(), layout, limits }, slab, layout))
+        Ok((Self { decoder, slab: slab.clone(), layout, limits }, slab, layout))
     }
 
     /// Computes a step and gives the logits themselves: one vector of the vocabulary's length for each row that has `sample`.
@@ -59,13 +59,13 @@ impl LlamaEngine {
         if step.rows.is_empty() {
             return Ok(Vec::new());
         }
-        Ok(self.llama.forward(step, &self.slab, on_layer)?)
+        Ok(self.decoder.forward(step, &self.slab, on_layer)?)
     }
 
-    /// Bytes of weights that a decode step reads, whatever the number of rows.
+    /// Bytes of weights that a decode step of one row reads.
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
-        self.llama.weight_bytes()
+        self.decoder.weight_bytes()
     }
 
     /// How this engine keeps KV.
@@ -87,13 +87,13 @@ impl LlamaEngine {
     }
 }
 
-impl Engine for LlamaEngine {
+impl Engine for ModelEngine {
     fn step(&mut self, step: &Step, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<Sampled>, EngineError> {
         let logits = self.all_logits(step, on_layer)?;
         let rows: Vec<(&Row, &Sampling)> = step.rows.iter().filter_map(|row| Some((row, row.sample.as_ref()?))).collect();
         let mut drawn = vec![None; rows.len()];
         let vocab = self.limits.vocab;
-        self.llama.team().chunks(&mut drawn, 1, 1, |index, drawn| {
+        self.decoder.team().chunks(&mut drawn, 1, 1, |index, drawn| {
             let (row, sampling) = rows[index];
             drawn[0] = sampler::draw(&logits[index * vocab..][..vocab], sampling, row.draw_position());
         });

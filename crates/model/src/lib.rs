@@ -1,24 +1,29 @@
 //! `millrace-model` computes: it turns a step of rows into KV cells and sampled tokens. The only crate that reaches LibTorch.
 //!
 //! Which rows make a step and which slots they own is decided by `millrace-core`; how a model file is read by `millrace-checkpoint`.
-//! Two engines stand behind `core::engine::Engine`: [`LlamaEngine`], and [`checksum::ChecksumEngine`] for tests.
+//! Two engines stand behind `core::engine::Engine`: [`ModelEngine`], and [`checksum::ChecksumEngine`] for tests.
 
+mod angles;
 pub mod args;
 mod attend;
 pub mod bench;
 mod check;
 pub mod checksum;
 pub mod compute;
+mod decoder;
 mod engine;
 mod error;
+mod experts;
+mod feed;
+mod heads;
+mod latent;
 mod linear;
-mod llama;
 pub mod open;
 pub mod sampler;
 mod tensors;
 
 pub use compute::{Compute, Switch};
-pub use engine::LlamaEngine;
+pub use engine::ModelEngine;
 pub use error::ModelError;
 /// The type of weights, activations and cached KV of an engine.
 pub use millrace_core::layout::KvDtype as Dtype;

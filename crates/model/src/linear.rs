@@ -3,9 +3,9 @@
 use std::borrow::Cow;
 
 use half::f16;
-use millrace_checkpoint::{Checkpoint, TensorType, TensorView};
+use millrace_checkpoint::{Checkpoint, ModelConfig, NormKind, TensorType, TensorView};
 use millrace_kernels::matrix::BLOCK;
-use millrace_kernels::{Format, Matrix, Source};
+use millrace_kernels::{Format, Matrix, Norm, Source, convert};
 use tch::{Device, Kind, Tensor};
 
 use crate::compute::{Choice, Weights};
@@ -18,6 +18,24 @@ pub(crate) struct Linear {
     pub(crate) torch: Option<Tensor>,
     /// Which numbers of rows LibTorch multiplies.
     pub(crate) choice: Choice,
+    /// `[out]`.
+    pub(crate) bias: Option<Vec<f32>>,
+    /// The tensors it was made of; none for one that LibTorch never multiplies.
+    pub(crate) names: Vec<String>,
+}
+
+/// A norm's weights.
+pub(crate) struct NormWeights {
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    eps: f64,
+}
+
+impl NormWeights {
+    /// As the kernels take it.
+    pub(crate) fn get(&self) -> Norm<'_> {
+        Norm { weight: &self.weight, bias: self.bias.as_deref(), eps: self.eps }
+    }
 }
 
 /// Where weights come from and what they become.
@@ -29,23 +47,67 @@ pub(crate) struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    /// The weight of a norm, in f32.
-    pub(crate) fn norm(&self, name: &str) -> Result<Vec<f32>, ModelError> {
+    /// The model's description.
+    pub(crate) fn config(&self) -> &ModelConfig {
+        &self.checkpoint.config
+    }
+
+    /// The numbers of a tensor.
+    pub(crate) fn numbers(&self, name: &str) -> Result<Vec<f32>, ModelError> {
         Ok(self.checkpoint.tensor(name)?.to_f32())
     }
 
-    fn views(&self, names: &[String]) -> Result<Vec<TensorView<'_>>, ModelError> {
-        names.iter().map(|name| Ok(self.checkpoint.tensor(name)?)).collect()
+    /// A norm of hidden states, of the kind that the model has.
+    pub(crate) fn norm(&self, name: &str) -> Result<NormWeights, ModelError> {
+        let norm = self.config().norm;
+        let bias = match norm.kind {
+            NormKind::Rms => None,
+            NormKind::Layer => Some(self.numbers(&format!("{name}.bias"))?),
+        };
+        Ok(NormWeights { bias, ..self.rms_norm(name, norm.eps)? })
     }
 
-    /// Several weights as one, rows after rows.
-    pub(crate) fn linear(&self, names: &[String]) -> Result<Linear, ModelError> {
-        let views = self.views(names)?;
+    /// An RMS norm inside of a layer.
+    pub(crate) fn rms_norm(&self, name: &str, eps: f64) -> Result<NormWeights, ModelError> {
+        Ok(NormWeights { weight: self.numbers(&format!("{name}.weight"))?, bias: None, eps })
+    }
+
+    /// Several weights as one, rows after rows, with their biases where `bias` is set. Names without an ending.
+    pub(crate) fn linear(&self, names: &[String], bias: bool) -> Result<Linear, ModelError> {
+        let weights: Vec<String> = names.iter().map(|name| format!("{name}.weight")).collect();
+        let views = self.views(&weights)?;
         let columns = views.first().and_then(|view| view.shape.last().copied()).unwrap_or(0);
         let kept: Vec<(Format, Cow<'_, [u8]>)> = views.iter().map(|view| self.kept(view)).collect();
         let sources: Vec<Source<'_>> = kept.iter().map(|(format, bytes)| Source { format: *format, bytes }).collect();
         let matrix = Matrix::new(columns, &sources)?;
-        Ok(Linear { matrix, torch: None, choice: Choice::Own })
+        let biases = || names.iter().map(|name| self.numbers(&format!("{name}.bias"))).collect::<Result<Vec<_>, _>>();
+        let bias = if bias { Some(biases()?.concat()) } else { None };
+        drop(kept);
+        Ok(Linear { matrix, torch: None, choice: Choice::Own, bias, names: weights })
+    }
+
+    /// Rows of `columns` numbers, in the engine's type. Never multiplied by LibTorch.
+    pub(crate) fn computed(&self, columns: usize, numbers: &[f32]) -> Result<Linear, ModelError> {
+        let halves = || bytemuck::cast_slice(&convert::rounded(numbers)).to_vec();
+        let (format, bytes) = match self.dtype {
+            Dtype::F32 => (Format::F32, bytemuck::cast_slice(numbers).to_vec()),
+            Dtype::Bf16 => (Format::Bf16, halves()),
+        };
+        let matrix = Matrix::new(columns, &[Source { format, bytes: &bytes }])?;
+        Ok(Linear { matrix, torch: None, choice: Choice::Own, bias: None, names: Vec::new() })
+    }
+
+    /// A weight in f32, whatever the engine's type: its products are not rounded. Never multiplied by LibTorch.
+    pub(crate) fn exact(&self, name: &str) -> Result<Linear, ModelError> {
+        let view = self.checkpoint.tensor(name)?;
+        let numbers = view.to_f32();
+        let source = Source { format: Format::F32, bytes: bytemuck::cast_slice(&numbers) };
+        let matrix = Matrix::new(view.shape.last().copied().unwrap_or(0), &[source])?;
+        Ok(Linear { matrix, torch: None, choice: Choice::Own, bias: None, names: Vec::new() })
+    }
+
+    fn views(&self, names: &[String]) -> Result<Vec<TensorView<'_>>, ModelError> {
+        names.iter().map(|name| Ok(self.checkpoint.tensor(name)?)).collect()
     }
 
     /// What the own kernels keep: bits of the file where they can multiply them, else the engine's type.

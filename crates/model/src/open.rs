@@ -10,7 +10,7 @@ use millrace_core::message::ModelIdentity;
 use millrace_kernels::KvSlab;
 
 use crate::checksum::{ChecksumConfig, ChecksumEngine};
-use crate::{Compute, Dtype, LlamaEngine, ModelError};
+use crate::{Compute, Dtype, ModelEngine, ModelError};
 
 /// Which engine computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,7 +68,7 @@ pub fn open(options: &Options<'_>) -> Result<Opened, ModelError> {
     let positions = checkpoint.config.max_positions;
     let (engine, slab): (Box<dyn Engine>, _) = match options.engine {
         EngineKind::Model => {
-            let (engine, slab, _) = LlamaEngine::load(&checkpoint, dtype, slots, block_tokens, options.compute)?;
+            let (engine, slab, _) = ModelEngine::load(&checkpoint, dtype, slots, block_tokens, options.compute)?;
             (Box::new(engine), slab)
         }
         EngineKind::Checksum { token_delay } => {

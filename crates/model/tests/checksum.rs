@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use millrace_core::engine::{Engine, Row, Step};
 use millrace_core::ids::{AttemptId, RequestId, Slot, TokenId};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::sampling::Sampling;
 use millrace_kernels::KvSlab;
 use millrace_model::checksum::{ChecksumConfig, ChecksumEngine, RESERVED_TOKENS};
 
-const LAYOUT: KvLayout = KvLayout { layers: 3, kv_heads: 2, head_dim: 6, block_tokens: 4, dtype: KvDtype::Bf16 };
+const LAYOUT: KvLayout =
+    KvLayout { layers: 3, parts: KvParts::KeysValues, kv_heads: 2, head_dim: 6, block_tokens: 4, dtype: KvDtype::Bf16 };
 
 fn engine() -> (ChecksumEngine, Arc<KvSlab>) {
     let config = ChecksumConfig { layout: LAYOUT, vocab: 50_000, max_positions: 100, token_delay: Duration::ZERO };

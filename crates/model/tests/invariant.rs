@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use millrace_checkpoint::Checkpoint;
 use millrace_core::engine::{Engine, Row, Step};
 use millrace_core::ids::{AttemptId, RequestId, Slot, TokenId};
-use millrace_model::{Compute, Dtype, LlamaEngine, Switch};
+use millrace_model::{Compute, Dtype, ModelEngine, Switch};
 use support::{greedy, repository};
 
 const SLOTS: usize = 512;
@@ -19,9 +19,9 @@ fn smollm2() -> PathBuf {
     std::env::var("MILLRACE_MODEL").map_or(default, PathBuf::from)
 }
 
-fn engine(model: &Path, dtype: Dtype, threads: usize) -> LlamaEngine {
+fn engine(model: &Path, dtype: Dtype, threads: usize) -> ModelEngine {
     let compute = Compute { threads, switch: Switch::Above(1), batch_invariant: true, ..Compute::default() };
-    LlamaEngine::load(&Checkpoint::open(model).unwrap(), dtype, SLOTS, 16, compute).unwrap().0
+    ModelEngine::load(&Checkpoint::open(model).unwrap(), dtype, SLOTS, 16, compute).unwrap().0
 }
 
 /// Row `index` of a step: `tokens` from position `start` on, in slots of its own.
@@ -44,7 +44,7 @@ fn bits(logits: &[f32]) -> Vec<u32> {
 }
 
 /// Logits of the last prompt token and of one more token, alone and in one chunk.
-fn alone(engine: &mut LlamaEngine, index: usize, tokens: &[TokenId]) -> [Vec<u32>; 2] {
+fn alone(engine: &mut ModelEngine, index: usize, tokens: &[TokenId]) -> [Vec<u32>; 2] {
     let (last, before) = tokens.split_last().unwrap();
     let first = engine.logits(&Step { rows: vec![row(index, before, 0)] }, &mut |_| ()).unwrap();
     let second = engine.logits(&Step { rows: vec![row(index, &[*last], before.len())] }, &mut |_| ()).unwrap();
@@ -52,7 +52,7 @@ fn alone(engine: &mut LlamaEngine, index: usize, tokens: &[TokenId]) -> [Vec<u32
 }
 
 /// The same with `neighbours` other sequences in each step, and the prompt in two chunks.
-fn together(engine: &mut LlamaEngine, tokens: &[TokenId], neighbours: usize, cut: usize) -> [Vec<u32>; 2] {
+fn together(engine: &mut ModelEngine, tokens: &[TokenId], neighbours: usize, cut: usize) -> [Vec<u32>; 2] {
     let vocab = engine.vocab();
     let (last, before) = tokens.split_last().unwrap();
     let others = |start: usize, len: usize| {
@@ -86,6 +86,16 @@ fn tiny_models() {
     let model = repository().join("tests/data/tiny-llama-gqa-tied");
     for dtype in [Dtype::F32, Dtype::Bf16] {
         check(&model, dtype, &[3, 40, 77], &[1, 7, 31]);
+    }
+}
+
+/// A window, learned positions, norms of heads, a latent with experts.
+#[test]
+fn other_kinds_of_layers() {
+    let beside = repository().join("../shared/golden/tiny");
+    for name in ["tiny-mistral", "tiny-gpt2", "tiny-qwen3", "tiny-deepseek-v3"].into_iter().filter(|_| beside.is_dir()) {
+        check(&beside.join(name), Dtype::F32, &[77], &[7]);
+        check(&beside.join(name), Dtype::Bf16, &[40], &[3]);
     }
 }
 

@@ -8,17 +8,17 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use millrace_checkpoint::Checkpoint;
-use millrace_model::{Compute, Dtype, LlamaEngine, Switch};
+use millrace_model::{Compute, Dtype, ModelEngine, Switch};
 use support::{Golden, Sequence, Slots, read_golden, run};
 
 const SLOTS: usize = 1024;
 
-fn engine(dtype: Dtype) -> LlamaEngine {
+fn engine(dtype: Dtype) -> ModelEngine {
     let default = PathBuf::from(std::env::var("HOME").unwrap()).join(".cache/millrace/models/smollm2-135m-instruct.gguf");
     let model = std::env::var("MILLRACE_MODEL").map_or(default, PathBuf::from);
     assert!(model.is_file(), "{} is not there; `make setup` fetches it", model.display());
     let compute = Compute { threads: 2, switch: Switch::Never, ..Compute::default() };
-    LlamaEngine::load(&Checkpoint::open(&model).unwrap(), dtype, SLOTS, 16, compute).unwrap().0
+    ModelEngine::load(&Checkpoint::open(&model).unwrap(), dtype, SLOTS, 16, compute).unwrap().0
 }
 
 fn goldens() -> Vec<Golden> {

@@ -1,4 +1,4 @@
-//! The tiny Llama models against transformers: every chunk size, alone and batched, cold and on cached prefixes.
+//! The tiny models of every family against transformers: every chunk size, alone and batched, cold and on cached prefixes.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use millrace_checkpoint::Checkpoint;
 use millrace_core::engine::{Engine, Step};
 use millrace_core::ids::Slot;
-use millrace_model::{Compute, Dtype, LlamaEngine, Switch};
+use millrace_model::{Compute, Dtype, ModelEngine, Switch};
 use support::{Golden, Sequence, Slots, read_golden, repository, run};
 
 const SLOTS: usize = 256;
@@ -18,24 +18,35 @@ const LOGITS_TOLERANCE: f32 = 2e-3;
 /// The tiny models beside the repository; without them the one inside it.
 fn models() -> Vec<PathBuf> {
     let beside = repository().join("../shared/golden/tiny");
-    let names = ["tiny-llama-mha", "tiny-llama-gqa-tied", "tiny-llama-mqa", "tiny-llama3-rope"];
-    let found = match beside.is_dir() {
-        true => names.iter().map(|name| beside.join(name)).collect(),
-        false => vec![repository().join("tests/data/tiny-llama-gqa-tied")],
+    let mut found: Vec<PathBuf> = match std::fs::read_dir(&beside) {
+        Ok(entries) => entries.map(|entry| entry.unwrap().path()).collect(),
+        Err(_) => vec![repository().join("tests/data/tiny-llama-gqa-tied")],
     };
+    found.sort();
     for model in &found {
         assert!(model.join("model.safetensors").is_file(), "{} is not there", model.display());
     }
+    assert!(found.len() == 1 || found.len() >= 10, "{found:?}");
     found
 }
 
-fn load(model: &std::path::Path, dtype: Dtype) -> (LlamaEngine, Vec<Golden>) {
+/// One model's name and what went wrong with it, so that a failure of one does not hide the others.
+fn each(models: Vec<PathBuf>, check: impl Fn(&std::path::Path) + std::panic::RefUnwindSafe) {
+    let wrong: Vec<String> = models
+        .iter()
+        .filter(|model| std::panic::catch_unwind(|| check(model)).is_err())
+        .map(|model| model.file_name().unwrap().to_string_lossy().into_owned())
+        .collect();
+    assert!(wrong.is_empty(), "wrong: {wrong:?}");
+}
+
+fn load(model: &std::path::Path, dtype: Dtype) -> (ModelEngine, Vec<Golden>) {
     load_with(model, dtype, Compute::fixed(2))
 }
 
-fn load_with(model: &std::path::Path, dtype: Dtype, compute: Compute) -> (LlamaEngine, Vec<Golden>) {
+fn load_with(model: &std::path::Path, dtype: Dtype, compute: Compute) -> (ModelEngine, Vec<Golden>) {
     let checkpoint = Checkpoint::open(model).unwrap();
-    let (engine, slab, layout) = LlamaEngine::load(&checkpoint, dtype, SLOTS, 16, compute).unwrap();
+    let (engine, slab, layout) = ModelEngine::load(&checkpoint, dtype, SLOTS, 16, compute).unwrap();
     assert_eq!((slab.cell_bytes(), slab.slots()), (layout.cell_bytes(), SLOTS));
     (engine, read_golden(&model.join("golden.jsonl")))
 }
@@ -52,26 +63,28 @@ fn check(sequence: &Sequence, note: &str) {
 #[test]
 fn batched_and_alone_in_any_chunks() {
     let own = Compute { switch: Switch::Never, ..Compute::fixed(2) };
-    for (model, compute) in models().into_iter().flat_map(|model| [(model.clone(), Compute::fixed(2)), (model, own)]) {
-        let (mut engine, goldens) = load_with(&model, Dtype::F32, compute);
-        for chunk in CHUNKS {
-            let mut slots = Slots::new(SLOTS);
-            let mut together: Vec<_> = goldens.iter().map(|g| Sequence::new(g, &engine, &mut slots, &[])).collect();
-            run(&mut engine, &mut together, chunk);
-            together.iter().for_each(|s| check(s, &format!("{} batched, chunks of {chunk}", model.display())));
-            for golden in &goldens {
-                let mut alone = [Sequence::new(golden, &engine, &mut Slots::new(SLOTS), &[])];
-                run(&mut engine, &mut alone, chunk);
-                check(&alone[0], &format!("{} alone, chunks of {chunk}", model.display()));
+    each(models(), |model| {
+        for compute in [Compute::fixed(2), own] {
+            let (mut engine, goldens) = load_with(model, Dtype::F32, compute);
+            for chunk in CHUNKS {
+                let mut slots = Slots::new(SLOTS);
+                let mut together: Vec<_> = goldens.iter().map(|g| Sequence::new(g, &engine, &mut slots, &[])).collect();
+                run(&mut engine, &mut together, chunk);
+                together.iter().for_each(|s| check(s, &format!("{} batched, chunks of {chunk}", model.display())));
+                for golden in &goldens {
+                    let mut alone = [Sequence::new(golden, &engine, &mut Slots::new(SLOTS), &[])];
+                    run(&mut engine, &mut alone, chunk);
+                    check(&alone[0], &format!("{} alone, chunks of {chunk}", model.display()));
+                }
             }
         }
-    }
+    });
 }
 
 #[test]
 fn cached_prefixes_give_the_same() {
-    for model in models() {
-        let (mut engine, goldens) = load(&model, Dtype::F32);
+    each(models(), |model| {
+        let (mut engine, goldens) = load(model, Dtype::F32);
         for golden in goldens.iter().filter(|g| g.prompt.len() > 16) {
             for cached in 1..=(golden.prompt.len() - 1) / 16 {
                 let mut slots = Slots::new(SLOTS);
@@ -80,17 +93,19 @@ fn cached_prefixes_give_the_same() {
                 let prefix: Vec<Slot> = first[0].table[..cached].to_vec();
                 let mut second =
                     [Sequence::new(golden, &engine, &mut slots, &prefix), Sequence::new(&goldens[0], &engine, &mut slots, &[])];
-                run(&mut engine, &mut second, 64);
+                run(&mut engine, &mut second, CHUNKS[cached % CHUNKS.len()]);
                 second.iter().for_each(|s| check(s, &format!("{} on {cached} cached blocks", model.display())));
             }
         }
-    }
+    });
 }
 
+/// A rounded score may choose another expert, which is another answer and no error: mixtures have twice the room.
 #[test]
 fn bf16_stays_near() {
-    for model in models() {
-        let (mut engine, goldens) = load(&model, Dtype::Bf16);
+    each(models(), |model| {
+        let room = if model.to_string_lossy().contains("deepseek") { 0.02 } else { 0.01 };
+        let (mut engine, goldens) = load(model, Dtype::Bf16);
         for chunk in [1, 16, 64] {
             let mut slots = Slots::new(SLOTS);
             let mut together: Vec<_> = goldens.iter().map(|g| Sequence::new(g, &engine, &mut slots, &[])).collect();
@@ -98,16 +113,16 @@ fn bf16_stays_near() {
             for sequence in &together {
                 let pairs = sequence.logits_first.iter().zip(&sequence.golden.logits_first);
                 let (error, size) = pairs.fold((0.0f32, 0.0f32), |(e, s), (a, b)| (e + (a - b).powi(2), s + b.powi(2)));
-                assert!(error < 0.01 * size, "{} in chunks of {chunk}: relative error {}", model.display(), (error / size).sqrt());
+                assert!(error < room * size, "{} in chunks of {chunk}: relative error {}", model.display(), (error / size).sqrt());
             }
         }
-    }
+    });
 }
 
 #[test]
 fn wrong_steps_are_errors_and_the_engine_lives_on() {
-    let model = &models()[0];
-    let (mut engine, goldens) = load(model, Dtype::F32);
+    let model = repository().join("tests/data/tiny-llama-gqa-tied");
+    let (mut engine, goldens) = load(&model, Dtype::F32);
     let mut slots = Slots::new(SLOTS);
     let mut good = Sequence::new(&goldens[1], &engine, &mut slots, &[]);
     assert_eq!(engine.step(&Step::default(), &mut |_| ()).unwrap(), []);
@@ -134,7 +149,7 @@ fn wrong_steps_are_errors_and_the_engine_lives_on() {
 #[test]
 fn settings_that_do_not_fit_are_refused() {
     let checkpoint = Checkpoint::open(&models()[0]).unwrap();
-    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 0, 16, Compute::fixed(1)).is_err());
-    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, 4, 24, Compute::fixed(1)).is_err());
-    assert!(LlamaEngine::load(&checkpoint, Dtype::F32, usize::MAX, 16, Compute::fixed(1)).is_err());
+    assert!(ModelEngine::load(&checkpoint, Dtype::F32, 0, 16, Compute::fixed(1)).is_err());
+    assert!(ModelEngine::load(&checkpoint, Dtype::F32, 4, 24, Compute::fixed(1)).is_err());
+    assert!(ModelEngine::load(&checkpoint, Dtype::F32, usize::MAX, 16, Compute::fixed(1)).is_err());
 }

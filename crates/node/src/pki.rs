@@ -27,7 +27,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 /// The DNS name in every leaf certificate: TLS checks it, we check the URI.
 pub const TLS_NAME: &str = "millrace";
 /// The application protocol: raise its number with every change of the wire format.
-pub const ALPN: &[u8] = b"millrace/1";
+pub const ALPN: &[u8] = b"millrace/2";
 /// The same for connections that carry KV.
 pub const KV_ALPN: &[u8] = b"millrace-kv/1";
 /// Bytes of a cluster's or a process's name.

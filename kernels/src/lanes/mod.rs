@@ -165,14 +165,20 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.mul(value, s.power_of_two(shifted))
 }
 
-/// `x / (1 + e^-x)`, with exponents that cannot overflow: `x e^min(x, 0) / (1 + e^-|x|)`.
+/// `x / (1 + e^-x)`.
 #[inline(always)]
 pub(crate) fn silu<S: Simd>(s: S, x: S::V) -> S::V {
+    s.mul(x, sigmoid(s, x))
+}
+
+/// `1 / (1 + e^-x)`, with exponents that cannot overflow: `e^min(x, 0) / (1 + e^-|x|)`.
+#[inline(always)]
+pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     let zero = s.splat(0.0);
     let minus = s.sub(zero, x);
     let above = exp(s, s.sub(zero, s.max(minus, zero)));
     let below = s.add(s.splat(1.0), exp(s, s.sub(zero, s.max(minus, x))));
-    s.mul(x, s.div(above, below))
+    s.div(above, below)
 }
 
 #[cfg(test)]

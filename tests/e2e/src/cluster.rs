@@ -36,6 +36,8 @@ pub struct Plan {
     pub decode: u32,
     /// Blocks of each node's pool.
     pub kv_blocks: u32,
+    /// How requests are placed: a word of `--route`.
+    pub route: &'static str,
     /// Instead of the model: checksums, with this delay for each token.
     pub checksum_us: Option<u64>,
     /// Whether a process that dies is started again.
@@ -48,7 +50,17 @@ impl Plan {
     /// Seven processes that compute `model` in f32.
     #[must_use]
     pub fn of(model: PathBuf) -> Self {
-        Self { model, coordinators: 3, prefill: 2, decode: 2, kv_blocks: 512, checksum_us: None, restart: true, env: Vec::new() }
+        Self {
+            model,
+            coordinators: 3,
+            prefill: 2,
+            decode: 2,
+            kv_blocks: 512,
+            route: "auto",
+            checksum_us: None,
+            restart: true,
+            env: Vec::new(),
+        }
     }
 
     /// Seven processes with the checksum engine over the tiny model's shape.
@@ -65,6 +77,7 @@ impl Plan {
         add("--prefill", self.prefill.to_string());
         add("--decode", self.decode.to_string());
         add("--kv-blocks", self.kv_blocks.to_string());
+        add("--route", self.route.to_owned());
         add("--dir", dir.display().to_string());
         if let Some(us) = self.checksum_us {
             add("--checksum-engine", us.to_string());

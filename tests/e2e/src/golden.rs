@@ -1,6 +1,6 @@
 //! The reference: prompts with the greedy answers of another implementation in f32, and when an answer equals them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -13,7 +13,8 @@ pub const NEAR_TIE: f64 = 0.002;
 /// A prompt and its answer.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Row {
-    /// Its name.
+    /// Its name; may be empty.
+    #[serde(default)]
     pub name: String,
     /// The prompt as text, for some.
     pub prompt: Option<String>,
@@ -23,7 +24,8 @@ pub struct Row {
     pub prompt_ids: Vec<u32>,
     /// The answer's tokens, an end token included.
     pub output_ids: Vec<u32>,
-    /// The answer's text, special tokens included.
+    /// The answer's text, special tokens included; empty for a model without a tokenizer.
+    #[serde(default)]
     pub text: String,
     /// For each token of the answer the likeliest tokens with their log-probabilities.
     pub top5: Vec<Vec<(u32, f64)>>,
@@ -38,8 +40,16 @@ pub fn rows() -> Vec<Row> {
     let shared = repository().join("../shared/golden/smollm2-135m.jsonl");
     let few = repository().join("tests/data/smollm2-few.jsonl");
     let named = std::env::var_os("MILLRACE_GOLDEN").map(PathBuf::from);
-    let path = named.unwrap_or(if shared.exists() { shared } else { few });
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    read(&named.unwrap_or(if shared.exists() { shared } else { few }))
+}
+
+/// The rows of a file.
+///
+/// # Panics
+/// When the file is not what it should be.
+#[must_use]
+pub fn read(path: &Path) -> Vec<Row> {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let row = |line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let rows: Vec<Row> = text.lines().map(row).collect();
     assert!(!rows.is_empty(), "{} is empty", path.display());

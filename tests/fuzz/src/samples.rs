@@ -6,7 +6,7 @@ use millrace_core::cluster::{
 };
 use millrace_core::identity::{Owner, TenantKey};
 use millrace_core::ids::{AttemptId, BlockHash, Epoch, Generation, NodeId, ReplicaId, RequestId};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::*;
 use millrace_core::sampling::Sampling;
 
@@ -19,7 +19,8 @@ pub fn block(byte: u8) -> BlockHash {
 }
 
 pub fn model() -> ModelIdentity {
-    let layout = KvLayout { layers: 4, kv_heads: 2, head_dim: 64, block_tokens: 16, dtype: KvDtype::F32 };
+    let layout =
+        KvLayout { layers: 4, parts: KvParts::KeysValues, kv_heads: 2, head_dim: 64, block_tokens: 16, dtype: KvDtype::F32 };
     ModelIdentity { name: "a model with a longer name".into(), weights: [1; 32], tokenizer: [2; 32], layout }
 }
 

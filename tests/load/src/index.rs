@@ -6,7 +6,7 @@ use std::time::Instant;
 use millrace_core::cluster::{Cluster, Command};
 use millrace_core::holders::Holders;
 use millrace_core::ids::{BlockHash, Epoch, NodeId};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::{BlockOp, DELTA_OPS_MAX, Delta, Join, ModelIdentity, Role};
 use millrace_core::sampling::mix;
 
@@ -171,7 +171,8 @@ impl Log {
 /// A node that joins.
 #[must_use]
 pub fn join(node: u64) -> Join {
-    let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+    let layout =
+        KvLayout { layers: 1, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
     Join {
         name: format!("node-{node}"),
         role: Role::Decode,

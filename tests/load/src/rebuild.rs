@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use coordinator::state::{Replicated, SharedCluster};
 use millrace_core::cluster::{self, Answer, Cluster, Command, DELTAS_OPS_MAX};
 use millrace_core::ids::{BlockHash, Epoch, NodeId};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::{BlockOp, DELTA_OPS_MAX, Delta, Join, ModelIdentity, Role as Kind};
 use millrace_log::{RaftConfig, RaftHandle, Role, found, start};
 use tokio::sync::mpsc;
@@ -52,7 +52,8 @@ pub fn measure(beside: &Path, blocks: u64, runs: usize) -> Result<Vec<Row>> {
 }
 
 fn filled(blocks: u64) -> Result<Cluster> {
-    let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+    let layout =
+        KvLayout { layers: 1, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
     let model = ModelIdentity { name: "m".into(), weights: [0; 32], tokenizer: [0; 32], layout };
     let mut state = Cluster::new();
     for n in 1..=NODES {

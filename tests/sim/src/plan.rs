@@ -3,7 +3,7 @@
 
 use millrace_core::batch::BatchConfig;
 use millrace_core::ids::TokenId;
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::ModelIdentity;
 
 use crate::random::Random;
@@ -126,6 +126,7 @@ impl Plan {
     pub fn draw(random: &mut Random) -> Self {
         let layout = KvLayout {
             layers: random.between((1, 4)) as u16,
+            parts: KvParts::KeysValues,
             kv_heads: random.pick(&[1, 32, 512]),
             head_dim: random.pick(&[64, 256, 1024]),
             block_tokens: random.pick(&[2, 4, 8]),

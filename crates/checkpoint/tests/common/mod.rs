@@ -2,7 +2,8 @@
 #![allow(dead_code)] // each test program uses a part of it
 
 use half::f16;
-use millrace_checkpoint::{Checkpoint, TensorView};
+use millrace_checkpoint::{AttentionKind, Checkpoint, Grouped, ModelConfig, Positions, Rope, TensorView};
+use millrace_core::layout::KvDtype;
 use std::path::{Path, PathBuf};
 
 /// The repository's own tiny model.
@@ -186,11 +187,17 @@ pub fn tiny_gguf() -> Gguf {
     })
 }
 
-fn gguf_name(name: &str) -> String {
+/// llama.cpp's name of a tensor.
+pub fn gguf_name(name: &str) -> String {
     let pairs = [
         ("model.layers.", "blk."),
         ("model.embed_tokens", "token_embd"),
+        ("model.embed_positions", "position_embd"),
         ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("self_attn.qkv_proj", "attn_qkv"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "ffn_norm"),
         ("self_attn.q_proj", "attn_q"),
@@ -223,6 +230,18 @@ pub fn refused(bytes: &[u8], words: &[&str]) {
     words.iter().for_each(|word| assert!(message.contains(word), "{word:?} not in: {message}"));
 }
 
+/// The rotary settings of a model that has some.
+pub fn rope(config: &ModelConfig) -> &Rope {
+    let Positions::Rotary(rope) = &config.positions else { panic!("positions are learned") };
+    rope
+}
+
+/// The heads of a model without a latent.
+pub fn grouped(config: &ModelConfig) -> &Grouped {
+    let AttentionKind::Grouped(grouped) = &config.attention.kind else { panic!("there is a latent") };
+    grouped
+}
+
 /// Touches everything a process would touch.
 pub fn use_all(model: &Checkpoint) {
     for (name, _) in model.config.tensors() {
@@ -230,7 +249,10 @@ pub fn use_all(model: &Checkpoint) {
         assert!(!numbers.is_empty());
     }
     model.fingerprint();
-    model.config.rope.inverse_frequencies(model.config.head_dim);
+    if let Positions::Rotary(rope) = &model.config.positions {
+        rope.inverse_frequencies(model.config.attention.turned_dim());
+    }
+    assert!(model.kv_layout(KvDtype::Bf16, 16).cell_bytes() > 0);
     if let Some(text) = &model.text {
         let _ = text.encode("the cat, the é <|im_end|> 12").map(|ids| text.decode(&ids, true));
         let _ = text.encode_chat(&serde_json::json!([{"role": "user", "content": "the"}]));

@@ -17,9 +17,9 @@ use crate::ids::{Epoch, ReplicaId};
 use crate::message::{DELTA_OPS_MAX, ModelIdentity, SNAPSHOT_PAGE_MAX};
 
 /// Version of the formats of commands and answers. A reader refuses any other.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 /// Version of the format of snapshots.
-const SNAPSHOT_VERSION: u8 = 3;
+const SNAPSHOT_VERSION: u8 = 4;
 /// Bytes of one encoded command; a longer one is refused unread.
 pub const COMMAND_BYTES_MAX: usize = 4 << 20;
 /// Block operations in all deltas of one command: what a leader may fold into one entry.
@@ -243,13 +243,14 @@ mod tests {
     use super::*;
     use crate::cluster::{LEASE_US, NodeState};
     use crate::ids::NodeId;
-    use crate::layout::{KvDtype, KvLayout};
+    use crate::layout::{KvDtype, KvLayout, KvParts};
     use crate::message::Role;
     use alloc::vec;
 
     #[test]
     fn refused_blocks_are_remembered_and_duplicates_are_not_a_state() {
-        let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+        let layout =
+            KvLayout { layers: 1, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
         let model = ModelIdentity { name: "m".into(), weights: [0; 32], tokenizer: [0; 32], layout };
         let (id, epoch, state) = (NodeId(1), Epoch(1), NodeState::Up);
         let node = |name: &str| Node {

@@ -27,13 +27,14 @@ mod tests {
     use super::*;
     use crate::cluster::{Answer, Command};
     use crate::ids::{BlockHash, Epoch};
-    use crate::layout::{KvDtype, KvLayout};
+    use crate::layout::{KvDtype, KvLayout, KvParts};
     use crate::message::{BlockOp, Delta, Join, ModelIdentity, Role};
     use alloc::vec;
 
     #[test]
     fn nodes_join_anew_and_no_epoch_is_granted_twice() {
-        let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+        let layout =
+            KvLayout { layers: 1, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
         let model = ModelIdentity { name: "m".into(), weights: [0; 32], tokenizer: [0; 32], layout };
         let join =
             Command::Join(Join { name: "x".into(), role: Role::Decode, address: "a".into(), instance: 1, pid: 1, model, slots: 2 });

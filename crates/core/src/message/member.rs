@@ -88,8 +88,8 @@ impl ModelIdentity {
     pub fn fingerprint(&self) -> Fingerprint {
         let l = &self.layout;
         let mut hasher = blake3::Hasher::new();
-        hasher.update(b"millrace model v1").update(&self.weights).update(&self.tokenizer);
-        for field in [l.layers, l.kv_heads, l.head_dim, l.block_tokens, l.dtype as u16] {
+        hasher.update(b"millrace model v2").update(&self.weights).update(&self.tokenizer);
+        for field in [l.layers, l.parts as u16, l.kv_heads, l.head_dim, l.block_tokens, l.dtype as u16] {
             hasher.update(&field.to_le_bytes());
         }
         Fingerprint(*hasher.finalize().as_bytes())

@@ -163,14 +163,15 @@ mod tests {
     use crate::engine::Sampled;
     use crate::identity::TenantKey;
     use crate::ids::{AttemptId, Epoch, NodeId, RequestId};
-    use crate::layout::{KvDtype, KvLayout};
+    use crate::layout::{KvDtype, KvLayout, KvParts};
     use crate::message::{Join, ModelIdentity, Role, Ticket};
     use crate::node;
     use crate::sampling::Sampling;
 
     /// A member of eight slots that has cached two blocks.
     fn cached() -> Node {
-        let layout = KvLayout { layers: 2, kv_heads: 1, head_dim: 8, block_tokens: 4, dtype: KvDtype::F32 };
+        let layout =
+            KvLayout { layers: 2, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 4, dtype: KvDtype::F32 };
         let model = ModelIdentity { name: "m".into(), weights: [1; 32], tokenizer: [2; 32], layout };
         let config = BatchConfig {
             block_tokens: 4,

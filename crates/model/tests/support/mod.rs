@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use millrace_core::engine::{Row, Step};
 use millrace_core::ids::{AttemptId, RequestId, Slot, TokenId};
 use millrace_core::sampling::Sampling;
-use millrace_model::{LlamaEngine, sampler};
+use millrace_model::{ModelEngine, sampler};
 use serde_json::Value;
 
 /// A position whose first two reference log-probabilities are closer than this may differ.
@@ -103,7 +103,7 @@ fn gcd(a: usize, b: usize) -> usize {
 
 impl Sequence {
     /// A cold sequence, or one whose first blocks are those of `prefix`.
-    pub fn new(golden: &Golden, engine: &LlamaEngine, slots: &mut Slots, prefix: &[Slot]) -> Self {
+    pub fn new(golden: &Golden, engine: &ModelEngine, slots: &mut Slots, prefix: &[Slot]) -> Self {
         let blocks = engine.layout().blocks(golden.prompt.len() + golden.output.len());
         let mut table = prefix.to_vec();
         table.resize_with(blocks, || slots.take());
@@ -138,7 +138,7 @@ pub fn greedy() -> Sampling {
 }
 
 /// Runs all sequences together to their ends: each step has one row of each, a chunk or one token.
-pub fn run(engine: &mut LlamaEngine, sequences: &mut [Sequence], chunk: usize) {
+pub fn run(engine: &mut ModelEngine, sequences: &mut [Sequence], chunk: usize) {
     while sequences.iter().any(|s| !s.finished()) {
         let live: Vec<usize> = (0..sequences.len()).filter(|&i| !sequences[i].finished()).collect();
         let step = Step { rows: live.iter().map(|&i| sequences[i].row(i, chunk)).collect() };

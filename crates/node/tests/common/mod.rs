@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use millrace_core::ids::{Epoch, NodeId};
-use millrace_core::layout::{KvDtype, KvLayout};
+use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::{Hello, Message, ModelIdentity, Role};
 use millrace_node::endpoint::{Endpoint, EndpointConfig, Target};
 use millrace_node::link::{Link, LinkError, LinkReceiver};
@@ -51,7 +51,8 @@ impl World {
 }
 
 pub fn model() -> ModelIdentity {
-    let layout = KvLayout { layers: 4, kv_heads: 2, head_dim: 64, block_tokens: 16, dtype: KvDtype::F32 };
+    let layout =
+        KvLayout { layers: 4, parts: KvParts::KeysValues, kv_heads: 2, head_dim: 64, block_tokens: 16, dtype: KvDtype::F32 };
     ModelIdentity { name: "tiny".into(), weights: [1; 32], tokenizer: [2; 32], layout }
 }
 
