@@ -91,7 +91,7 @@ async fn ports_for_kv_have_a_door_of_their_own_and_can_be_lost_alone() {
     let relays = Relays::start(&[listens(WAY.from, from, from_lane), listens(WAY.to, to, to_lane)]).await.unwrap();
     from.connect(relays.door(1)).await.unwrap();
     from_lane.connect(relays.lanes_door(1).unwrap()).await.unwrap();
-    let mut say = async |lanes: bool, n: u8| {
+    let say = async |lanes: bool, n: u8| {
         let (out, into) = if lanes { (from_lane, to_lane) } else { (from, to) };
         out.send(&[n]).await.unwrap();
         next(into).await.map(|(got, _)| got)
