@@ -53,12 +53,14 @@ impl Shutdown {
         let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
         let token = self.clone();
         tokio::spawn(async move {
+            // Only signals count: a terminal's Ctrl-C comes with the end of the parent, and is one wish.
+            let mut signalled = false;
             loop {
                 let (name, code) = tokio::select! {
                     _ = interrupt.recv() => ("SIGINT", 130),
                     _ = terminate.recv() => ("SIGTERM", 143),
                 };
-                if token.has_begun() {
+                if std::mem::replace(&mut signalled, true) {
                     std::process::exit(code);
                 }
                 token.begin(name);

@@ -81,7 +81,7 @@ async fn a_client_that_leaves_frees_what_both_nodes_hold() {
     let mut took = Vec::new();
     for round in 0..rounds {
         let mut lines = parts.follow();
-        let mut events = Events::open(parts.http, COMPLETIONS, &body(&parts, (300, 300), &round.to_string())).await.unwrap();
+        let mut events = Events::open(parts.http, COMPLETIONS, &body(&parts, (300, 200), &round.to_string())).await.unwrap();
         let placed = next(&mut lines, &[": placed attempt="]).await;
         let attempt = word(&placed.text, "attempt=").to_owned();
         // In every third round it computes and sends, in the others it decodes.
