@@ -12,9 +12,10 @@ const BLOCK_TOKENS: usize = 16;
 /// What a pool has of the blocks that all streams need at their ends.
 const POOL_PERCENT: usize = 60;
 
-/// Tokens of a stream's prompt and of its answer: short and long ones of both, in all pairs.
+/// Tokens of a stream's prompt and of its answer: short and long ones of both, in all pairs. Answers are long beside prompts, so that
+/// all begin and then grow into each other's room.
 fn lengths(stream: usize) -> (usize, usize) {
-    (10 + 25 * (stream % 6), 4 + 30 * (stream / 6))
+    (10 + 25 * (stream % 6), 120 + 15 * (stream / 6))
 }
 
 fn body(model: &str, stream: usize, salt: &str) -> Value {
@@ -34,7 +35,7 @@ async fn a_pool_of_three_fifths_of_what_is_needed_changes_no_answer() {
     };
     let needed: usize = (0..STREAMS).map(blocks).sum();
     let kv_blocks = (needed * POOL_PERCENT / 100) as u32;
-    let plan = Plan { coordinators: 1, prefill: 1, decode: 1, kv_blocks, ..Plan::checksum(500) };
+    let plan = Plan { coordinators: 1, prefill: 1, decode: 1, kv_blocks, ..Plan::checksum(200) };
     let cluster = Cluster::start(plan).await;
     let ask = async |stream: usize, salt: &str| -> Answer {
         complete(cluster.http, "/v1/completions", &body(&cluster.model, stream, salt)).await

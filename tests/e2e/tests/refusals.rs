@@ -85,9 +85,9 @@ fn truncate(file: &Path, keep: impl Fn(u64) -> u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_cannot_be_served_is_refused_by_name() {
     let scratch = Scratch::new().await;
-    let gpt2 = scratch.tiny("gpt2");
-    let config = r#"{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 3, "vocab_size": 300}"#;
-    fs::write(gpt2.join("config.json"), config).unwrap();
+    let bloom = scratch.tiny("bloom");
+    let config = r#"{"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_embed": 64, "n_head": 4, "n_layer": 3, "vocab_size": 300}"#;
+    fs::write(bloom.join("config.json"), config).unwrap();
     let cut = scratch.tiny("cut");
     truncate(&cut.join("model.safetensors"), |bytes| bytes - 1000);
     let stump = scratch.tiny("stump");
@@ -99,7 +99,7 @@ async fn a_model_that_cannot_be_served_is_refused_by_name() {
     let noise = scratch.path("noise.gguf");
     fs::write(&noise, [7; 4096]).unwrap();
     let cases: [(&Path, &[&str]); 8] = [
-        (&gpt2, &["config.json", "GPT2", "not supported"]),
+        (&bloom, &["config.json", "Bloom", "not supported"]),
         (&cut, &["model.safetensors"]),
         (&stump, &["model.safetensors"]),
         (&broken, &["config.json"]),
@@ -113,7 +113,7 @@ async fn a_model_that_cannot_be_served_is_refused_by_name() {
         scratch.coordinator(model, &[]).await.assert_refused(words);
     }
     scratch.node("decode", &half, &[]).await.assert_refused(&["half.gguf", "tensor"]);
-    let (dir, model) = (scratch.text("up"), gpt2.display().to_string());
+    let (dir, model) = (scratch.text("up"), bloom.display().to_string());
     let up = [
         "local",
         "up",
@@ -131,7 +131,7 @@ async fn a_model_that_cannot_be_served_is_refused_by_name() {
         &dir,
     ];
     let ended = process::run("millctl", &up, WAIT_MAX).await;
-    assert!(ended.code.is_some_and(|code| code != 0) && ended.stderr.contains("GPT2"), "{ended:?}");
+    assert!(ended.code.is_some_and(|code| code != 0) && ended.stderr.contains("Bloom"), "{ended:?}");
     assert!(!ended.stdout.contains("ready"), "{ended:?}");
 }
 

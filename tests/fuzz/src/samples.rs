@@ -116,6 +116,7 @@ pub fn messages() -> Vec<Message> {
         Message::Received { attempt },
         Message::Resume { attempt, generation },
         Message::Resumed(Resumed { attempt, generation, credit_bytes: 1 << 20, stands: vec![7, 0, u64::MAX] }),
+        Message::Lanes { port: 7302 },
         Message::Abort { attempt, kind: FailKind::PeerLost, detail: detail.clone() },
         Message::Leave { node, epoch },
         Message::Drain { node, epoch },
