@@ -106,7 +106,7 @@ impl Keys<'_> {
         let heads = self.needed("attention.head_count")?;
         let head_dim = match self.count("attention.key_length")? {
             Some(length) => length,
-            None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
+            None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
             None => {
                 let key = self.name("attention.head_count");
                 return Err(CheckpointError::malformed(self.gguf.file, key, "does not divide embedding_length"));

@@ -34,7 +34,7 @@ struct Layer {
 
 /// Where queries, keys and values come from.
 enum Source {
-    Heads(Heads),
+    Heads(Box<Heads>),
     Latent(Box<Latent>),
 }
 
@@ -181,7 +181,7 @@ impl Layer {
         let prefix = format!("model.layers.{layer}.");
         let attention = &loader.config().attention;
         let source = match &attention.kind {
-            AttentionKind::Grouped(grouped) => Source::Heads(Heads::load(loader, &prefix, grouped)?),
+            AttentionKind::Grouped(grouped) => Source::Heads(Box::new(Heads::load(loader, &prefix, grouped)?)),
             AttentionKind::Latent(latent) => Source::Latent(Box::new(Latent::load(loader, &prefix, latent)?)),
         };
         Ok(Self {

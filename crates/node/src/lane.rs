@@ -242,8 +242,8 @@ impl Lanes {
             added.map_err(|reason| LaneError { addr, reason })?;
         }
         // A dialer that sends no KV back is sent none: nobody takes streams here.
-        for lane in self.up.lock().iter().cloned() {
-            let lanes = Arc::clone(self);
+        for lane in self.up.lock().iter() {
+            let (lanes, lane) = (Arc::clone(self), lane.clone());
             tokio::spawn(async move { lanes.watch(&lane).await });
         }
         Ok(())
