@@ -170,6 +170,10 @@ impl Replica {
             Err(Stop::Failed(RaftFailure::Disk(_))) => self.acts.push(Act::Exit),
             Err(stop) => panic!("replica {} broke: {stop:?}", self.id),
         }
+        // A drain is seen at once, or most answers would be over before.
+        if self.cluster().nodes().any(|node| node.state == NodeState::Draining) {
+            self.acts.push(Act::Look);
+        }
         while let Some((to, frame)) = self.raft.next_frame() {
             self.tell_replica(ReplicaId(to), Message::Raft(frame));
         }

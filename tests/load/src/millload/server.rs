@@ -72,7 +72,7 @@ pub struct Served {
 pub struct Server {
     script: Script,
     count: AtomicU64,
-    slots: Option<Arc<Semaphore>>,
+    slots: Option<Arc<Slots>>,
     served: Option<Mutex<HashMap<u64, Served>>>,
 }
 
@@ -99,7 +99,7 @@ impl Server {
     /// With this script; `keep` remembers when each request was served.
     #[must_use]
     pub fn new(script: Script, keep: bool) -> Arc<Self> {
-        let slots = script.slots.map(|slots| Arc::new(Semaphore::new(slots)));
+        let slots = script.slots.map(|slots| Arc::new(Slots::new(slots)));
         Arc::new(Self { script, slots, served: keep.then(Mutex::default), ..Self::default() })
     }
 
@@ -163,12 +163,16 @@ impl Server {
             let whole: Vec<u8> = (0..=ask.out).flat_map(|j| event(&ask, script, &times, j)).collect();
             return stream_of(Full::from(whole).boxed_unsync());
         }
-        let permit = match &self.slots {
-            Some(slots) => slots.clone().acquire_owned().await.ok(),
+        let mut slot = match self.slots.clone() {
+            Some(slots) => slots.take().await,
             None => None,
         };
-        let times = Times { arrived, began: Instant::now(), compute, itl, first: None };
-        let state = Saying { server: self, ask, times, fault, next: 0, _permit: permit };
+        let began = slot.as_ref().map_or_else(Instant::now, |slot| slot.free_at.max(arrived));
+        let times = Times { arrived, began, compute, itl, first: None };
+        if let Some(slot) = &mut slot {
+            slot.free_at = began + compute + itl * ask.out.saturating_sub(1);
+        }
+        let state = Saying { server: self, ask, times, fault, next: 0, _slot: slot };
         let events = stream::unfold(state, |mut state| async move { Some((Ok(Frame::data(state.next().await?)), state)) });
         stream_of(BodyExt::boxed_unsync(StreamBody::new(events)))
     }
@@ -181,6 +185,47 @@ impl Server {
         if j < ask.out {
             entry.last = now;
         }
+    }
+}
+
+/// What computes, a request at a time each. A request that waited begins when the one before it was to end, not when this process
+/// came to notice: over many hand-overs such delays would add up to a queue that the script does not know of.
+#[derive(Debug)]
+struct Slots {
+    free: Arc<Semaphore>,
+    /// Since when each free slot is free, or was to be.
+    since: Mutex<Vec<Instant>>,
+}
+
+/// A slot in use.
+struct Slot {
+    slots: Arc<Slots>,
+    /// When it was free before this use; during it, when it is to be free again.
+    free_at: Instant,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Slots {
+    fn new(count: usize) -> Self {
+        Self { free: Arc::new(Semaphore::new(count)), since: Mutex::new(vec![Instant::now(); count]) }
+    }
+
+    /// The slot that was free first, once one is free; requests get them in their order.
+    async fn take(self: Arc<Self>) -> Option<Slot> {
+        let permit = self.free.clone().acquire_owned().await.ok()?;
+        let free_at = {
+            let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
+            let first = (0..since.len()).min_by_key(|&i| since[i])?;
+            since.swap_remove(first)
+        };
+        Some(Slot { slots: self, free_at, _permit: permit })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // An answer that was cut ends early.
+        self.slots.since.lock().unwrap_or_else(PoisonError::into_inner).push(self.free_at.min(Instant::now()));
     }
 }
 
@@ -206,7 +251,7 @@ struct Saying {
     times: Times,
     fault: Fault,
     next: u32,
-    _permit: Option<OwnedSemaphorePermit>,
+    _slot: Option<Slot>,
 }
 
 impl Saying {
