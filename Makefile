@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim matrix fuzz bench bench-load bench-routing cached clean clean-cache
+.PHONY: help setup demo test check sim matrix fuzz bench bench-engines bench-load bench-routing cached clean clean-cache
 
 cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
@@ -63,9 +63,15 @@ matrix: setup ## lose each party of a request in each state, in each way, REPEAT
 fuzz: setup ## spoiled inputs to every parser, for SECONDS=n in all; what breaks a promise is kept in tests/fuzz/corpus (TARGETS=, SEED=)
 	cargo run --release -p millrace-fuzz -- run $(TARGETS) --seed $(SEED) --seconds $(or $(SECONDS),600)
 
-bench: setup $(if $(PEERS),$(peers_python)) ## measure a local cluster under load (BENCH_ARGS=...; PEERS=1 installs other systems beside which the wire is measured)
+bench: setup $(if $(PEERS),$(peers_python)) ## measure a local cluster under load (BENCH_ARGS=...; PEERS=1 measures other systems beside it)
 	cargo build --release
 	$(if $(PEERS),MILLRACE_PEERS_PYTHON='$(peers_python)') "$(target_dir)/release/millbench" $(BENCH_ARGS)
+	$(if $(PEERS),$(if $(BENCH_ARGS),,$(MAKE) bench-engines))
+
+bench-engines: setup ## our engines and other systems', each behind its own server, asked by the same client (ENGINES_ARGS=...; installs 8 GB once)
+	cargo build --release
+	python3 -B tests/load/peers/install.py --model '$(model)' --cache '$(cache)/peers'
+	python3 -B tests/load/peers/engines.py --bin "$(target_dir)/release" --model '$(model)' --cache '$(cache)/peers' $(ENGINES_ARGS)
 
 $(peers_python):
 	python3 -m venv '$(cache)/peers'
