@@ -11,6 +11,7 @@
 mod arriving;
 mod asked;
 mod batching;
+mod doubts;
 mod leaving;
 mod note;
 mod peers;
@@ -32,6 +33,7 @@ use crate::layout::KvLayout;
 use crate::message::{Join, Message, Peer, ReplicaAddress, Ticket};
 use crate::pool::Resident;
 use crate::transfer::gate::{Gate, Standing};
+use crate::transfer::pace::Pace;
 use crate::transfer::{Cells, Span, recv, send};
 use arriving::{Arriving, Received};
 use leaving::Leaving;
@@ -90,8 +92,10 @@ pub enum Input {
     SpanDrained {
         /// Of which attempt.
         attempt: AttemptId,
-        /// Bytes of the span.
-        bytes: u64,
+        /// On which link.
+        link: LinkNo,
+        /// The span.
+        span: Span,
         /// From the stream's opening to this moment.
         elapsed_us: u64,
         /// Why it did not arrive, if it did not.
@@ -161,6 +165,8 @@ pub struct SpanJob {
     pub span: Span,
     /// The reservation that they may be written to.
     pub generation: Generation,
+    /// Among the streams of the link: greater goes first.
+    pub priority: i32,
     /// Layer, block, slot and name of each cell, in payload order.
     pub cells: Vec<(u16, u32, SlotRef, BlockHash)>,
 }
@@ -194,6 +200,8 @@ pub struct Node {
     uplinks: Uplinks,
     peers: Peers,
     leaving: BTreeMap<AttemptId, Leaving>,
+    /// What waits for each link that KV leaves on.
+    paces: BTreeMap<LinkNo, Pace>,
     arriving: BTreeMap<AttemptId, Arriving>,
     /// Hand-overs that arrived whole lately, in the order of their ends.
     received: VecDeque<Received>,
@@ -246,6 +254,7 @@ impl Node {
             uplinks: Uplinks::new(join),
             peers: Peers::default(),
             leaving: BTreeMap::new(),
+            paces: BTreeMap::new(),
             arriving: BTreeMap::new(),
             received: VecDeque::new(),
             upkeep: Upkeep::default(),
@@ -275,7 +284,9 @@ impl Node {
             Input::Layer(layer) => self.on_layer(layer),
             Input::Stepped { result, elapsed_us } => self.on_stepped(result, elapsed_us),
             Input::SpanSent { attempt, span, digest_sum } => self.send_input(attempt, send::Input::Sent { span, digest_sum }),
-            Input::SpanDrained { attempt, bytes, elapsed_us, error } => self.on_drained(attempt, bytes, elapsed_us, error),
+            Input::SpanDrained { attempt, link, span, elapsed_us, error } => {
+                self.on_drained(attempt, link, span, elapsed_us, error);
+            }
             Input::Standing(attempt, standing) => self.recv_input(attempt, recv::Input::Standing(standing)),
             Input::Stands(attempt, stands) => self.on_stands(attempt, &stands),
             Input::StreamRefused => self.counts.stale_frames += 1,
@@ -296,8 +307,9 @@ impl Node {
         let leaving = self.leaving.values().filter_map(|leaving| leaving.machine.deadline()).min();
         let arriving = self.arriving.values().filter_map(|arriving| arriving.machine.deadline()).min();
         let stop = self.stopping.as_ref().map(|stopping| stopping.deadline(self.is_empty()));
-        let all = [Some(self.uplinks.deadline()), self.batch.deadline(), leaving, arriving, stop, self.upkeep.deadline(self.now)];
-        all.into_iter().flatten().min().unwrap_or(self.now)
+        let parts = [self.batch.deadline(), self.peers.deadline(), self.upkeep.deadline(self.now)];
+        let all = [Some(self.uplinks.deadline()), leaving, arriving, stop].into_iter().chain(parts);
+        all.flatten().min().unwrap_or(self.now)
     }
 
     /// Asserts every invariant of the node and of the machines in it. O(sequences + slots), for tests and the simulator.
@@ -310,6 +322,7 @@ impl Node {
             assert!(self.batch.keeps(*attempt), "{attempt} leaves, and its slots are given away");
         }
         self.arriving.values().for_each(|arriving| arriving.machine.check());
+        self.paces.values().for_each(Pace::check);
         assert!(self.cancelled.iter().all(|attempt| self.leaving.contains_key(attempt)), "only what leaves is cancelled late");
         assert!(self.splitting.keys().all(|attempt| self.gateways.contains_key(attempt)), "a ticket without a gateway");
     }
@@ -346,6 +359,12 @@ impl Node {
             ("cancelled attempts", self.cancelled.len()),
             ("attempts that end", self.ending.len()),
         ]
+    }
+
+    /// Nodes that did not answer when they were dialed last: hand-overs to them are refused until they do.
+    #[must_use]
+    pub fn doubted(&self) -> usize {
+        self.peers.doubted()
     }
 
     /// Hand-overs that leave over a link and are not over.
@@ -403,6 +422,7 @@ impl Node {
 
     fn turn(&mut self) {
         self.tick();
+        self.dial_again();
         self.drain_batch();
         self.begin_step();
         self.look_on();

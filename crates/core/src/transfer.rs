@@ -1,5 +1,5 @@
 //! One hand-over of a sequence's KV from the node that computed it to the node that will decode it: [`send`] and [`recv`], and the [`gate`]
-//! that arriving streams ask.
+//! that arriving streams ask; and whose turn it is of those that share a link: [`pace`].
 //!
 //! All are pure machines. They decide what may be sent, what may be written, when a hand-over is whole, and when it is over;
 //! the bytes themselves, the streams and the clock belong to the shell. Every state has an exit for abort from either side,
@@ -12,6 +12,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 pub mod gate;
+pub mod pace;
 pub mod recv;
 pub mod send;
 
@@ -20,9 +21,10 @@ pub const CREDIT_MAX: u64 = 64 << 20;
 /// Below this a group of layers waits for the next layer, so that small models do not pay for a stream per layer.
 pub const GROUP_BYTES_MIN: u64 = 1 << 20;
 
-/// Bytes of one span, unless a single cell is larger. Well below a stream's flow-control window, so that a stream whose receiver has
-/// given up can always be sent to its end, and its cells come back.
-pub const SPAN_BYTES_MAX: u64 = 8 << 20;
+/// Bytes of one span, unless a single cell is larger: a quarter of what may be on its way on a link, so that the next goes before the last has
+/// arrived. Well below a stream's flow-control window, so that a stream whose receiver has given up can always be sent to its end, and its cells
+/// come back.
+pub const SPAN_BYTES_MAX: u64 = pace::ON_THE_WAY_MAX / 4;
 
 /// How long a sender tries to go on after its link was lost, and how long a stream that failed may mean that.
 pub const RESUME_WAIT_US: u64 = 1_000_000;

@@ -52,6 +52,9 @@ struct World {
     queue: VecDeque<Action>,
     link: LinkNo,
     dials: Dials,
+    dialed: u32,
+    /// Streams whose cells are read, now.
+    under_way: u32,
     stopped: BTreeSet<AttemptId>,
     damage: bool,
     /// Cells that were copied, and those that stood already when they came.
@@ -64,8 +67,12 @@ struct World {
     left: [Option<Time>; 2],
 }
 
-fn node(name: &str, role: Role) -> Node {
-    let layout = KvLayout { layers: 3, parts: KvParts::KeysValues, kv_heads: 1, head_dim: 8, block_tokens: 4, dtype: KvDtype::F32 };
+/// Heads with which a cell is 16 MiB: more than may be on its way at a time.
+const WIDE: u16 = 512;
+
+fn node(name: &str, role: Role, kv_heads: u16) -> Node {
+    let head_dim = if kv_heads == WIDE { 1024 } else { 8 };
+    let layout = KvLayout { layers: 3, parts: KvParts::KeysValues, kv_heads, head_dim, block_tokens: 4, dtype: KvDtype::F32 };
     let model = ModelIdentity { name: "m".into(), weights: [1; 32], tokenizer: [2; 32], layout };
     let batch = BatchConfig {
         block_tokens: 4,
@@ -99,9 +106,15 @@ fn ticket() -> Ticket {
 impl World {
     /// Two members, and a ticket for both.
     fn new() -> Self {
+        Self::with(1)
+    }
+
+    fn with(kv_heads: u16) -> Self {
         let mut world = Self {
             now: Time(0),
-            nodes: [node("p", Role::Prefill), node("d", Role::Decode)],
+            nodes: [node("p", Role::Prefill, kv_heads), node("d", Role::Decode, kv_heads)],
+            dialed: 0,
+            under_way: 0,
             steps: [None, None],
             gates: BTreeMap::new(),
             queue: VecDeque::new(),
@@ -143,13 +156,19 @@ impl World {
                 _ => {}
             },
             Effect::Send(link, message) if link == self.link => self.queue.push_back(Action::Say(1 - at, link, message)),
-            Effect::Dial(peer) => self.queue.push_back(Action::Dialed(peer)),
+            Effect::Dial(peer) => {
+                self.dialed += 1;
+                self.queue.push_back(Action::Dialed(peer));
+            }
             Effect::Step(step) => {
                 (0..3).for_each(|layer| self.queue.push_back(Action::Layer(at, layer)));
                 self.queue.push_back(Action::Stepped(at));
                 self.steps[at] = Some(step);
             }
-            Effect::Span(job) => self.queue.push_back(Action::Sent(job)),
+            Effect::Span(job) => {
+                self.under_way += 1;
+                self.queue.push_back(Action::Sent(job));
+            }
             Effect::StopSpans(attempt) => drop(self.stopped.insert(attempt)),
             Effect::OpenGate(attempt, link, gate) => drop(self.gates.insert(attempt, (link, *gate))),
             Effect::MoveGate(attempt, link) => self.gates.get_mut(&attempt).expect("an open gate is moved").0 = link,
@@ -179,7 +198,11 @@ impl World {
             Some(Action::Sent(job)) => self.sent(job),
             Some(Action::Arrives(job)) => self.arrives(job),
             Some(Action::Drained(job, error)) => {
-                self.tell(PREFILL, Input::SpanDrained { attempt: job.attempt, bytes: 1, elapsed_us: 1, error });
+                self.under_way -= 1;
+                self.tell(
+                    PREFILL,
+                    Input::SpanDrained { attempt: job.attempt, link: job.link, span: job.span, elapsed_us: 1, error },
+                );
             }
             Some(Action::Dialed(_)) if self.dials == Dials::Silent => {}
             Some(Action::Dialed(peer)) if self.dials == Dials::Refused => {
@@ -313,6 +336,50 @@ fn a_link_lost_at_any_point_costs_what_was_on_its_way() {
         resumes += world.nodes[PREFILL].counts().resumes;
     }
     assert!(resumes > 5, "{resumes} hand-overs went on");
+}
+
+#[test]
+fn spans_that_wait_for_their_turn_are_sent_over_the_next_link() {
+    for at in 0..2 * undisturbed() {
+        let mut world = World::with(WIDE);
+        for _ in 0..at {
+            world.go_on();
+            assert!(world.under_way <= 1, "more is on its way than may be");
+        }
+        world.cut();
+        world.finish();
+        let answer: Vec<_> = (0..ANSWER).map(|i| 100 + PROMPT as u32 + i).collect();
+        assert_eq!(world.tokens.values().copied().collect::<Vec<_>>(), answer, "cut after {at} actions: {:?}", world.failures);
+        assert_eq!((world.failures, world.written, world.passed), (vec![], 9, 0), "cut after {at} actions");
+    }
+}
+
+#[test]
+fn a_node_that_does_not_answer_is_waited_for_once_and_refused_by_name_until_it_does() {
+    let mut world = World::new();
+    let assign = |world: &mut World, attempt| {
+        let mut next = ticket();
+        next.attempt.attempt = attempt;
+        world.tell(PREFILL, Input::Message(UPLINK, Message::Assign(next).into()));
+        world.go_on();
+    };
+    world.dials = Dials::Refused;
+    world.finish();
+    assert_eq!((world.failures.len(), world.dialed), (1, 1));
+    assign(&mut world, 1);
+    assert_eq!((&world.failures[..], world.dialed), (&[FailKind::PeerLost; 2][..], 1), "refused without a dial");
+    let patience = world.now.after(5_000_000);
+    while world.dialed == 1 && world.now < patience {
+        world.go_on();
+    }
+    assert_eq!((world.dialed, world.nodes[PREFILL].doubted()), (2, 1), "dialed again, though nobody asks");
+    world.dials = Dials::Answered;
+    while world.nodes[PREFILL].doubted() > 0 && world.now < patience {
+        world.go_on();
+    }
+    assign(&mut world, 2);
+    world.finish();
+    assert_eq!((world.failures.len(), world.tokens.len(), world.dialed), (2, ANSWER as usize, 2));
 }
 
 #[test]

@@ -344,3 +344,24 @@ fn a_cell_sent_twice_is_written_once() {
     gate.close();
     assert_eq!(gate.place(Generation(1), 0, 1), Place::Closed);
 }
+
+/// Layers of each span of a prompt whose layers are 256 KiB, when `told` of its layers are told of before it is computed.
+fn groups(told: u16) -> Vec<u16> {
+    let grid = Grid { layers: 30, blocks: 64, cell_bytes: 4 << 10 };
+    let mut sender = Sender::new(grid, 0, Time(100));
+    sender.handle(Time(1), send::Input::Linked);
+    sender.handle(Time(1), send::Input::Granted { have_blocks: 0, generation: Generation(1), credit_bytes: 1 << 30 });
+    (0..told).for_each(|layer| sender.handle(Time(2), send::Input::Ready { layer, blocks: grid.blocks }));
+    sender.handle(Time(3), send::Input::Computed { first_token: 9, finished: false });
+    let spans = std::iter::from_fn(|| sender.poll()).filter_map(|output| match output {
+        send::Output::Cells { span, .. } => Some(span.layers),
+        _ => None,
+    });
+    spans.collect()
+}
+
+#[test]
+fn the_last_layers_leave_in_smaller_groups_than_those_that_compute_hides() {
+    assert_eq!(groups(30), [4, 4, 4, 4, 4, 4, 3, 2, 1]);
+    assert_eq!(groups(0), [4, 4, 4, 4, 4, 4, 4, 2], "what is ready at once");
+}

@@ -9,7 +9,7 @@ use millrace_core::transfer::send::{self, Sender};
 use millrace_core::transfer::{Cells, Grid, RESUME_KEEP_US, RESUME_WAIT_US, Span};
 
 const DEADLINE: Time = Time(10_000_000);
-const GRID: Grid = Grid { layers: 2, blocks: 3, cell_bytes: 4 << 20 };
+const GRID: Grid = Grid { layers: 2, blocks: 3, cell_bytes: 1 << 20 };
 const GENERATION: Generation = Generation(7);
 const OLD: Generation = Generation(6);
 const ALL_BYTES: u64 = 6 * GRID.cell_bytes;

@@ -1,6 +1,7 @@
 //! The port for KV apart from that for links: what becomes of requests when only one of the two gets through.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use millrace_e2e::matrix::Matrix;
@@ -84,10 +85,31 @@ async fn where_no_port_for_kv_can_be_reached_the_log_says_so_and_no_request_hang
     assert!(failed.contains("no connection for KV at UDP 127.0.0.1:"), "{failed}");
     let end = timeout(WALLED_MAX, end_of(&mut client)).await.expect("it hangs");
     assert!(!end["whole"].is_null() || end["error"].is_object(), "{end}");
+    // It is remembered: whoever asks next for the same pair of nodes is refused by name, not made to wait.
+    let pair = |line: &Line| Some((line.part, line.text.split_once("detail=")?.1.split_whitespace().next()?.to_owned()));
+    let (mut waited, mut refused) = (Vec::new(), 0);
+    for number in 2..6 {
+        let mut client = matrix.ask(&matrix.body(number, PROMPT_TOKENS, ANSWER_TOKENS)).await.unwrap();
+        timeout(WALLED_MAX, end_of(&mut client)).await.expect("it hangs");
+    }
+    while let Ok(line) = lines.try_recv() {
+        waited.extend(line.text.contains("cannot be reached: ").then(|| pair(&line)).flatten());
+        refused += u32::from(line.text.contains("could not be reached, and is dialed again: "));
+    }
+    let pairs: BTreeSet<_> = waited.iter().cloned().collect();
+    assert!(pairs.len() == waited.len() && refused > 0, "{waited:?} were waited for, {refused} refused");
     // The wall is opened: nobody has to be told.
     matrix.parts.relays.set(|weather| weather.lanes_lost = false);
-    let after = matrix.undisturbed(body).await.unwrap();
+    let after = matrix.undisturbed(body.clone()).await.unwrap();
     assert_eq!(after.ids.len(), ANSWER_TOKENS);
     after.check(&client.ids).unwrap();
+    let again = async {
+        while !lines.try_recv().is_ok_and(|line| line.text.contains("hand-over: all there")) {
+            if lines.is_empty() {
+                matrix.undisturbed(body.clone()).await.unwrap();
+            }
+        }
+    };
+    timeout(WAIT_MAX, again).await.expect("no hand-over after the wall was opened");
     matrix.parts.whole(WAIT_MAX).await.unwrap();
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
+use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -42,16 +43,56 @@ impl Answer {
     }
 }
 
+/// Tokens of an answer, one by one.
+pub struct Tokens {
+    body: Incoming,
+    /// What has come of an event that has not come whole.
+    text: String,
+    /// Tokens that came and were not given out.
+    waiting: usize,
+}
+
+impl Tokens {
+    /// Waits for the next token.
+    ///
+    /// # Errors
+    /// The answer ends or fails before.
+    pub async fn next(&mut self) -> Result<()> {
+        while self.waiting == 0 {
+            let frame = self.body.frame().await.context("the answer ended early")??;
+            self.text.push_str(&String::from_utf8_lossy(frame.data_ref().map_or(&[][..], |data| data)));
+            while let Some((event, rest)) = self.text.split_once("\n\n") {
+                let event: Value =
+                    event.strip_prefix("data: ").and_then(|data| serde_json::from_str(data).ok()).unwrap_or_default();
+                ensure!(event["error"].is_null(), "{event}");
+                self.waiting += event.pointer("/choices/0/token_ids").and_then(Value::as_array).map_or(0, Vec::len);
+                self.text = rest.to_owned();
+            }
+        }
+        self.waiting -= 1;
+        Ok(())
+    }
+}
+
 impl Cluster {
     /// One prefill node, one decode node and `coordinators` replicas of `model`.
     ///
     /// # Errors
     /// It does not come up; what it said is in the error.
     pub async fn start(model: &Path, dtype: &str, coordinators: u16) -> Result<Self> {
+        Self::start_with(model, dtype, coordinators, &[]).await
+    }
+
+    /// [`Self::start`] with further arguments.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_with(model: &Path, dtype: &str, coordinators: u16, further: &[&str]) -> Result<Self> {
         let replicas = coordinators.to_string();
         let mut arguments: Vec<OsString> =
             ["--coordinators", &replicas, "--prefill", "1", "--decode", "1", "--dtype", dtype, "--model"].map(Into::into).into();
         arguments.push(model.into());
+        arguments.extend(further.iter().map(Into::into));
         let local = Local::start(arguments).await?;
         let client = Client::builder(TokioExecutor::new()).build_http();
         let mut cluster = Self { local, client, model: String::new() };
@@ -82,6 +123,21 @@ impl Cluster {
         let answer = self.request(Request::post(format!("{}/v1/completions", self.local.url())), body.to_string()).await?;
         let tokens = answer["usage"]["completion_tokens"].as_f64().unwrap_or(0.0);
         Ok(Answer { timings: answer["millrace"].clone(), tokens })
+    }
+
+    /// Asks for two tokens after a prompt of `tokens` tokens that nobody sent before; gives them as they come to the client.
+    ///
+    /// # Errors
+    /// The request is refused.
+    pub async fn two_tokens(&self, tokens: usize) -> Result<Tokens> {
+        let body = json!({
+            "model": self.model, "prompt": unique_prompt(tokens), "max_tokens": 2, "ignore_eos": true, "temperature": 0,
+            "return_token_ids": true, "stream": true,
+        });
+        let request = Request::post(format!("{}/v1/completions", self.local.url())).header("content-type", "application/json");
+        let answer = self.client.request(request.body(Full::from(body.to_string()))?).await?;
+        ensure!(answer.status().is_success(), "{}", answer.status());
+        Ok(Tokens { body: answer.into_body(), text: String::new(), waiting: 0 })
     }
 
     /// Stops it and waits until nothing of it is left.

@@ -117,7 +117,7 @@ pub enum NodeEvent {
     /// A span has been given to the transport.
     SpanSent(AttemptId, Span, u64),
     /// A span's cells are read no more.
-    SpanDrained(AttemptId, Option<&'static str>),
+    SpanDrained(AttemptId, LinkNo, Span, Option<&'static str>),
     /// The receiving machine of an attempt has something to say.
     Arrived(AttemptId),
     /// An operator stops the process.

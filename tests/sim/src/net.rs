@@ -335,7 +335,9 @@ impl World {
         if let Some(node) = self.node(host, life).filter(|_| stream.lent) {
             stream.job.cells.iter().for_each(|(layer, _, slot, _)| node.memory.give_back(slot.slot, *layer));
         }
-        self.tell_node(host, life, NodeEvent::SpanDrained(stream.job.attempt, error.filter(|_| !stream.sent)));
+        let SpanJob { attempt, link, span, .. } = stream.job;
+        let drained = NodeEvent::SpanDrained(attempt, link, span, error.filter(|_| !stream.sent));
+        self.tell_node(host, life, drained);
     }
 
     /// All links and streams of a process end with it.

@@ -188,8 +188,12 @@ impl Node {
     /// What is still there when everything should be over; `None` when the node is at rest.
     #[must_use]
     pub fn unrest(&self) -> Option<String> {
-        let own =
-            [("lent cells", self.memory.lent()), ("open gates", self.gates.len()), ("stops under way", usize::from(self.stops))];
+        let own = [
+            ("lent cells", self.memory.lent()),
+            ("open gates", self.gates.len()),
+            ("stops under way", usize::from(self.stops)),
+            ("nodes in doubt", self.machine.doubted()),
+        ];
         let kept = self.machine.kept().into_iter().chain(own);
         kept.filter(|(_, count)| *count > 0).map(|(what, count)| format!("I1: {}: {count} {what} are left", self.name)).next()
     }
@@ -224,8 +228,8 @@ impl Node {
                 Input::Stepped { result: result.map_err(EngineError), elapsed_us }
             }
             NodeEvent::SpanSent(attempt, span, digest_sum) => Input::SpanSent { attempt, span, digest_sum },
-            NodeEvent::SpanDrained(attempt, error) => {
-                Input::SpanDrained { attempt, bytes: 0, elapsed_us: 0, error: error.map(Into::into) }
+            NodeEvent::SpanDrained(attempt, link, span, error) => {
+                Input::SpanDrained { attempt, link: node::LinkNo(link), span, elapsed_us: 0, error: error.map(Into::into) }
             }
             NodeEvent::Arrived(attempt) => Input::Standing(attempt, self.gates.get(&attempt)?.1.standing().clone()),
             NodeEvent::Stop => {
@@ -253,7 +257,7 @@ impl Node {
                 self.acts.push(Act::Step);
             }
             Effect::Span(job) => {
-                let node::SpanJob { attempt, link: node::LinkNo(link), span, generation, cells } = job;
+                let node::SpanJob { attempt, link: node::LinkNo(link), span, generation, cells, .. } = job;
                 let tokens = self.tokens[&attempt];
                 self.acts.push(Act::Span(SpanJob { attempt, link, span, generation, cells, tokens }));
             }

@@ -76,6 +76,7 @@ pub async fn run(args: DemoArgs) -> Result<()> {
         wait: START_WAIT_MAX.as_secs(),
         exit_with_parent: false,
         checksum_engine: None,
+        hand_over_after_prefill: false,
         route: "auto".into(),
     };
     let mut local = Local::launch(&up, say).await?;

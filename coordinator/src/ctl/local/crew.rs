@@ -124,7 +124,9 @@ impl Crew {
         let mut own = vec![("--coordinators", addresses(&place.file, |entry| !entry.removed)), ("--threads", threads.to_string())];
         own.extend(self.args.kv_blocks.map(|blocks| ("--kv-blocks", blocks.to_string())));
         own.extend(self.args.checksum_engine.map(|us| ("--checksum-engine", us.to_string())));
-        self.spec(place, &node.name, kind, own)
+        let mut spec = self.spec(place, &node.name, kind, own);
+        spec.args.extend(self.args.hand_over_after_prefill.then(|| "--hand-over-after-prefill".to_owned()));
+        spec
     }
 
     fn spec(&self, place: &Place, name: &str, kind: Kind, own: Vec<(&str, String)>) -> Spec {

@@ -106,6 +106,9 @@ pub struct UpArgs {
     /// Compute checksums instead of the model, with this delay for each token: for tests
     #[arg(long, hide = true, value_name = "MICROSECONDS")]
     pub checksum_engine: Option<u64>,
+    /// Hand KV over only when a prompt is computed, not layer by layer: for measurements
+    #[arg(long, hide = true)]
+    pub hand_over_after_prefill: bool,
 }
 
 /// Runs a cluster until a signal.

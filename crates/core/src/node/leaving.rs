@@ -7,10 +7,11 @@ use alloc::vec::Vec;
 
 use super::{Effect, LinkNo, Node, Note, SpanJob};
 use crate::batch;
-use crate::ids::{AttemptId, BlockHash, Epoch, Generation, SlotRef};
-use crate::message::{FailKind, Fin, HandoverStats, Message, Open, Ticket};
+use crate::ids::{AttemptId, BlockHash, Epoch, Generation, SlotRef, Time};
+use crate::message::{FailKind, Fin, HandoverStats, Message, Open, Peer, Ticket};
 use crate::planted::{Bug, planted};
 use crate::transfer::Span;
+use crate::transfer::pace::{self, Waiting};
 use crate::transfer::send::{Input, Output, Sender};
 
 /// One hand-over that leaves.
@@ -30,9 +31,10 @@ impl Leaving {
         self.link
     }
 
-    fn job(&self, link: LinkNo, span: Span, generation: Generation) -> SpanJob {
+    fn job(&self, link: LinkNo, waiting: &Waiting, due: Time) -> SpanJob {
         let place = |(layer, block): (u16, u32)| (layer, block, self.table[block as usize], self.names[block as usize]);
-        SpanJob { attempt: self.ticket.attempt, link, span, generation, cells: span.iter().map(place).collect() }
+        let (span, generation, priority) = (waiting.span, waiting.generation, pace::priority(due));
+        SpanJob { attempt: self.ticket.attempt, link, span, generation, priority, cells: span.iter().map(place).collect() }
     }
 }
 
@@ -53,11 +55,11 @@ impl Node {
         self.leaving.get(&attempt).map(|leaving| leaving.ticket.tokens.len() as u32)
     }
 
-    /// Attempts whose receiver is the node `name` and that have no link to it yet.
-    pub(super) fn waiting_for(&self, name: &str) -> Vec<AttemptId> {
-        let meant = |l: &Leaving| l.ticket.decode.as_ref().is_some_and(|peer| peer.name == name);
-        let waits = |l: &Leaving| l.link.is_none() && !l.machine.is_over() && meant(l);
-        self.leaving.iter().filter(|(_, leaving)| waits(leaving)).map(|(attempt, _)| *attempt).collect()
+    /// Attempts whose receiver is the node `name` and that have no link to it yet, and the receiver that each means.
+    pub(super) fn waiting_for(&self, name: &str) -> Vec<(AttemptId, Peer)> {
+        let waits = self.leaving.iter().filter(|(_, leaving)| leaving.link.is_none() && !leaving.machine.is_over());
+        let meant = waits.filter_map(|(attempt, leaving)| Some((*attempt, leaving.ticket.decode.clone()?)));
+        meant.filter(|(_, peer)| peer.name == name).collect()
     }
 
     /// Attempts that go over a link.
@@ -100,7 +102,9 @@ impl Node {
         while let Some(output) = self.leaving.get_mut(&attempt).and_then(|leaving| leaving.machine.poll()) {
             self.on_send_output(attempt, output);
         }
+        let link = self.leaving.get(&attempt).and_then(|leaving| leaving.link);
         self.finish_leaving(attempt);
+        link.into_iter().for_each(|link| self.take_turns(link));
     }
 
     fn on_send_output(&mut self, attempt: AttemptId, output: Output) {
@@ -110,7 +114,7 @@ impl Node {
                 ticket.into_iter().for_each(|ticket| self.tell_receiver(attempt, Message::Open(Open { ticket })));
             }
             Output::Resume(generation) => self.tell_receiver(attempt, Message::Resume { attempt, generation }),
-            Output::Cells { span, generation } => self.start_span(attempt, span, generation),
+            Output::Cells { span, generation } => self.wait_for_turn(attempt, span, generation),
             Output::Fin { generation, cells, digest_sum, first_token, finished } => {
                 self.tell_receiver(attempt, Message::Fin(Fin { attempt, generation, cells, digest_sum, first_token, finished }));
             }
@@ -126,12 +130,24 @@ impl Node {
         }
     }
 
-    fn start_span(&mut self, attempt: AttemptId, span: Span, generation: Generation) {
-        let Some(leaving) = self.leaving.get_mut(&attempt) else { return };
-        let link = leaving.link.expect("a grant came on the link of the hand-over");
-        leaving.undrained += 1;
-        let job = leaving.job(link, span, generation);
-        self.effects.push_back(Effect::Span(job));
+    fn wait_for_turn(&mut self, attempt: AttemptId, span: Span, generation: Generation) {
+        let link = self.leaving.get(&attempt).and_then(|leaving| leaving.link).expect("a grant came on the link of the hand-over");
+        let bytes = self.span_bytes(span);
+        self.paces.entry(link).or_default().wait(attempt, Waiting { span, generation, bytes, since: self.now });
+    }
+
+    /// Sends what waits for a link, as far as there is room on it.
+    fn take_turns(&mut self, link: LinkNo) {
+        let Some(pace) = self.paces.get_mut(&link) else { return };
+        while let Some((attempt, waiting, due)) = pace.next(self.now, |attempt| self.leaving[&attempt].machine.claim()) {
+            let leaving = self.leaving.get_mut(&attempt).expect("what is over waits no more");
+            leaving.undrained += 1;
+            self.effects.push_back(Effect::Span(leaving.job(link, &waiting, due)));
+        }
+    }
+
+    fn span_bytes(&self, span: Span) -> u64 {
+        span.cells() * self.layout.cell_bytes() as u64
     }
 
     fn give_up(&mut self, attempt: AttemptId, kind: FailKind, detail: String) {
@@ -146,7 +162,16 @@ impl Node {
     }
 
     /// A stream's cells are read no more.
-    pub(super) fn on_drained(&mut self, attempt: AttemptId, bytes: u64, elapsed_us: u64, error: Option<String>) {
+    pub(super) fn on_drained(&mut self, attempt: AttemptId, link: LinkNo, span: Span, elapsed_us: u64, error: Option<String>) {
+        let bytes = self.span_bytes(span);
+        if let Some(pace) = self.paces.get_mut(&link) {
+            pace.drained(bytes);
+        }
+        self.span_over(attempt, bytes, elapsed_us, error);
+        self.take_turns(link);
+    }
+
+    fn span_over(&mut self, attempt: AttemptId, bytes: u64, elapsed_us: u64, error: Option<String>) {
         let Some(leaving) = self.leaving.get_mut(&attempt) else { return };
         leaving.undrained -= 1;
         match error {
@@ -161,7 +186,9 @@ impl Node {
     /// Lets go of the blocks when nothing reads them any more.
     fn finish_leaving(&mut self, attempt: AttemptId) {
         let Some(leaving) = self.leaving.get_mut(&attempt).filter(|leaving| leaving.machine.is_over()) else { return };
-        leaving.link = None;
+        if let Some(pace) = leaving.link.take().and_then(|link| self.paces.get_mut(&link)) {
+            pace.forget(attempt);
+        }
         if leaving.undrained > 0 && !planted(Bug::FreeUndrained) {
             return;
         }

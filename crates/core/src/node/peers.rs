@@ -1,14 +1,15 @@
 //! Links to other nodes: the ones that this node dialled to hand over KV, and the ones on which others hand over to it; and who may say what
 //! on them.
 
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use super::doubts::Doubts;
 use super::{Effect, LinkNo, Node, Note};
 use crate::batch;
-use crate::ids::{AttemptId, Epoch};
+use crate::ids::{AttemptId, Epoch, Time};
 use crate::message::{FailKind, Granted, Message, Peer, Resumed, Ticket};
 use crate::planted::{Bug, planted};
 use crate::transfer::{recv, send};
@@ -19,7 +20,9 @@ pub(super) struct Peers {
     /// Name and incarnation of the node at the other end.
     by_link: BTreeMap<LinkNo, (String, Epoch)>,
     dialed: BTreeMap<String, LinkNo>,
-    dialing: BTreeSet<String>,
+    dialing: BTreeMap<String, Peer>,
+    /// Those that did not answer.
+    doubts: Doubts,
 }
 
 /// The way to a node.
@@ -30,6 +33,8 @@ enum Way {
     Dialing,
     /// None yet: dial, after giving up the link to an older incarnation.
     Dial(Option<LinkNo>),
+    /// It did not answer lately.
+    Doubted(String),
 }
 
 impl Peers {
@@ -47,7 +52,8 @@ impl Peers {
     }
 
     fn up(&mut self, link: LinkNo, name: String, epoch: Epoch) {
-        if self.dialing.remove(&name) {
+        if self.dialing.remove(&name).is_some() {
+            self.doubts.dispel(&name);
             self.dialed.insert(name.clone(), link);
         }
         self.by_link.insert(link, (name, epoch));
@@ -58,8 +64,18 @@ impl Peers {
         self.dialed.retain(|_, dialed| *dialed != link);
     }
 
+    /// When a node that did not answer is to be dialed again.
+    pub(super) fn deadline(&self) -> Option<Time> {
+        self.doubts.deadline()
+    }
+
+    /// Nodes that did not answer when they were dialed last.
+    pub(super) fn doubted(&self) -> usize {
+        self.doubts.len()
+    }
+
     /// The link to a node, or who has to make one.
-    fn way(&mut self, peer: &Peer) -> Way {
+    fn way(&mut self, now: Time, peer: &Peer) -> Way {
         let mut old = None;
         if let Some(link) = self.dialed.get(&peer.name).copied() {
             let epoch = self.by_link.get(&link).map_or(Epoch(0), |(_, epoch)| *epoch);
@@ -69,7 +85,19 @@ impl Peers {
             self.dialed.remove(&peer.name);
             old = Some(link);
         }
-        if self.dialing.insert(peer.name.clone()) { Way::Dial(old) } else { Way::Dialing }
+        if let Some(reason) = self.doubts.about(now, peer) {
+            return Way::Doubted(reason);
+        }
+        if self.begin(peer) { Way::Dial(old) } else { Way::Dialing }
+    }
+
+    /// False when somebody dials the node already.
+    fn begin(&mut self, peer: &Peer) -> bool {
+        let begins = !self.dialing.contains_key(&peer.name);
+        if begins {
+            self.dialing.insert(peer.name.clone(), peer.clone());
+        }
+        begins
     }
 }
 
@@ -77,11 +105,12 @@ impl Node {
     pub(super) fn on_peer_up(&mut self, link: LinkNo, name: String, epoch: Epoch) {
         let waiting = self.waiting_for(&name);
         self.peers.up(link, name, epoch);
-        waiting.into_iter().for_each(|attempt| self.ask(attempt, link, epoch));
+        waiting.into_iter().for_each(|(attempt, _)| self.ask(attempt, link, epoch));
     }
 
     pub(super) fn on_peer_down(&mut self, link: LinkNo) {
         self.peers.down(link);
+        self.paces.remove(&link);
         for attempt in self.leaving_on(link).into_iter().filter(|_| !planted(Bug::LossUnheard)) {
             self.leaving_lost(attempt);
         }
@@ -92,20 +121,37 @@ impl Node {
         asking.into_iter().for_each(|attempt| self.cancel(attempt));
     }
 
+    /// Those who wait for the node learn it; but who means a newer incarnation than was dialed has it dialed, too.
     pub(super) fn on_dial_failed(&mut self, name: &str, reason: &str) {
-        self.peers.dialing.remove(name);
-        for attempt in self.waiting_for(name) {
-            self.send_input(attempt, send::Input::PeerLost(format!("{name} cannot be reached: {reason}")));
+        let Some(failed) = self.peers.dialing.remove(name) else { return };
+        let epoch = failed.epoch;
+        self.peers.doubts.failed(self.now, &self.name, failed, reason);
+        for (attempt, peer) in self.waiting_for(name) {
+            if peer.epoch > epoch {
+                self.reach(attempt, peer);
+            } else {
+                self.send_input(attempt, send::Input::PeerLost(format!("{name} cannot be reached: {reason}")));
+            }
         }
     }
 
     /// Finds or makes the link to the receiver of an attempt.
     pub(super) fn reach(&mut self, attempt: AttemptId, peer: Peer) {
-        match self.peers.way(&peer) {
+        match self.peers.way(self.now, &peer) {
             Way::Link(link, epoch) => self.ask(attempt, link, epoch),
             Way::Dialing => {}
             Way::Dial(old) => {
                 self.effects.extend(old.map(|link| Effect::Close(link, "a newer incarnation is meant")));
+                self.effects.push_back(Effect::Dial(peer));
+            }
+            Way::Doubted(reason) => self.send_input(attempt, send::Input::PeerLost(reason)),
+        }
+    }
+
+    /// Dials those again that did not answer.
+    pub(super) fn dial_again(&mut self) {
+        for peer in self.peers.doubts.due(self.now) {
+            if self.peers.begin(&peer) {
                 self.effects.push_back(Effect::Dial(peer));
             }
         }

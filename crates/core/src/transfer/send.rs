@@ -8,6 +8,7 @@ use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 
+use super::pace::Claim;
 use super::{Cells, GROUP_BYTES_MIN, Grid, RESUME_WAIT_US, SPAN_BYTES_MAX, Span};
 use crate::ids::{Generation, Time, TokenId};
 use crate::message::{FailKind, STREAM_CELLS_MAX};
@@ -278,6 +279,13 @@ impl Sender {
         self.stale
     }
 
+    /// What it says for itself among those that share its link.
+    #[must_use]
+    pub fn claim(&self) -> Claim {
+        let all = self.grid.cells_from(self.have_blocks) * self.grid.cell_bytes;
+        Claim { awaited: self.computed.is_some(), unissued_bytes: all - self.issued_bytes, deadline: self.deadline }
+    }
+
     /// How often it went on after a lost link.
     #[must_use]
     pub fn resumes(&self) -> u32 {
@@ -349,7 +357,8 @@ impl Sender {
         };
         let whole =
             |issued: &Issued| issued.digest_sum.is_some() && issued.span.iter().all(|(layer, block)| stands.has(layer, block));
-        let lost: Vec<Span> = self.issued.values().filter(|issued| !whole(issued)).map(|issued| issued.span).collect();
+        // The last of them is issued first.
+        let lost: Vec<Span> = self.issued.values().rev().filter(|issued| !whole(issued)).map(|issued| issued.span).collect();
         self.issued.retain(|_, issued| whole(issued));
         self.issued_bytes -= lost.iter().map(Span::cells).sum::<u64>() * self.grid.cell_bytes;
         self.again.extend(lost);
@@ -430,9 +439,12 @@ impl Sender {
         let same = (first..reached.len()).take_while(|&l| reached[l] == from && self.ready[l] == to).count();
         let layer_bytes = u64::from(to - from) * self.grid.cell_bytes;
         let group = GROUP_BYTES_MIN.div_ceil(layer_bytes).min(u64::from(self.grid.layers)) as usize;
-        // Wait for the next layer only if it can still join the group.
+        // Wait for the next layer only if it can still join the group. When the prompt ends, nothing else hides what leaves late: groups
+        // shrink with the layers that follow.
+        let follow = reached.len() - first - same;
+        let enough = if to == self.grid.blocks { group.min(follow.max(1)) } else { group };
         let may_grow = self.ready.get(first + same).is_some_and(|&ready| ready < to);
-        if same < group && may_grow {
+        if same < enough && may_grow {
             return None;
         }
         self.within_credit(first as u16, same.min(group) as u16, from, to - from)

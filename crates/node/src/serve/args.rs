@@ -68,6 +68,9 @@ pub struct NodeArgs {
     /// Threads of the engine; 0 takes all processors
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
+    /// Hand KV over only when a prompt is computed, not layer by layer: to measure what that costs, and for nothing else
+    #[arg(long, hide = true)]
+    pub hand_over_after_prefill: bool,
     /// Stop when the parent process ends
     #[arg(long)]
     pub exit_with_parent: bool,
@@ -110,7 +113,8 @@ impl NodeArgs {
         let (cluster, name, listen, advertise) = (self.cluster.clone(), self.name.clone(), self.listen, self.advertise);
         let (lanes_port, lanes_advertise) = (self.lanes_port, self.advertise_lanes_port);
         let endpoint = EndpointConfig { lanes_port, lanes_advertise, ..EndpointConfig::default() };
-        Ok(NodeConfig { role, cluster, name, listen, advertise, coordinators, model, batch, endpoint })
+        let by_layer = !self.hand_over_after_prefill;
+        Ok(NodeConfig { role, cluster, name, listen, advertise, coordinators, model, batch, endpoint, by_layer })
     }
 }
 

@@ -15,10 +15,10 @@ pub(super) struct Compute {
 }
 
 impl Compute {
-    /// Starts the thread. It ends when this handle is dropped.
-    pub(super) fn start(engine: Box<dyn Engine>, events: mpsc::Sender<Event>) -> std::io::Result<Self> {
+    /// Starts the thread, which tells of layers only if `by_layer`. It ends when this handle is dropped.
+    pub(super) fn start(engine: Box<dyn Engine>, events: mpsc::Sender<Event>, by_layer: bool) -> std::io::Result<Self> {
         let (steps, inbox) = sync_channel(1);
-        std::thread::Builder::new().name("engine".into()).spawn(move || run(engine, &inbox, &events))?;
+        std::thread::Builder::new().name("engine".into()).spawn(move || run(engine, &inbox, &events, by_layer))?;
         Ok(Self { steps })
     }
 
@@ -28,10 +28,12 @@ impl Compute {
     }
 }
 
-fn run(mut engine: Box<dyn Engine>, inbox: &Receiver<Step>, events: &mpsc::Sender<Event>) {
+fn run(mut engine: Box<dyn Engine>, inbox: &Receiver<Step>, events: &mpsc::Sender<Event>, by_layer: bool) {
+    // One that is not told, because the queue is full or closed or on purpose, only delays its hand-over: `Computed` makes every layer ready.
+    let tell = |layer| drop(by_layer.then(|| events.try_send(Event::Node(Input::Layer(layer)))));
     while let Ok(step) = inbox.recv() {
         let started = Instant::now();
-        let result = guarded(engine.as_mut(), &step, events);
+        let result = guarded(engine.as_mut(), &step, &tell);
         let elapsed_us = started.elapsed().as_micros() as u64;
         if events.blocking_send(Event::Node(Input::Stepped { result, elapsed_us })).is_err() {
             return;
@@ -40,11 +42,7 @@ fn run(mut engine: Box<dyn Engine>, inbox: &Receiver<Step>, events: &mpsc::Sende
 }
 
 /// A panic inside the engine fails the step, not the node: its sequences end with an error and the next step starts afresh.
-fn guarded(engine: &mut dyn Engine, step: &Step, events: &mpsc::Sender<Event>) -> Result<Vec<Sampled>, EngineError> {
-    let mut on_layer = |layer| {
-        // A full or closed queue only delays the hand-over of this layer: `Computed` makes every layer ready.
-        let _ = events.try_send(Event::Node(Input::Layer(layer)));
-    };
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| engine.step(step, &mut on_layer)))
+fn guarded(engine: &mut dyn Engine, step: &Step, tell: &dyn Fn(u16)) -> Result<Vec<Sampled>, EngineError> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| engine.step(step, &mut |layer| tell(layer))))
         .unwrap_or_else(|_| Err(EngineError("the engine panicked in this step".into())))
 }

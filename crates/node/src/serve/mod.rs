@@ -54,6 +54,8 @@ pub struct NodeConfig {
     pub batch: BatchConfig,
     /// How it talks.
     pub endpoint: EndpointConfig,
+    /// Whether KV leaves as soon as a layer has it; else when the prompt is computed.
+    pub by_layer: bool,
 }
 
 /// A process's monotonic clock, in the units of `core`.
@@ -128,7 +130,8 @@ impl Node {
             node: node::Node::new(join, self.config.batch),
             events,
             links: HashMap::new(),
-            compute: compute::Compute::start(engine, events_tx.clone()).context("starting the engine's thread")?,
+            compute: compute::Compute::start(engine, events_tx.clone(), self.config.by_layer)
+                .context("starting the engine's thread")?,
             spans: sending::Spans::new(Arc::clone(&slab), events_tx.clone()),
             gates,
             slab,

@@ -60,13 +60,13 @@ struct SpanTask {
 }
 
 async fn send_span(mut task: SpanTask) {
-    let (attempt, events) = (task.job.attempt, task.events.clone());
-    let bytes = task.job.span.cells() * task.slab.cell_bytes() as u64;
+    let SpanJob { attempt, link, span, .. } = task.job;
+    let events = task.events.clone();
     let started = Instant::now();
     let error = stream_span(&mut task).await.err();
     drop(task);
     let elapsed_us = started.elapsed().as_micros() as u64;
-    let _ = events.send(Event::Node(Input::SpanDrained { attempt, bytes, elapsed_us, error })).await;
+    let _ = events.send(Event::Node(Input::SpanDrained { attempt, link, span, elapsed_us, error })).await;
 }
 
 /// Puts the span on a stream and waits until nothing reads its cells any more: all acknowledged, or given up.
@@ -76,11 +76,11 @@ async fn stream_span(task: &mut SpanTask) -> Result<(), String> {
     let (lent, returned) = oneshot::channel();
     let (digests, payload) = lend_cells(task, lent);
     let digest_sum = digests.iter().fold(0u64, |sum, digest| sum.wrapping_add(*digest));
-    let SpanJob { attempt, span, generation, .. } = task.job;
+    let SpanJob { attempt, span, generation, priority, .. } = task.job;
     let Span { layer, layers, block, blocks } = span;
     let header = CellsHeader { attempt, generation, layer, layers, block, blocks, digests };
     let sent = tokio::select! {
-        sent = send_cells(&lane, &header, payload.into_iter(), -i32::from(layer)) => sent.map_err(|e| e.to_string()),
+        sent = send_cells(&lane, &header, payload.into_iter(), priority) => sent.map_err(|e| e.to_string()),
         () = stopped(&mut task.stop) => Err("the hand-over is over".to_owned()),
     };
     if sent.is_ok() {

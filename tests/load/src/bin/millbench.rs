@@ -6,12 +6,12 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use millrace_load::millload::network;
 use millrace_load::report::{HEAD, Row};
-use millrace_load::{engine, events, faults, handover, index, machine, raft, route, wire};
+use millrace_load::{beside, engine, events, exposed, faults, handover, index, machine, raft, route, wire};
 
 /// Measures this machine and prints medians.
 #[derive(Parser)]
 struct Arguments {
-    /// Sections to run; all but `faults`, which takes an hour, when absent. May be repeated.
+    /// Sections to run; all but `faults`, which takes an hour, and `exposed` and `beside`, which want a network namespace, when absent. May be repeated.
     #[arg(long, value_enum)]
     only: Vec<Section>,
     /// Fewer and shorter runs: to see that it works, not to quote.
@@ -34,6 +34,8 @@ enum Section {
     Raft,
     Index,
     Events,
+    Exposed,
+    Beside,
     Faults,
 }
 
@@ -42,16 +44,16 @@ fn main() -> Result<()> {
     if !arguments.wire_end.is_empty() {
         return wire::end::run(&arguments.wire_end);
     }
-    if arguments.only == [Section::Faults] && !network::inside() {
-        let words: &[&str] = if arguments.quick { &["--only", "faults", "--quick"] } else { &["--only", "faults"] };
-        if let Some(went_well) = network::run_inside(words)? {
-            anyhow::ensure!(went_well, "the leader's loss was noticed");
+    if matches!(*arguments.only, [Section::Faults | Section::Exposed | Section::Beside]) && !network::inside() {
+        let words: Vec<_> = std::env::args().skip(1).collect();
+        if let Some(went_well) = network::run_inside(&words)? {
+            anyhow::ensure!(went_well, "the run in the namespace failed");
             return Ok(());
         }
     }
     println!("{}\n\n{HEAD}", machine::describe());
     let wanted = |section: &Section| match arguments.only.as_slice() {
-        [] => *section != Section::Faults,
+        [] => !matches!(section, Section::Exposed | Section::Beside | Section::Faults),
         named => named.contains(section),
     };
     for section in Section::value_variants().iter().filter(|section| wanted(section)) {
@@ -77,6 +79,8 @@ fn run(section: Section, arguments: &Arguments) -> Result<()> {
         Section::Raft => raft::measure(runs.min(3), quick)?.into_iter().for_each(print),
         Section::Events => events::measure(runs.min(3), quick)?.into_iter().for_each(print),
         Section::Index => index::measure(runs, if quick { 1 } else { 10 }).into_iter().for_each(print),
+        Section::Exposed => runtime.block_on(exposed::measure(&model(arguments)?, (runs, quick), &print))?,
+        Section::Beside => runtime.block_on(beside::measure(&model(arguments)?, runs, &print))?,
         Section::Faults => runtime.block_on(faults::measure(quick, &print))?,
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! Cuts a process of a local cluster off from its peers: routing rules drop every UDP packet from, or to, the ports it has. Clients come
-//! over TCP and still reach it. The rules belong to a network namespace, so this is only done in one made for the run ([`RECIPE`]).
+//! over TCP and still reach it. And slows loopback down to the speed of a network. Both belong to a network namespace, so this is only done in
+//! one made for the run ([`RECIPE`]).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -47,7 +48,7 @@ pub fn inside() -> bool {
 ///
 /// # Errors
 /// The program cannot be started.
-pub fn run_inside(arguments: &[&str]) -> Result<Option<bool>> {
+pub fn run_inside(arguments: &[String]) -> Result<Option<bool>> {
     let setup = "ip link set lo up && ip rule add pref 100 lookup local && ip rule del pref 0";
     let namespace = |script: &str| {
         let mut command = std::process::Command::new("unshare");
@@ -96,10 +97,26 @@ pub async fn heal() -> Result<()> {
     Ok(())
 }
 
+/// Slows the namespace's loopback down to `gbit` Gb/s, all that goes over it in both directions taken together. At most 20 ms wait in it.
+///
+/// # Errors
+/// This is not a namespace of [`run_inside`], or the kernel has no token bucket.
+pub async fn shape(gbit: u32) -> Result<()> {
+    ensure!(inside(), "links are slowed down only in a network namespace of one's own: {RECIPE}");
+    let rate = format!("{gbit}gbit");
+    let bucket = ["qdisc", "replace", "dev", "lo", "root", "tbf", "rate", &rate, "burst", "256kb", "latency", "20ms"];
+    run("tc", &bucket).await.map(drop)
+}
+
 async fn ip(arguments: &[&str]) -> Result<Output> {
-    let output = Command::new("ip").args(arguments).kill_on_drop(true).output().await.context("running ip")?;
+    run("ip", arguments).await
+}
+
+async fn run(program: &str, arguments: &[&str]) -> Result<Output> {
+    let output =
+        Command::new(program).args(arguments).kill_on_drop(true).output().await.with_context(|| format!("running {program}"))?;
     if !output.status.success() {
-        bail!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        bail!("{program} {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(output)
 }
