@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, ensure};
 use clap::Parser;
 use millrace_core::ids::ReplicaId;
-use millrace_core::layout::KvDtype;
+use millrace_core::layout::{Dtype, KvDtype};
 use millrace_core::route::policy::Policy;
 
 use millrace_log::{CLUSTER_ID_BYTES_MAX, VOTERS_MAX};
@@ -53,9 +53,12 @@ pub struct Args {
     /// The model's public name; from the path if absent
     #[arg(long)]
     pub model_name: Option<String>,
-    /// Element type of cached KV, the same on every node
-    #[arg(long, default_value = "bf16", value_parser = parse_dtype)]
-    pub dtype: KvDtype,
+    /// Element type of the nodes' weights and activations, bf16 or f32; and of cached KV where --kv-dtype does not say another
+    #[arg(long, default_value = "bf16")]
+    pub dtype: Dtype,
+    /// What keys and values are cached as, the same on every node: bf16, int8 or f32; as --dtype says if absent
+    #[arg(long, env = "MILLRACE_KV_DTYPE", value_name = "TYPE")]
+    pub kv_dtype: Option<KvDtype>,
     /// Tokens of one block, a power of two from 16 to 128, the same on every node
     #[arg(long, default_value_t = 16, value_parser = parse_block_tokens)]
     pub block_tokens: u16,
@@ -149,14 +152,6 @@ fn parse_peer(text: &str) -> Result<(u64, SocketAddr), String> {
     let id = id.trim().parse().map_err(|e| format!("replica number {id:?}: {e}"))?;
     let address = address.trim().parse().map_err(|e| format!("address {address:?}: {e}"))?;
     Ok((id, address))
-}
-
-fn parse_dtype(text: &str) -> Result<KvDtype, String> {
-    match text {
-        "bf16" => Ok(KvDtype::Bf16),
-        "f32" => Ok(KvDtype::F32),
-        _ => Err("expected bf16 or f32".into()),
-    }
 }
 
 fn parse_policy(text: &str) -> Result<Policy, String> {

@@ -122,12 +122,13 @@ mod tests {
     fn a_join_must_fit_its_link_and_the_model() {
         assert_eq!(check(&who(1), &asks(1), &model()), Ok(()));
         type Spoil = fn(&mut Join);
-        let cases: [(Spoil, &str); 5] = [
+        let cases: [(Spoil, &str); 6] = [
             (|j| j.name = "prefill-1".into(), "certificate"),
             (|j| j.role = Role::Decode, "certificate"),
             (|j| j.instance = 2, "instance"),
             (|j| j.model.weights = [9; 32], "weights"),
-            (|j| j.model.layout.dtype = KvDtype::Bf16, "dtype"),
+            (|j| j.model.layout.dtype = KvDtype::Bf16, "kv_dtype"),
+            (|j| j.model.layout.dtype = KvDtype::Int8, "kv_dtype"),
         ];
         for (spoil, word) in cases {
             let mut join = asks(1);

@@ -109,7 +109,8 @@ async fn open(config: &Config) -> Result<Opened> {
     let endpoint = Endpoint::bind(args.listen, identity, EndpointConfig::default()).context("--listen")?;
     let listener = TcpListener::bind(args.http).await.with_context(|| format!("--http {}", args.http))?;
     let http = listener.local_addr()?;
-    let (path, name, dtype, block_tokens) = (args.model.clone(), args.model_name.clone(), args.dtype, args.block_tokens);
+    let (path, name, block_tokens) = (args.model.clone(), args.model_name.clone(), args.block_tokens);
+    let dtype = args.kv_dtype.unwrap_or(args.dtype.into());
     let opening = tokio::task::spawn_blocking(move || open_model(&path, name, dtype, block_tokens));
     let (checkpoint, model) = opening.await?.with_context(|| format!("--model {}", args.model.display()))?;
     Ok(Opened { checkpoint, model, endpoint, listener, http })

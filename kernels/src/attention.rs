@@ -10,6 +10,7 @@ use std::ops::{Deref, Range};
 
 use bytemuck::Pod;
 
+use crate::element::{Element, GROUP as INT8_GROUP, int8_scale};
 use crate::isa::Isa;
 use crate::lanes::{Kernel, LANES, Simd, exp, run};
 
@@ -18,28 +19,8 @@ const GROUP: usize = 4;
 /// Tokens of one part of a context: short enough that two threads share a short one, long enough that merging costs little.
 pub const PART_TOKENS: usize = 64;
 
-/// Element type of cached keys and values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Element {
-    /// 32-bit float.
-    F32,
-    /// bfloat16.
-    Bf16,
-}
-
-impl Element {
-    /// Bytes of one element.
-    #[must_use]
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
-        }
-    }
-}
-
-/// The shape of a model's decode attention. A cell is `[2 (K, V), kv_heads, block_tokens, head_dim]`, or `[kv_heads, block_tokens, head_dim]`
-/// with a latent.
+/// The shape of a model's decode attention. A cell is `[2 (K, V), kv_heads, block_tokens]` of vectors of `head_dim` numbers, or
+/// `[kv_heads, block_tokens]` of them with a latent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DecodeShape {
     /// Query heads: a multiple of `kv_heads`; head `h` reads KV head `h / (heads / kv_heads)`.
@@ -68,6 +49,12 @@ impl DecodeShape {
         }
     }
 
+    /// Bytes of one vector.
+    #[must_use]
+    pub const fn vector_bytes(&self) -> usize {
+        self.element.vector_bytes(self.head_dim)
+    }
+
     /// Numbers of one part of a context: weighted sums of V `[heads, value_dim]`, then largest score and sum of exponentials of each head.
     #[must_use]
     pub const fn part_numbers(&self) -> usize {
@@ -84,7 +71,7 @@ impl DecodeShape {
     #[must_use]
     pub const fn cell_bytes(&self) -> usize {
         let parts = if self.latent.is_some() { 1 } else { 2 };
-        parts * self.kv_heads * self.block_tokens * self.head_dim * self.element.bytes()
+        parts * self.kv_heads * self.block_tokens * self.vector_bytes()
     }
 }
 
@@ -170,6 +157,7 @@ pub fn paged_part<C: Deref<Target = [u8]>>(
     match shape.element {
         Element::F32 => run(isa, Row { shape, query, cells, context, out, running, element: PhantomData::<f32> }),
         Element::Bf16 => run(isa, Row { shape, query, cells, context, out, running, element: PhantomData::<u16> }),
+        Element::Int8 => run(isa, Row { shape, query, cells, context, out, running, element: PhantomData::<u8> }),
     }
     Ok(())
 }
@@ -234,7 +222,7 @@ fn check<C: Deref<Target = [u8]>>(
         return Err(AttentionError::Context { context: context.clone(), cells: cells.len() });
     }
     let expected = shape.cell_bytes();
-    match cells.iter().find(|cell| cell.len() != expected || cell.as_ptr().align_offset(shape.element.bytes()) != 0) {
+    match cells.iter().find(|cell| cell.len() != expected || cell.as_ptr().align_offset(shape.element.align()) != 0) {
         Some(cell) => Err(AttentionError::Cell { got: cell.len(), expected }),
         None => Ok(()),
     }
@@ -252,36 +240,58 @@ struct Row<'a, C, T> {
     element: PhantomData<T>,
 }
 
-/// An element that widens to f32.
+/// What vectors are made of; numbers are read from them as f32.
 trait Load: Pod {
-    /// Sixteen of them, in registers.
-    fn lanes<S: Simd>(s: S, from: &[Self; LANES]) -> S::V;
-    /// One of them.
-    fn widen(self) -> f32;
+    /// How many of it a vector of `dim` numbers takes.
+    fn len(dim: usize) -> usize {
+        dim
+    }
+    /// Numbers `LANES * c` and on of a vector, in registers.
+    fn lanes<S: Simd>(s: S, vector: &[Self], dim: usize, c: usize) -> S::V;
+    /// Number `at` of a vector.
+    fn widen(vector: &[Self], dim: usize, at: usize) -> f32;
 }
 
 impl Load for f32 {
     #[inline(always)]
-    fn lanes<S: Simd>(s: S, from: &[Self; LANES]) -> S::V {
-        s.load(from)
+    fn lanes<S: Simd>(s: S, vector: &[Self], _dim: usize, c: usize) -> S::V {
+        s.load(&vector.as_chunks().0[c])
     }
 
     #[inline(always)]
-    fn widen(self) -> f32 {
-        self
+    fn widen(vector: &[Self], _dim: usize, at: usize) -> f32 {
+        vector[at]
     }
 }
 
 /// The bits of a bfloat16.
 impl Load for u16 {
     #[inline(always)]
-    fn lanes<S: Simd>(s: S, from: &[Self; LANES]) -> S::V {
-        s.load_bf16(from)
+    fn lanes<S: Simd>(s: S, vector: &[Self], _dim: usize, c: usize) -> S::V {
+        s.load_bf16(&vector.as_chunks().0[c])
     }
 
     #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self) << 16)
+    fn widen(vector: &[Self], _dim: usize, at: usize) -> f32 {
+        f32::from_bits(u32::from(vector[at]) << 16)
+    }
+}
+
+/// Signed bytes, then their scales.
+impl Load for u8 {
+    #[inline(always)]
+    fn len(dim: usize) -> usize {
+        Element::Int8.vector_bytes(dim)
+    }
+
+    #[inline(always)]
+    fn lanes<S: Simd>(s: S, vector: &[Self], dim: usize, c: usize) -> S::V {
+        s.mul(s.load_bytes(&vector.as_chunks().0[c]), s.splat(int8_scale(vector, dim, c * LANES / INT8_GROUP)))
+    }
+
+    #[inline(always)]
+    fn widen(vector: &[Self], dim: usize, at: usize) -> f32 {
+        f32::from(vector[at] as i8) * int8_scale(vector, dim, at / INT8_GROUP)
     }
 }
 
@@ -293,7 +303,7 @@ impl<T: Load, C: Deref<Target = [u8]>> Kernel for Row<'_, C, T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Row { shape, query, cells, context, out, running, .. } = self;
-        let (dim, block) = (shape.head_dim, shape.block_tokens);
+        let (dim, block, vector) = (shape.head_dim, shape.block_tokens, T::len(shape.head_dim));
         let group = shape.heads / shape.kv_heads;
         out.fill(0.0);
         running.fill([f32::NEG_INFINITY, 0.0]);
@@ -302,8 +312,8 @@ impl<T: Load, C: Deref<Target = [u8]>> Kernel for Row<'_, C, T> {
             for (index, cell) in cells.iter().enumerate().take(context.end.div_ceil(block)).skip(context.start / block) {
                 let (first, last) = (context.start.saturating_sub(index * block), (context.end - index * block).min(block));
                 let cell = bytemuck::cast_slice::<u8, T>(cell);
-                let values = if shape.latent.is_some() { cell } else { &cell[shape.kv_heads * block * dim..] };
-                let (keys, span) = (cell, (kv_head * block + first) * dim..(kv_head * block + last) * dim);
+                let values = if shape.latent.is_some() { cell } else { &cell[shape.kv_heads * block * vector..] };
+                let (keys, span) = (cell, (kv_head * block + first) * vector..(kv_head * block + last) * vector);
                 group_block::<T, S>(s, shape, query, &keys[span.clone()], &values[span], running, out);
             }
         }
@@ -321,8 +331,8 @@ fn group_block<T: Load, S: Simd>(
     running: &mut [Running],
     out: &mut [f32],
 ) {
-    let (dim, value_dim) = (shape.head_dim, shape.value_dim());
-    for (keys, values) in keys.chunks(LANES * dim).zip(values.chunks(LANES * dim)) {
+    let (dim, value_dim, span) = (shape.head_dim, shape.value_dim(), LANES * T::len(shape.head_dim));
+    for (keys, values) in keys.chunks(span).zip(values.chunks(span)) {
         let tile = Tile { dim, value_dim, scale: shape.scale, keys, values };
         let parts = query.chunks(GROUP * dim).zip(running.chunks_mut(GROUP)).zip(out.chunks_mut(GROUP * value_dim));
         for ((query, running), out) in parts {
@@ -336,7 +346,7 @@ fn group_block<T: Load, S: Simd>(
     }
 }
 
-/// At most `LANES` tokens of one KV head: `[tokens, dim]` each.
+/// At most `LANES` tokens of one KV head: a key and a value each.
 struct Tile<'a, T> {
     dim: usize,
     /// Numbers of each value that count.
@@ -371,18 +381,17 @@ impl<T: Load> Tile<'_, T> {
         let dim = self.dim;
         let mut scores = [[f32::NEG_INFINITY; LANES]; G];
         let queries: [(&[[f32; LANES]], &[f32]); G] = std::array::from_fn(|g| query[g * dim..][..dim].as_chunks::<LANES>());
-        for (token, key) in self.keys.chunks_exact(dim).enumerate().take(LANES) {
-            let (key, key_tail) = key.as_chunks::<LANES>();
+        for (token, key) in self.keys.chunks_exact(T::len(dim)).enumerate().take(LANES) {
             let mut sums = [s.splat(0.0); G];
-            for (c, key) in key.iter().enumerate() {
-                let key = T::lanes(s, key);
+            for c in 0..dim / LANES {
+                let key = T::lanes(s, key, dim, c);
                 for g in 0..G {
                     sums[g] = s.fma(s.load(&queries[g].0[c]), key, sums[g]);
                 }
             }
             for g in 0..G {
-                let tail = queries[g].1.iter().zip(key_tail);
-                scores[g][token] = tail.fold(s.sum(sums[g]), |sum, (q, k)| sum + q * k.widen()) * self.scale;
+                let tail = queries[g].1.iter().zip(dim / LANES * LANES..);
+                scores[g][token] = tail.fold(s.sum(sums[g]), |sum, (q, at)| sum + q * T::widen(key, dim, at)) * self.scale;
             }
         }
         scores
@@ -397,8 +406,8 @@ impl<T: Load> Tile<'_, T> {
             for g in 0..G {
                 sums[g] = s.mul(s.load(&out[g * value_dim..][..value_dim].as_chunks().0[c]), s.splat(shrink[g]));
             }
-            for (token, value) in self.values.chunks_exact(dim).enumerate().take(LANES) {
-                let value = T::lanes(s, &value.as_chunks().0[c]);
+            for (token, value) in self.values.chunks_exact(T::len(dim)).enumerate().take(LANES) {
+                let value = T::lanes(s, value, dim, c);
                 for g in 0..G {
                     sums[g] = s.fma(s.splat(weights[g][token]), value, sums[g]);
                 }
@@ -409,9 +418,9 @@ impl<T: Load> Tile<'_, T> {
         }
         for g in 0..G {
             for c in value_dim - value_dim % LANES..value_dim {
-                let products = self.values.chunks_exact(dim).zip(&weights[g]);
+                let products = self.values.chunks_exact(T::len(dim)).zip(&weights[g]);
                 let start = out[g * value_dim + c] * shrink[g];
-                out[g * value_dim + c] = products.fold(start, |sum, (value, weight)| sum + weight * value[c].widen());
+                out[g * value_dim + c] = products.fold(start, |sum, (value, weight)| sum + weight * T::widen(value, dim, c));
             }
         }
     }

@@ -3,16 +3,17 @@
 //! Scores are computed transposed, `K Q^T`: keys are rows already, as the left side of a tile product wants them; each lane of a vector is one query,
 //! so the softmax needs no sum across lanes; and what it gives is, pair by pair of tokens, the right side of `V^T P^T`. Online softmax over [`SPAN`] tokens
 //! at a time (FlashAttention, Dao et al. 2022), for all query heads that share a KV head while their keys and values are in the cache. Queries and
-//! weights are rounded to bfloat16, as LibTorch does.
+//! weights are rounded to bfloat16, as LibTorch does, and so are 8-bit keys and values times their scales.
 
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
 use std::ops::Deref;
 
-use crate::attention::{AttentionError, DecodeShape, Element};
+use crate::attention::{AttentionError, DecodeShape};
 use crate::buffer::Line;
 use crate::convert::round;
+use crate::element::{Element, int8_halves};
 use crate::isa::Isa;
 use crate::lanes::{Kernel, LANES, Simd, exp, run};
 use crate::team::{Parts, Team};
@@ -84,7 +85,7 @@ impl ChunkAttention {
     /// [`AttentionError`] when the arguments do not fit.
     ///
     /// # Panics
-    /// When a cell has another size than the shape's, or the shape's element is not bfloat16.
+    /// When a cell has another size than the shape's, or the shape's element is f32.
     pub fn attend<C: Deref<Target = [u8]>>(
         &mut self,
         (team, isa): (&Team, Isa),
@@ -98,7 +99,7 @@ impl ChunkAttention {
         let lines = packed.lines();
         self.packed.resize(shape.kv_heads * spans * lines, NOTHING);
         team.chunks(&mut self.packed, lines, 1, |index, lines| {
-            pack(shape, packed, (index / spans, index % spans), chunk.context(), &cell, lines);
+            pack((shape, isa), packed, (index / spans, index % spans), chunk.context(), &cell, lines);
         });
         let blocks = chunk.tokens.div_ceil(QUERIES);
         let (out, all) = (&Parts::new(out), &self.packed);
@@ -116,7 +117,7 @@ impl ChunkAttention {
 
 fn check(shape: &DecodeShape, chunk: &Chunk<'_>, out: &[f32]) -> Result<(), AttentionError> {
     let DecodeShape { heads, kv_heads, head_dim, block_tokens, element, .. } = *shape;
-    assert!(element == Element::Bf16 && shape.latent.is_none(), "chunks are attended in bfloat16, keys and values apart");
+    assert!(element != Element::F32 && shape.latent.is_none(), "chunks are attended in bfloat16, keys and values apart");
     if kv_heads == 0 || head_dim == 0 || block_tokens == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
         return Err(AttentionError::Heads { heads, kv_heads });
     }
@@ -131,16 +132,17 @@ fn check(shape: &DecodeShape, chunk: &Chunk<'_>, out: &[f32]) -> Result<(), Atte
     Ok(())
 }
 
-/// Copies keys and values of one span of one KV head into order; zeroes stand for what is beyond the context.
+/// Copies keys and values of one span of one KV head into order, rounded to bfloat16 where they are more; zeroes stand for what is beyond the context.
 fn pack<C: Deref<Target = [u8]>>(
-    shape: &DecodeShape,
+    (shape, isa): (&DecodeShape, Isa),
     packed: Packed,
     (kv_head, span): (usize, usize),
     context: usize,
     cell: impl Fn(usize) -> C,
     lines: &mut [Line],
 ) {
-    let DecodeShape { kv_heads, head_dim: dim, block_tokens: block, .. } = *shape;
+    let DecodeShape { head_dim: dim, block_tokens: block, .. } = *shape;
+    let mut halves = [Vec::new(), Vec::new()];
     let (first, last) = (span * SPAN, context.min((span + 1) * SPAN));
     if last - first < SPAN || !dim.is_multiple_of(STEP) {
         lines.fill(NOTHING);
@@ -150,11 +152,10 @@ fn pack<C: Deref<Target = [u8]>>(
     let values: &mut [[u16; STEP]] = bytemuck::cast_slice_mut(values);
     for index in first / block..last.div_ceil(block) {
         let cell = cell(index);
-        let numbers: &[u16] = bytemuck::cast_slice(&cell);
-        assert_eq!(numbers.len(), 2 * kv_heads * block * dim, "a cell is as large as its shape says");
-        let (cell_keys, cell_values) = numbers.split_at(kv_heads * block * dim);
+        assert_eq!(cell.len(), shape.cell_bytes(), "a cell is as large as its shape says");
+        let [cell_keys, cell_values] = halves_of((shape, isa), &cell, kv_head, &mut halves);
         for position in first.max(index * block)..last.min((index + 1) * block) {
-            let (token, at) = (position - first, (kv_head * block + position % block) * dim);
+            let (token, at) = (position - first, position % block * dim);
             for (step, key) in cell_keys[at..at + dim].chunks(STEP).enumerate() {
                 keys[(token / LANES * packed.dim_steps + step) * LANES + token % LANES][..key.len()].copy_from_slice(key);
             }
@@ -165,6 +166,20 @@ fn pack<C: Deref<Target = [u8]>>(
             }
         }
     }
+}
+
+/// Keys and values of one KV head of a cell, `[block_tokens, head_dim]` of bfloat16; `room` is for those that do not stand so.
+fn halves_of<'a>((shape, isa): (&DecodeShape, Isa), cell: &'a [u8], kv_head: usize, room: &'a mut [Vec<u16>; 2]) -> [&'a [u16]; 2] {
+    let bytes = shape.block_tokens * shape.vector_bytes();
+    let vectors = [0, 1].map(|part| &cell[(part * shape.kv_heads + kv_head) * bytes..][..bytes]);
+    if shape.element == Element::Bf16 {
+        return vectors.map(bytemuck::cast_slice);
+    }
+    for (room, vectors) in room.iter_mut().zip(vectors) {
+        room.resize(shape.block_tokens * shape.head_dim, 0);
+        int8_halves(isa, vectors, shape.head_dim, room);
+    }
+    room.each_ref().map(Vec::as_slice)
 }
 
 /// Results of one product: two tiles of rows by two of queries.

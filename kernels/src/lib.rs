@@ -9,6 +9,7 @@ pub mod attention;
 mod buffer;
 pub mod chunk;
 pub mod convert;
+pub mod element;
 pub mod elementwise;
 pub mod heap;
 pub mod isa;
@@ -23,8 +24,9 @@ pub mod team;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-pub use attention::{AttentionError, DecodeShape, Element, merge_parts, paged_decode, paged_part};
+pub use attention::{AttentionError, DecodeShape, merge_parts, paged_decode, paged_part};
 pub use chunk::{Chunk, ChunkAttention};
+pub use element::Element;
 pub use isa::Isa;
 pub use matrix::{Format, Matrix, MatrixError, Source};
 pub use product::{Into, Precision, Products};

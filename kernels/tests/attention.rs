@@ -2,8 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use half::bf16;
 use millrace_kernels::{AttentionError, DecodeShape, Element, Isa, KvSlab, merge_parts, paged_decode, paged_part};
+
+const ELEMENTS: [Element; 3] = [Element::F32, Element::Bf16, Element::Int8];
 
 /// Numbers in [-1, 1) from a counter.
 struct Noise(u64);
@@ -25,6 +26,8 @@ struct Case {
     context: usize,
     query: Vec<f32>,
     slab: std::sync::Arc<KvSlab>,
+    /// What the cells hold: vectors, one after the other.
+    numbers: Vec<f32>,
 }
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, block_tokens: usize, element: Element) -> DecodeShape {
@@ -33,23 +36,19 @@ fn shape(heads: usize, kv_heads: usize, head_dim: usize, block_tokens: usize, el
 
 fn case(shape: DecodeShape, context: usize, noise: &mut Noise) -> Case {
     let blocks = context.div_ceil(shape.block_tokens);
-    let slab = KvSlab::new(shape.cell_bytes(), 1, blocks).unwrap();
+    let (slab, vector) = (KvSlab::new(shape.cell_bytes(), 1, blocks).unwrap(), shape.vector_bytes());
+    let mut numbers = Vec::new();
     for slot in 0..blocks {
-        let mut numbers = noise.vector(shape.cell_bytes() / shape.element.bytes(), 2.0);
-        for (i, x) in numbers.iter_mut().enumerate() {
-            if slot * shape.block_tokens + (i / shape.head_dim) % shape.block_tokens >= context {
-                *x = f32::NAN;
-            }
+        for (index, place) in slab.write(slot, 0).chunks_exact_mut(vector).enumerate() {
+            let seen = slot * shape.block_tokens + index % shape.block_tokens < context;
+            let written = if seen { noise.vector(shape.head_dim, 2.0) } else { vec![f32::NAN; shape.head_dim] };
+            shape.element.write(&written, place);
         }
-        match shape.element {
-            Element::F32 => slab.write(slot, 0).copy_from_slice(bytemuck::cast_slice(&numbers)),
-            Element::Bf16 => {
-                let halves: Vec<bf16> = numbers.iter().map(|x| bf16::from_f32(*x)).collect();
-                slab.write(slot, 0).copy_from_slice(bytemuck::cast_slice(&halves));
-            }
-        }
+        let mut read = vec![0.0; shape.cell_bytes() / vector * shape.head_dim];
+        shape.element.read(&slab.read(slot, 0), shape.head_dim, &mut read);
+        numbers.extend(read);
     }
-    Case { shape, context, query: noise.vector(shape.heads * shape.head_dim, 3.0), slab }
+    Case { shape, context, query: noise.vector(shape.heads * shape.head_dim, 3.0), slab, numbers }
 }
 
 impl Case {
@@ -62,13 +61,9 @@ impl Case {
 
     fn element(&self, part: usize, kv_head: usize, token: usize, i: usize) -> f64 {
         let s = &self.shape;
-        let cell = self.slab.read(token / s.block_tokens, 0);
-        let part = if s.latent.is_some() { 0 } else { part };
-        let at = ((part * s.kv_heads + kv_head) * s.block_tokens + token % s.block_tokens) * s.head_dim + i;
-        match s.element {
-            Element::F32 => f64::from(bytemuck::cast_slice::<u8, f32>(&cell)[at]),
-            Element::Bf16 => bytemuck::cast_slice::<u8, bf16>(&cell)[at].to_f64(),
-        }
+        let (parts, part) = if s.latent.is_some() { (1, 0) } else { (2, part) };
+        let vector = (token / s.block_tokens * parts + part) * s.kv_heads + kv_head;
+        f64::from(self.numbers[(vector * s.block_tokens + token % s.block_tokens) * s.head_dim + i])
     }
 
     fn naive(&self) -> Vec<f64> {
@@ -102,7 +97,7 @@ fn every_instruction_set_agrees_with_the_naive_one() {
     let mut noise = Noise(1);
     let shapes = [(4, 4, 16, 16), (9, 3, 64, 16), (4, 1, 16, 4), (14, 2, 24, 32), (6, 2, 10, 8), (8, 1, 128, 128)];
     for (heads, kv_heads, head_dim, block) in shapes {
-        for element in [Element::F32, Element::Bf16] {
+        for element in ELEMENTS {
             for context in [1, 2, 15, 16, 17, 63, 300] {
                 let case = case(shape(heads, kv_heads, head_dim, block, element), context, &mut noise);
                 let want = case.naive();
@@ -125,7 +120,8 @@ fn parts_of_a_context_make_the_whole() {
     let mut noise = Noise(3);
     for (heads, kv_heads, head_dim, block) in [(9, 3, 64, 16), (4, 1, 16, 4), (6, 2, 10, 8)] {
         for context in [1, 16, 63, 64, 65, 300] {
-            let case = case(shape(heads, kv_heads, head_dim, block, Element::Bf16), context, &mut noise);
+            let element = ELEMENTS[context % 3];
+            let case = case(shape(heads, kv_heads, head_dim, block, element), context, &mut noise);
             let (want, numbers, blocks) = (case.naive(), case.shape.part_numbers(), case.shape.part_blocks());
             let cells: Vec<_> = (0..case.slab.slots()).map(|slot| case.slab.read(slot, 0)).collect();
             for isa in Isa::available() {
@@ -149,7 +145,7 @@ fn parts_of_a_context_make_the_whole() {
 fn a_latent_is_keys_and_values() {
     let mut noise = Noise(4);
     for (heads, head_dim, values) in [(4, 40, 32), (5, 24, 16), (7, 23, 19)] {
-        for element in [Element::F32, Element::Bf16] {
+        for element in ELEMENTS {
             for context in [1, 17, 100] {
                 let shape = DecodeShape { latent: Some(values), ..shape(heads, 1, head_dim, 16, element) };
                 let case = case(shape, context, &mut noise);
@@ -167,8 +163,9 @@ fn a_latent_is_keys_and_values() {
 #[test]
 fn a_window_may_begin_anywhere() {
     let mut noise = Noise(6);
-    for (heads, kv_heads, head_dim, block) in [(9, 3, 64, 16), (4, 1, 16, 4), (6, 2, 10, 32)] {
-        let case = case(shape(heads, kv_heads, head_dim, block, Element::F32), 60, &mut noise);
+    let shapes = [(9, 3, 64, 16), (4, 1, 16, 4), (6, 2, 10, 32)];
+    for ((heads, kv_heads, head_dim, block), element) in shapes.into_iter().zip(ELEMENTS) {
+        let case = case(shape(heads, kv_heads, head_dim, block, element), 60, &mut noise);
         let cells: Vec<_> = (0..case.slab.slots()).map(|slot| case.slab.read(slot, 0)).collect();
         for first in [1, 15, 16, 17, 47, 59] {
             let want = case.naive_from(first);
@@ -187,15 +184,17 @@ fn a_window_may_begin_anywhere() {
 #[test]
 fn a_row_has_the_same_bits_in_any_company_and_with_spare_cells() {
     let mut noise = Noise(2);
-    let one = case(shape(9, 3, 64, 16, Element::Bf16), 100, &mut noise);
-    for isa in Isa::available() {
-        let alone = one.run(isa);
-        let _other = case(shape(9, 3, 64, 16, Element::Bf16), 33, &mut noise).run(isa);
-        let mut cells: Vec<_> = (0..one.slab.slots()).map(|slot| one.slab.read(slot, 0)).collect();
-        cells.push(one.slab.read(0, 0));
-        let mut again = vec![9.0; alone.len()];
-        paged_decode(isa, &one.shape, &one.query, &cells, 100, &mut again).unwrap();
-        assert!(alone.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()));
+    for element in ELEMENTS {
+        let one = case(shape(9, 3, 64, 16, element), 100, &mut noise);
+        for isa in Isa::available() {
+            let alone = one.run(isa);
+            let _other = case(shape(9, 3, 64, 16, element), 33, &mut noise).run(isa);
+            let mut cells: Vec<_> = (0..one.slab.slots()).map(|slot| one.slab.read(slot, 0)).collect();
+            cells.push(one.slab.read(0, 0));
+            let mut again = vec![9.0; alone.len()];
+            paged_decode(isa, &one.shape, &one.query, &cells, 100, &mut again).unwrap();
+            assert!(alone.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()));
+        }
     }
 }
 

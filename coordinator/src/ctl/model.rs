@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use millrace_checkpoint::{AttentionKind, Checkpoint, ModelConfig, Positions};
 use millrace_core::layout::KvDtype;
 use serde::{Deserialize, Serialize};
@@ -33,20 +33,11 @@ pub struct ShowArgs {
     /// Tokens of a context; the model's longest if absent
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
-    /// Type of cached KV
-    #[arg(long, value_enum, default_value = "bf16")]
-    dtype: Dtype,
+    /// What keys and values are cached as: bf16, int8 or f32
+    #[arg(long, alias = "dtype", value_name = "TYPE", default_value = "bf16")]
+    kv_dtype: KvDtype,
     #[command(flatten)]
     shape: Shape,
-}
-
-/// A type on the command line.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Dtype {
-    /// bfloat16.
-    Bf16,
-    /// 32-bit float.
-    F32,
 }
 
 /// Runs one.
@@ -112,19 +103,15 @@ struct Kv {
 impl Shown {
     fn of(checkpoint: &Checkpoint, args: &ShowArgs) -> Self {
         let config = &checkpoint.config;
-        let (dtype, dtype_name) = match args.dtype {
-            Dtype::Bf16 => (KvDtype::Bf16, "bf16"),
-            Dtype::F32 => (KvDtype::F32, "f32"),
-        };
+        let dtype = args.kv_dtype;
         let context = args.context.map_or(config.max_positions, |tokens| tokens as usize);
-        let layout = checkpoint.kv_layout(dtype, args.block_tokens);
-        let own = layout.token_bytes() / dtype.bytes();
-        let kv = |(kind, numbers): (&str, usize)| {
-            let token_bytes = (numbers * dtype.bytes() * config.layers) as u64;
+        let blocks = context.div_ceil(args.block_tokens.into()) as u64;
+        let kv = |kind: Kind| {
+            let token_bytes = (kind.cached(|numbers| dtype.vector_bytes(numbers)) * config.layers) as u64;
             let block_bytes = token_bytes * u64::from(args.block_tokens);
-            let context_bytes = block_bytes * layout.blocks(context) as u64;
-            let own = kind == config.attention.letters();
-            Kv { kind: kind.into(), own, numbers, token_bytes, block_bytes, context_bytes }
+            let own = kind.letters == config.attention.letters();
+            let numbers = kind.cached(|numbers| numbers);
+            Kv { kind: kind.letters.into(), own, numbers, token_bytes, block_bytes, context_bytes: block_bytes * blocks }
         };
         let windows = config.attention.windows.iter().flatten();
         Self {
@@ -145,10 +132,10 @@ impl Shown {
                 chosen: experts.chosen,
                 first_layer: experts.first_layer,
             }),
-            dtype: dtype_name.into(),
+            dtype: dtype.as_str().into(),
             block_tokens: args.block_tokens,
             shown_context_tokens: context,
-            kv: kinds(config, own).into_iter().map(kv).collect(),
+            kv: kinds(config).into_iter().map(kv).collect(),
         }
     }
 
@@ -172,18 +159,34 @@ impl Shown {
     }
 }
 
-/// Kinds of attention over the same heads, and the numbers that each caches of a token in a layer. `own`: the model's.
-fn kinds(config: &ModelConfig, own: usize) -> Vec<(&'static str, usize)> {
+/// A kind of attention, and what it caches of a token in a layer.
+struct Kind {
+    letters: &'static str,
+    /// Heads that cache.
+    heads: usize,
+    /// Numbers of each vector of such a head.
+    vectors: Vec<usize>,
+}
+
+impl Kind {
+    /// The sum of `of` over the vectors of a token in a layer.
+    fn cached(&self, of: impl Fn(usize) -> usize) -> usize {
+        self.heads * self.vectors.iter().map(|&numbers| of(numbers)).sum::<usize>()
+    }
+}
+
+/// Kinds of attention over the same heads.
+fn kinds(config: &ModelConfig) -> Vec<Kind> {
     let attention = &config.attention;
-    let head = attention.query_dim() + attention.value_dim();
-    let mut kinds = vec![("MHA", attention.heads * head)];
+    let of = |letters, heads| Kind { letters, heads, vectors: vec![attention.query_dim(), attention.value_dim()] };
+    let mut kinds = vec![of("MHA", attention.heads)];
     match &attention.kind {
-        AttentionKind::Grouped(_) if attention.letters() == "GQA" => kinds.push(("GQA", own)),
+        AttentionKind::Grouped(grouped) if attention.letters() == "GQA" => kinds.push(of("GQA", grouped.kv_heads)),
         AttentionKind::Grouped(_) => {}
-        AttentionKind::Latent(_) => kinds.push(("MLA", own)),
+        AttentionKind::Latent(_) => kinds.push(Kind { letters: "MLA", heads: 1, vectors: vec![attention.cached().2] }),
     }
     if attention.heads > 1 {
-        kinds.push(("MQA", head));
+        kinds.push(of("MQA", 1));
     }
     kinds
 }
@@ -218,14 +221,19 @@ mod tests {
     use super::*;
 
     /// The repository's own model, and the reference models where this machine has them.
-    fn shown(name: &str) -> Option<Shown> {
+    fn shown_as(name: &str, kv_dtype: KvDtype) -> Option<Shown> {
         let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let beside = repository.join("../shared/golden/tiny").join(name);
         let path = if beside.is_dir() { beside } else { repository.join("tests/data").join(name) };
         let checkpoint = Checkpoint::open(&path).ok()?;
-        let (context, dtype) = (Some(100), Dtype::F32);
-        let args = ShowArgs { model: path, block_tokens: 16, context, dtype, shape: Shape::default() };
-        Some(Shown::of(&checkpoint, &args))
+        let args = ShowArgs { model: path, block_tokens: 16, context: Some(100), kv_dtype, shape: Shape::default() };
+        let shown = Shown::of(&checkpoint, &args);
+        assert_eq!(own(&shown).block_bytes, checkpoint.kv_layout(kv_dtype, 16).block_bytes() as u64, "as nodes have it");
+        Some(shown)
+    }
+
+    fn shown(name: &str) -> Option<Shown> {
+        shown_as(name, KvDtype::F32)
     }
 
     fn own(shown: &Shown) -> &Kv {
@@ -249,6 +257,17 @@ mod tests {
         assert_eq!(shown.kv.iter().map(|kv| kv.numbers).collect::<Vec<_>>(), [128, 64, 32]);
         let text = shown.page().render(false, false);
         assert!(text.contains("GQA *") && text.contains("1536") && text.contains("attention GQA   heads 4"), "{text}");
+    }
+
+    #[test]
+    fn bytes_of_eight_bits_and_their_scales() {
+        let shown = shown_as("tiny-llama-gqa-tied", KvDtype::Int8).unwrap();
+        // 3 layers, 2 KV heads, K and V, 16 bytes and one scale.
+        assert_eq!(own(&shown).token_bytes, 3 * 2 * 2 * (16 + 2));
+        assert!(shown.page().render(false, false).contains("KV in int8"));
+        if let Some(latent) = shown_as("tiny-deepseek-v3", KvDtype::Int8) {
+            assert_eq!(own(&latent).token_bytes, 3 * (40 + 2 * 2), "two groups");
+        }
     }
 
     #[test]

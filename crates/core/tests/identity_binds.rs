@@ -38,7 +38,7 @@ type Change = fn(&mut Cell);
 
 #[test]
 fn whatever_makes_it_another_cell_makes_it_another_digest() {
-    let changes: [(&str, Change); 18] = [
+    let changes: [(&str, Change); 19] = [
         ("nothing", |_| {}),
         ("tenant", |c| c.tenant[31] ^= 1),
         ("weights", |c| c.model.weights[0] ^= 1),
@@ -49,6 +49,7 @@ fn whatever_makes_it_another_cell_makes_it_another_digest() {
         ("head size", |c| c.model.layout.head_dim += 1),
         ("block size", |c| c.model.layout.block_tokens *= 2),
         ("element type", |c| c.model.layout.dtype = KvDtype::F32),
+        ("numbers of 8 bits", |c| c.model.layout.dtype = KvDtype::Int8),
         ("salt", |c| c.salt.push(0)),
         ("the first token", |c| c.tokens[0] += 100),
         ("a token of the block", |c| c.tokens[5] += 100),

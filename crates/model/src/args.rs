@@ -1,6 +1,7 @@
 //! The arguments by which an operator chooses how a node computes. Both kinds of node share them.
 
 use clap::Args;
+use millrace_core::layout::KvDtype;
 
 use crate::compute::{Compute, Switch, Weights};
 
@@ -16,13 +17,17 @@ pub struct ComputeArgs {
     /// What the weights are kept as: `file`, `bf16`, or `q8_0`
     #[arg(long, env = "MILLRACE_WEIGHTS", default_value = "file", value_parser = parse_weights)]
     weights: Weights,
+    /// What keys and values are cached as, the same on every node: `bf16`, `int8` or `f32`; as --dtype says if absent
+    #[arg(long, env = "MILLRACE_KV_DTYPE", value_name = "TYPE")]
+    kv_dtype: Option<KvDtype>,
 }
 
 impl ComputeArgs {
     /// What was chosen, on `threads` threads.
     #[must_use]
     pub fn compute(&self, threads: usize) -> Compute {
-        Compute { threads, switch: self.libtorch_above, batch_invariant: self.batch_invariant, weights: self.weights }
+        let Self { libtorch_above: switch, batch_invariant, weights, kv_dtype } = *self;
+        Compute { threads, switch, batch_invariant, weights, kv_dtype }
     }
 }
 

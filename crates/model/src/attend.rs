@@ -1,7 +1,7 @@
 //! Attention of a step over paged KV: stores the new keys and values, then attends row by row.
 //!
 //! A row of one token runs the paged kernel on the cells in place, its context cut into parts that threads share. A longer row goes through our own
-//! kernel for chunks where the processor has dot products of bfloat16 and the KV is that. Elsewhere it gathers keys and
+//! kernel for chunks where the processor has dot products of bfloat16 and the activations are that. Elsewhere it gathers keys and
 //! values of a KV head into one tensor and calls LibTorch's scaled dot product attention, heads shared by our threads: LibTorch's own spin long
 //! after their work is done, on the processors that the next product needs. In batch-invariant mode it goes token by token through the paged
 //! kernel, because the order of sums of both others depends on the chunk. All read only what stands in the cells, and of a layer with a window only
@@ -14,13 +14,10 @@ use std::sync::OnceLock;
 use millrace_checkpoint::{AttentionKind, ModelConfig};
 use millrace_core::engine::{Row, Step};
 use millrace_core::layout::{KvDtype, KvLayout};
-use millrace_kernels::{
-    AttentionError, Chunk, ChunkAttention, DecodeShape, Element, Isa, KvSlab, Team, convert, merge_parts, paged_part,
-};
-use tch::{Device, Kind, Tensor};
+use millrace_kernels::{AttentionError, Chunk, ChunkAttention, DecodeShape, Element, Isa, KvSlab, Team, merge_parts, paged_part};
+use tch::{Device, Tensor};
 
-use crate::ModelError;
-use crate::tensors;
+use crate::{Dtype, ModelError, tensors};
 
 /// Tokens of a step whose keys and values one thread stores alone.
 const STORED_ALONE_MAX: usize = 64;
@@ -31,7 +28,8 @@ pub(crate) struct Attention {
     layout: KvLayout,
     /// Of each layer.
     windows: Vec<Option<usize>>,
-    kind: Kind,
+    /// Of the activations; LibTorch attends in it.
+    dtype: Dtype,
     device: Device,
     /// Chunks go token by token.
     batch_invariant: bool,
@@ -39,6 +37,18 @@ pub(crate) struct Attention {
     pub(crate) libtorch_threads: bool,
     /// Our own kernel for chunks; `None` where LibTorch attends for them.
     own: Option<ChunkAttention>,
+}
+
+/// One layer of a step.
+pub(crate) struct LayerStep<'a> {
+    /// The rows.
+    pub(crate) batch: &'a Batch<'a>,
+    /// Queries, keys and values, `[tokens, qkv_heads, head_dim]`.
+    pub(crate) qkv: &'a [f32],
+    /// Where the KV is, and under which layer.
+    pub(crate) slab: &'a KvSlab,
+    pub(crate) layer: usize,
+    pub(crate) team: &'a Team,
 }
 
 /// A step's rows, once for each window that layers have.
@@ -79,7 +89,7 @@ struct Placed<'a> {
     first: usize,
     /// The first position that any of its tokens sees, down to a whole block.
     from: usize,
-    /// `[tokens, context from there on]` in the type of the KV, minus infinity where a token does not see; only for a chunk that is not at the start
+    /// `[tokens, context from there on]` in the type of the activations, minus infinity where a token does not see; only for a chunk that is not at the start
     /// of its sequence, or longer than its window.
     mask: Option<Vec<u8>>,
     /// Whether its tokens are singles.
@@ -106,7 +116,7 @@ impl<'a> Batch<'a> {
             let (first, single) = (batch.tokens, row.tokens.len() == 1 || attention.batch_invariant);
             let from = batch.context(row, 0).start / attention.shape.block_tokens * attention.shape.block_tokens;
             let masked = attention.own.is_none() && (row.start > 0 || window.is_some_and(|window| row.tokens.len() > window));
-            let mask = (!single && masked).then(|| batch.mask(row, from, attention.layout.dtype));
+            let mask = (!single && masked).then(|| batch.mask(row, from, attention.dtype));
             if single {
                 (0..row.tokens.len()).for_each(|index| batch.add_single(row, index, attention));
             }
@@ -148,7 +158,7 @@ impl<'a> Batch<'a> {
     }
 
     /// The scores of what the tokens of a chunk see and do not see.
-    fn mask(&self, row: &Row, from: usize, dtype: KvDtype) -> Vec<u8> {
+    fn mask(&self, row: &Row, from: usize, dtype: Dtype) -> Vec<u8> {
         let score = |seen: bool| if seen { 0.0 } else { f32::NEG_INFINITY };
         let seen = |token: usize| {
             let context = self.context(row, token);
@@ -156,14 +166,14 @@ impl<'a> Batch<'a> {
         };
         let scores = (0..row.tokens.len()).flat_map(seen);
         match dtype {
-            KvDtype::F32 => scores.flat_map(f32::to_le_bytes).collect(),
-            KvDtype::Bf16 => scores.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+            Dtype::F32 => scores.flat_map(f32::to_le_bytes).collect(),
+            Dtype::Bf16 => scores.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
         }
     }
 }
 
 impl Attention {
-    pub(crate) fn new(config: &ModelConfig, layout: KvLayout, device: Device, batch_invariant: bool) -> Self {
+    pub(crate) fn new(config: &ModelConfig, (dtype, layout): (Dtype, KvLayout), device: Device, batch_invariant: bool) -> Self {
         let shape = DecodeShape {
             heads: config.attention.heads,
             kv_heads: layout.kv_heads.into(),
@@ -176,14 +186,17 @@ impl Attention {
             element: match layout.dtype {
                 KvDtype::F32 => Element::F32,
                 KvDtype::Bf16 => Element::Bf16,
+                KvDtype::Int8 => Element::Int8,
             },
             scale: config.attention.scale as f32,
         };
+        assert_eq!(shape.cell_bytes(), layout.cell_bytes(), "kernels and layout mean the same cell");
         let windows = config.attention.windows.clone();
         let plain = shape.latent.is_none() && windows.iter().all(Option::is_none);
-        let owned = plain && shape.element == Element::Bf16 && Isa::best().has_bf16() && device == Device::Cpu;
+        let halves = dtype == Dtype::Bf16 && shape.element != Element::F32;
+        let owned = plain && halves && Isa::best().has_bf16() && device == Device::Cpu;
         let own = owned.then(ChunkAttention::default);
-        Self { shape, layout, windows, kind: tensors::kind(layout.dtype), device, batch_invariant, libtorch_threads: true, own }
+        Self { shape, layout, windows, dtype, device, batch_invariant, libtorch_threads: true, own }
     }
 
     /// Vectors of one token together: queries and what is cached.
@@ -196,10 +209,15 @@ impl Attention {
         self.shape.heads * self.shape.value_dim()
     }
 
-    /// Writes keys and values of the step's tokens to their cells. `qkv`: `[tokens, qkv_heads, head_dim]`.
-    pub(crate) fn store(&self, batch: &Batch<'_>, qkv: &[f32], (slab, layer): (&KvSlab, usize), team: &Team) {
-        let (block, dim) = (self.shape.block_tokens, self.shape.head_dim);
-        let width = self.qkv_heads() * dim;
+    /// Numbers of one token in [`LayerStep::qkv`].
+    fn qkv_width(&self) -> usize {
+        self.qkv_heads() * self.shape.head_dim
+    }
+
+    /// Writes keys and values of the step's tokens to their cells.
+    pub(crate) fn store(&self, step: &LayerStep<'_>) {
+        let LayerStep { batch, qkv, slab, layer, team } = *step;
+        let (block, width, cached) = (self.shape.block_tokens, self.qkv_width(), self.shape.heads * self.shape.head_dim);
         let grain = if batch.tokens > STORED_ALONE_MAX { 1 } else { batch.written.len() };
         team.each(batch.written.len(), grain, |index| {
             let (row, positions) = &batch.written[index];
@@ -207,56 +225,38 @@ impl Attention {
             let first = placed.first + positions.start - placed.row.start as usize;
             let mut cell = slab.write(placed.row.table[positions.start / block].0 as usize, layer);
             for (position, token) in positions.clone().zip(qkv[first * width..].chunks_exact(width)) {
-                self.store_token(&mut cell, position % block, &token[self.shape.heads * dim..]);
+                self.store_token(&mut cell, position % block, &token[cached..]);
             }
         });
     }
 
     /// `kv`: keys then values of one token, `[2 kv_heads, head_dim]`, or its latent, which is the order of the cell's outer sides.
     fn store_token(&self, cell: &mut [u8], offset: usize, kv: &[f32]) {
-        let (block, dim) = (self.shape.block_tokens, self.shape.head_dim);
-        for (head, values) in kv.chunks_exact(dim).enumerate() {
-            let at = (head * block + offset) * dim..(head * block + offset + 1) * dim;
-            match self.layout.dtype {
-                KvDtype::F32 => bytemuck::cast_slice_mut(cell)[at].copy_from_slice(values),
-                KvDtype::Bf16 => convert::to_bf16(values, &mut bytemuck::cast_slice_mut(cell)[at]),
-            }
+        let (block, bytes) = (self.shape.block_tokens, self.shape.vector_bytes());
+        for (head, numbers) in kv.chunks_exact(self.shape.head_dim).enumerate() {
+            self.shape.element.write(numbers, &mut cell[(head * block + offset) * bytes..][..bytes]);
         }
     }
 
-    /// Attention of every row over the cells of `(slab, layer)`; `out`: `[tokens, heads, value_dim]`.
-    pub(crate) fn attend(
-        &mut self,
-        batch: &Batch<'_>,
-        qkv: &[f32],
-        (slab, layer): (&KvSlab, usize),
-        team: &Team,
-        out: &mut [f32],
-    ) -> Result<(), ModelError> {
-        let lengths = (batch.tokens * self.qkv_heads() * self.shape.head_dim, batch.tokens * self.out_width());
-        assert_eq!((qkv.len(), out.len()), lengths);
+    /// Attention of every row over its cells; `out`: `[tokens, heads, value_dim]`.
+    pub(crate) fn attend(&mut self, step: &LayerStep<'_>, out: &mut [f32]) -> Result<(), ModelError> {
+        let tokens = step.batch.tokens;
+        assert_eq!((step.qkv.len(), out.len()), (tokens * self.qkv_width(), tokens * self.out_width()));
         match self.own.take() {
             Some(mut own) => {
-                let attended = self.own_chunks(&mut own, batch, qkv, (slab, layer), team, out);
+                let attended = self.own_chunks(&mut own, step, out);
                 self.own = Some(own);
                 attended?;
             }
-            None => self.chunks(batch, qkv, (slab, layer), team, out)?,
+            None => self.chunks(step, out)?,
         }
-        self.singles(batch, qkv, (slab, layer), team, out)
+        self.singles(step, out)
     }
 
     /// The rows of several tokens, one after the other, each by all threads.
-    fn own_chunks(
-        &self,
-        own: &mut ChunkAttention,
-        batch: &Batch<'_>,
-        qkv: &[f32],
-        (slab, layer): (&KvSlab, usize),
-        team: &Team,
-        out: &mut [f32],
-    ) -> Result<(), ModelError> {
-        let (stride, width) = (self.qkv_heads() * self.shape.head_dim, self.shape.heads * self.shape.head_dim);
+    fn own_chunks(&self, own: &mut ChunkAttention, step: &LayerStep<'_>, out: &mut [f32]) -> Result<(), ModelError> {
+        let LayerStep { batch, qkv, slab, layer, team } = *step;
+        let (stride, width) = (self.qkv_width(), self.out_width());
         for placed in batch.rows.iter().filter(|placed| !placed.single) {
             let (start, tokens) = (placed.row.start as usize, placed.row.tokens.len());
             let chunk = Chunk { queries: &qkv[placed.first * stride..], stride, start, tokens };
@@ -268,23 +268,16 @@ impl Attention {
     }
 
     /// The rows of several tokens with LibTorch: each KV head of each by whoever is free.
-    fn chunks(
-        &self,
-        batch: &Batch<'_>,
-        qkv: &[f32],
-        (slab, layer): (&KvSlab, usize),
-        team: &Team,
-        out: &mut [f32],
-    ) -> Result<(), ModelError> {
+    fn chunks(&self, step: &LayerStep<'_>, out: &mut [f32]) -> Result<(), ModelError> {
         let (DecodeShape { heads, kv_heads, .. }, value_dim) = (self.shape, self.shape.value_dim());
-        let chunks = batch.rows.iter().filter(|placed| !placed.single);
+        let chunks = step.batch.rows.iter().filter(|placed| !placed.single);
         let items: Vec<_> = chunks.flat_map(|placed| (0..kv_heads).map(move |head| (placed, head))).collect();
         let mut attended: Vec<Result<Vec<f32>, ModelError>> = Vec::new();
         attended.resize_with(items.len(), || Ok(Vec::new()));
         let grain = if self.libtorch_threads { items.len() } else { 1 };
-        team.chunks(&mut attended, 1, grain, |index, attended| {
+        step.team.chunks(&mut attended, 1, grain, |index, attended| {
             let (placed, kv_head) = items[index];
-            attended[0] = self.chunk(placed, kv_head, qkv, (slab, layer));
+            attended[0] = self.chunk(step, placed, kv_head);
         });
         for ((placed, kv_head), attended) in items.iter().zip(attended) {
             let (attended, tokens) = (attended?, placed.row.tokens.len());
@@ -297,16 +290,10 @@ impl Attention {
     }
 
     /// The tokens that attend alone: each part of a context by whoever is free, then each token's parts merged in order.
-    fn singles(
-        &self,
-        batch: &Batch<'_>,
-        qkv: &[f32],
-        (slab, layer): (&KvSlab, usize),
-        team: &Team,
-        out: &mut [f32],
-    ) -> Result<(), ModelError> {
+    fn singles(&self, step: &LayerStep<'_>, out: &mut [f32]) -> Result<(), ModelError> {
+        let LayerStep { batch, qkv, slab, layer, team } = *step;
         let (shape, isa) = (&self.shape, Isa::best());
-        let (width, query_width) = (self.qkv_heads() * shape.head_dim, shape.heads * shape.head_dim);
+        let (width, query_width) = (self.qkv_width(), shape.heads * shape.head_dim);
         let (numbers, blocks) = (shape.part_numbers(), shape.part_blocks());
         let failed: OnceLock<AttentionError> = OnceLock::new();
         let note = |result: Result<(), AttentionError>| result.unwrap_or_else(|error| drop(failed.set(error)));
@@ -329,47 +316,47 @@ impl Attention {
     }
 
     /// The query heads of one KV head for one row of several tokens: `[group, tokens, value_dim]`.
-    fn chunk(
-        &self,
-        placed: &Placed<'_>,
-        kv_head: usize,
-        qkv: &[f32],
-        (slab, layer): (&KvSlab, usize),
-    ) -> Result<Vec<f32>, ModelError> {
+    fn chunk(&self, step: &LayerStep<'_>, placed: &Placed<'_>, kv_head: usize) -> Result<Vec<f32>, ModelError> {
         let _no_grad = tch::no_grad_guard(); // of this thread
         let DecodeShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let (width, tokens, group) = (self.qkv_heads() * head_dim, placed.row.tokens.len(), heads / kv_heads);
-        let rows = &qkv[placed.first * width..][..tokens * width];
+        let (width, tokens, group, kind) = (self.qkv_width(), placed.row.tokens.len(), heads / kv_heads, tensors::kind(self.dtype));
+        let rows = &step.qkv[placed.first * width..][..tokens * width];
         let of_head = |head: usize| rows.chunks_exact(width).flat_map(move |token| &token[head * head_dim..][..head_dim]);
         let query: Vec<f32> = (kv_head * group..(kv_head + 1) * group).flat_map(of_head).copied().collect();
-        let query = tensors::from_f32(&query, &[1, group as i64, tokens as i64, head_dim as i64], self.kind, self.device)?;
-        let kv = self.gather(placed, kv_head, slab, layer)?;
+        let query = tensors::from_f32(&query, &[1, group as i64, tokens as i64, head_dim as i64], kind, self.device)?;
+        let kv = self.gather(step, placed, kv_head)?;
         let (keys, values) = match self.shape.latent {
             None => (kv.f_narrow(0, 0, 1)?, kv.f_narrow(0, 1, 1)?),
             Some(rank) => (kv.f_narrow(0, 0, 1)?, kv.f_narrow(3, 0, rank as i64)?),
         };
         let sides = [tokens as i64, (placed.row.end() as usize - placed.from) as i64];
-        let mask = placed.mask.as_ref().map(|mask| tensors::from_bytes(mask, &sides, self.kind, self.device)).transpose()?;
+        let mask = placed.mask.as_ref().map(|mask| tensors::from_bytes(mask, &sides, kind, self.device)).transpose()?;
         let (causal, grouped, scale) = (mask.is_none(), group > 1, f64::from(self.shape.scale));
         tensors::to_f32(&Tensor::f_scaled_dot_product_attention(&query, &keys, &values, mask, 0.0, causal, scale, grouped)?)
     }
 
-    /// Keys and values of one KV head over what a row sees, as it stands in the cells: `[parts, 1, context, head_dim]`.
-    fn gather(&self, placed: &Placed<'_>, kv_head: usize, slab: &KvSlab, layer: usize) -> Result<Tensor, ModelError> {
-        let DecodeShape { kv_heads, head_dim, block_tokens, .. } = self.shape;
-        let (end, token, parts) = (placed.row.end() as usize, head_dim * self.layout.dtype.bytes(), self.layout.parts.count());
+    /// Keys and values of one KV head over what a row sees, in the type of the activations: `[parts, 1, context, head_dim]`.
+    fn gather(&self, step: &LayerStep<'_>, placed: &Placed<'_>, kv_head: usize) -> Result<Tensor, ModelError> {
+        let DecodeShape { kv_heads, head_dim, block_tokens, element, .. } = self.shape;
+        let (end, vector, parts) = (placed.row.end() as usize, self.shape.vector_bytes(), self.layout.parts.count());
         let context = end - placed.from;
-        let mut bytes = vec![0u8; parts * context * token];
+        let mut bytes = vec![0u8; parts * context * vector];
         let table = &placed.row.table[placed.from / block_tokens..self.layout.blocks(end)];
         for (index, slot) in table.iter().enumerate() {
-            let cell = slab.read(slot.0 as usize, layer);
+            let cell = step.slab.read(slot.0 as usize, step.layer);
             let first = index * block_tokens;
-            let span = (context - first).min(block_tokens) * token;
-            for (part, to) in bytes.chunks_exact_mut(context * token).enumerate() {
-                let from = (part * kv_heads + kv_head) * block_tokens * token;
-                to[first * token..][..span].copy_from_slice(&cell[from..from + span]);
+            let span = (context - first).min(block_tokens) * vector;
+            for (part, to) in bytes.chunks_exact_mut(context * vector).enumerate() {
+                let from = (part * kv_heads + kv_head) * block_tokens * vector;
+                to[first * vector..][..span].copy_from_slice(&cell[from..from + span]);
             }
         }
-        tensors::from_bytes(&bytes, &[parts as i64, 1, context as i64, head_dim as i64], self.kind, self.device)
+        let (sides, kind) = ([parts as i64, 1, context as i64, head_dim as i64], tensors::kind(self.dtype));
+        if self.layout.dtype == self.dtype.into() {
+            return tensors::from_bytes(&bytes, &sides, kind, self.device);
+        }
+        let mut numbers = vec![0.0; parts * context * head_dim];
+        element.read(&bytes, head_dim, &mut numbers);
+        tensors::from_f32(&numbers, &sides, kind, self.device)
     }
 }

@@ -83,7 +83,7 @@ pub fn measure(model: &Path, plan: &Plan, out: &mut Out<'_>) -> Result<(), Model
         let mut figures =
             BATCHES.map(|batch| decode_figure(batch, name)).into_iter().chain(PROMPTS.map(|p| prefill_figure(p, name)));
         if figures.any(|figure| plan.wants(&figure)) {
-            let compute = Compute { threads: plan.threads, switch, batch_invariant, weights };
+            let compute = Compute { threads: plan.threads, switch, batch_invariant, weights, kv_dtype: None };
             engines.push((name, ModelEngine::load(&checkpoint, Dtype::Bf16, SLOTS, BLOCK_TOKENS, compute)?.0));
         }
     }

@@ -71,10 +71,10 @@ impl ChecksumEngine {
     /// Where token `offset` of a cell lies: one range of bytes for each cached vector.
     fn ranges(&self, offset: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
         let layout = self.config.layout;
-        let token = usize::from(layout.head_dim) * layout.dtype.bytes();
+        let vector = layout.vector_bytes();
         (0..layout.parts.count() * usize::from(layout.kv_heads)).map(move |head| {
-            let at = (head * usize::from(layout.block_tokens) + offset) * token;
-            at..at + token
+            let at = (head * usize::from(layout.block_tokens) + offset) * vector;
+            at..at + vector
         })
     }
 

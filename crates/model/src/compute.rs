@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use millrace_core::layout::KvDtype;
 use millrace_kernels::{Into, Isa, Norm, Precision, Products, elementwise};
 use tch::{Device, Kind, Tensor};
 
@@ -60,9 +61,17 @@ pub struct Compute {
     pub batch_invariant: bool,
     /// What the weights are kept as; with activations in f32 always as in the file.
     pub weights: Weights,
+    /// What keys and values are cached as; as the activations are where absent.
+    pub kv_dtype: Option<KvDtype>,
 }
 
 impl Compute {
+    /// What keys and values are cached as, with activations of `dtype`.
+    #[must_use]
+    pub fn cached_as(&self, dtype: Dtype) -> KvDtype {
+        self.kv_dtype.unwrap_or(dtype.into())
+    }
+
     /// The same on every machine and in every run: for tests.
     #[must_use]
     pub fn fixed(threads: usize) -> Self {

@@ -7,12 +7,12 @@
 
 use millrace_checkpoint::{AttentionKind, Checkpoint, Positions};
 use millrace_core::engine::Step;
-use millrace_core::layout::KvLayout;
+use millrace_core::layout::{KvDtype, KvLayout};
 use millrace_kernels::{Into, KvSlab, Matrix, Team, elementwise};
 use tch::Device;
 
 use crate::angles::{Angles, Turn};
-use crate::attend::{Attention, Batches};
+use crate::attend::{Attention, Batches, LayerStep};
 use crate::compute::{Compute, Multiplier};
 use crate::feed::Feed;
 use crate::heads::Heads;
@@ -65,9 +65,14 @@ pub(crate) struct Decoder {
 
 impl Decoder {
     /// Packs the weights once, and decides who multiplies.
-    pub(crate) fn load(checkpoint: &Checkpoint, layout: KvLayout, compute: Compute, device: Device) -> Result<Self, ModelError> {
+    pub(crate) fn load(
+        checkpoint: &Checkpoint,
+        (dtype, layout): (Dtype, KvLayout),
+        compute: Compute,
+        device: Device,
+    ) -> Result<Self, ModelError> {
         let config = &checkpoint.config;
-        let loader = Loader { checkpoint, dtype: layout.dtype, device, weights: compute.weights };
+        let loader = Loader { checkpoint, dtype, device, weights: compute.weights };
         let plain = |name: &str| loader.linear(&[name.to_owned()], false);
         let (positions, turn) = match &config.positions {
             Positions::Learned => (Some(loader.numbers("model.embed_positions.weight")?), None),
@@ -80,8 +85,8 @@ impl Decoder {
             positions,
             turn,
             head: if config.tie_word_embeddings { None } else { Some(plain("lm_head")?) },
-            attention: Attention::new(config, layout, device, compute.batch_invariant),
-            multiplier: Multiplier::new(compute, layout.dtype, device),
+            attention: Attention::new(config, (dtype, layout), device, compute.batch_invariant),
+            multiplier: Multiplier::new(compute, dtype, device),
             scratch: Scratch::default(),
         };
         decoder.choose(&loader, compute)?;
@@ -113,10 +118,11 @@ impl Decoder {
         for (index, layer) in layers.iter().enumerate() {
             let batch = batches.of(index, attention);
             layer.project(hidden, multiplier, angles.as_ref(), qkv)?;
-            attention.store(batch, qkv, (slab, index), multiplier.products.team());
+            let of_layer = LayerStep { batch, qkv, slab, layer: index, team: multiplier.products.team() };
+            attention.store(&of_layer);
             on_layer(index as u16);
             attended.resize(batch.tokens() * attention.out_width(), 0.0);
-            attention.attend(batch, qkv, (slab, index), multiplier.products.team(), attended)?;
+            attention.attend(&of_layer, attended)?;
             match &layer.source {
                 Source::Heads(_) => multiplier.multiply(attended, None, &layer.output, Into::Add(hidden))?,
                 Source::Latent(latent) => {
@@ -228,7 +234,7 @@ impl Layer {
 }
 
 /// The KV layout that a model has at a block size and type.
-pub(crate) fn layout(checkpoint: &Checkpoint, dtype: Dtype, block_tokens: u16) -> Result<KvLayout, ModelError> {
+pub(crate) fn layout(checkpoint: &Checkpoint, dtype: KvDtype, block_tokens: u16) -> Result<KvLayout, ModelError> {
     match block_tokens.is_power_of_two() {
         true => Ok(checkpoint.kv_layout(dtype, block_tokens)),
         false => Err(ModelError::Layout { field: "block_tokens", value: block_tokens.into() }),

@@ -23,7 +23,7 @@ pub struct ModelEngine {
 }
 
 impl ModelEngine {
-    /// Loads the weights for activations and KV of `dtype`, and makes a KV memory of `slots` blocks of `block_tokens` tokens (a power of two).
+    /// Loads the weights for activations of `dtype`, and makes a KV memory of `slots` blocks of `block_tokens` tokens (a power of two).
     /// The threads of `compute` are for all of LibTorch in this process too. The slab is for the hand-over tasks.
     ///
     /// # Errors
@@ -36,11 +36,11 @@ impl ModelEngine {
         compute: Compute,
     ) -> Result<(Self, Arc<KvSlab>, KvLayout), ModelError> {
         let config = &checkpoint.config;
-        let layout = layout(checkpoint, dtype, block_tokens)?;
+        let layout = layout(checkpoint, compute.cached_as(dtype), block_tokens)?;
         let slab = KvSlab::new(layout.cell_bytes(), layout.layers.into(), slots)?;
         heap::keep_freed();
         tch::set_num_threads(i32::try_from(compute.threads.max(1)).unwrap_or(i32::MAX));
-        let decoder = Decoder::load(checkpoint, layout, compute, Device::Cpu)?;
+        let decoder = Decoder::load(checkpoint, (dtype, layout), compute, Device::Cpu)?;
         let limits = Limits { vocab: config.vocab_size, positions: config.max_positions, slots };
         Ok((Self { decoder, slab: slab.clone(), layout, limits }, slab, layout))
     }

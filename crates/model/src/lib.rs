@@ -25,5 +25,4 @@ mod tensors;
 pub use compute::{Compute, Switch};
 pub use engine::ModelEngine;
 pub use error::ModelError;
-/// The type of weights, activations and cached KV of an engine.
-pub use millrace_core::layout::KvDtype as Dtype;
+pub use millrace_core::layout::{Dtype, KvDtype};

@@ -32,7 +32,7 @@ pub struct Options<'a> {
     pub path: &'a Path,
     /// The model's public name; from the path if absent.
     pub name: Option<&'a str>,
-    /// Type of weights, activations and KV.
+    /// Type of weights and activations, and of KV where `compute` does not say otherwise.
     pub dtype: Dtype,
     /// Tokens of one block.
     pub block_tokens: u16,
@@ -64,7 +64,7 @@ pub fn open(options: &Options<'_>) -> Result<Opened, ModelError> {
     let Options { dtype, block_tokens, slots, .. } = *options;
     let checkpoint = Checkpoint::open(options.path)?;
     let name = options.name.map_or_else(|| checkpoint.default_name(), str::to_owned);
-    let identity = checkpoint.identity(&name, dtype, block_tokens);
+    let identity = checkpoint.identity(&name, options.compute.cached_as(dtype), block_tokens);
     let positions = checkpoint.config.max_positions;
     let (engine, slab): (Box<dyn Engine>, _) = match options.engine {
         EngineKind::Model => {

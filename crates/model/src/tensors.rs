@@ -1,17 +1,16 @@
 //! The crossing between slices and tensors, sizes checked: LibTorch itself would read past the end of a short slice.
 
 use half::bf16;
-use millrace_core::layout::KvDtype;
 use millrace_kernels::convert;
 use tch::{Device, Kind, Tensor};
 
-use crate::ModelError;
+use crate::{Dtype, ModelError};
 
 /// LibTorch's name of a type.
-pub(crate) fn kind(dtype: KvDtype) -> Kind {
+pub(crate) fn kind(dtype: Dtype) -> Kind {
     match dtype {
-        KvDtype::F32 => Kind::Float,
-        KvDtype::Bf16 => Kind::BFloat16,
+        Dtype::F32 => Kind::Float,
+        Dtype::Bf16 => Kind::BFloat16,
     }
 }
 

@@ -15,7 +15,11 @@ const LAYOUT: KvLayout =
     KvLayout { layers: 3, parts: KvParts::KeysValues, kv_heads: 2, head_dim: 6, block_tokens: 4, dtype: KvDtype::Bf16 };
 
 fn engine() -> (ChecksumEngine, Arc<KvSlab>) {
-    let config = ChecksumConfig { layout: LAYOUT, vocab: 50_000, max_positions: 100, token_delay: Duration::ZERO };
+    engine_of(LAYOUT)
+}
+
+fn engine_of(layout: KvLayout) -> (ChecksumEngine, Arc<KvSlab>) {
+    let config = ChecksumConfig { layout, vocab: 50_000, max_positions: 100, token_delay: Duration::ZERO };
     let (engine, slab, _) = ChecksumEngine::new(config, 40).unwrap();
     (engine, slab)
 }
@@ -63,14 +67,18 @@ fn chunks_slots_and_company_change_nothing() {
 
 #[test]
 fn every_byte_of_every_cell_counts() {
+    [KvDtype::Bf16, KvDtype::Int8].into_iter().for_each(every_byte_counts);
+}
+
+fn every_byte_counts(dtype: KvDtype) {
     let table = [0, 1, 2, 3];
-    let (mut engine, slab) = engine();
+    let (mut engine, slab) = engine_of(KvLayout { dtype, ..LAYOUT });
     let want = answer(&mut engine, &PROMPT, 11, 1, &table)[0];
     let next = row(&[want], 11, &table);
     let good = engine.step(&Step { rows: vec![next.clone()] }, &mut |_| ()).unwrap()[0].token;
     for block in 0..2 {
         for layer in 0..3 {
-            for byte in 0..LAYOUT.cell_bytes() {
+            for byte in 0..slab.cell_bytes() {
                 slab.write(block, layer)[byte] ^= 1;
                 let bad = engine.step(&Step { rows: vec![next.clone()] }, &mut |_| ()).unwrap()[0].token;
                 assert_ne!(bad, good, "block {block}, layer {layer}, byte {byte}");

@@ -4,11 +4,13 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use millrace_checkpoint::Checkpoint;
 use millrace_core::engine::{Engine, Row, Step};
 use millrace_core::ids::{AttemptId, RequestId, Slot, TokenId};
-use millrace_model::{Compute, Dtype, ModelEngine, Switch};
+use millrace_kernels::KvSlab;
+use millrace_model::{Compute, Dtype, KvDtype, ModelEngine, Switch};
 use support::{greedy, repository};
 
 const SLOTS: usize = 512;
@@ -19,9 +21,18 @@ fn smollm2() -> PathBuf {
     std::env::var("MILLRACE_MODEL").map_or(default, PathBuf::from)
 }
 
-fn engine(model: &Path, dtype: Dtype, threads: usize) -> ModelEngine {
-    let compute = Compute { threads, switch: Switch::Above(1), batch_invariant: true, ..Compute::default() };
-    ModelEngine::load(&Checkpoint::open(model).unwrap(), dtype, SLOTS, 16, compute).unwrap().0
+/// Types of activations and of KV.
+type Types = (Dtype, KvDtype);
+
+const F32: Types = (Dtype::F32, KvDtype::F32);
+const BF16: Types = (Dtype::Bf16, KvDtype::Bf16);
+const INT8: [Types; 2] = [(Dtype::F32, KvDtype::Int8), (Dtype::Bf16, KvDtype::Int8)];
+
+fn engine(model: &Path, (dtype, kv_dtype): Types, threads: usize) -> (ModelEngine, Arc<KvSlab>) {
+    let kv_dtype = Some(kv_dtype);
+    let compute = Compute { threads, switch: Switch::Above(1), batch_invariant: true, kv_dtype, ..Compute::default() };
+    let (engine, slab, _) = ModelEngine::load(&Checkpoint::open(model).unwrap(), dtype, SLOTS, 16, compute).unwrap();
+    (engine, slab)
 }
 
 /// Row `index` of a step: `tokens` from position `start` on, in slots of its own.
@@ -66,8 +77,8 @@ fn together(engine: &mut ModelEngine, tokens: &[TokenId], neighbours: usize, cut
     [bits(&first[0]), bits(&second[neighbours])]
 }
 
-fn check(model: &Path, dtype: Dtype, lengths: &[usize], neighbours: &[usize]) {
-    let (mut one, mut two) = (engine(model, dtype, 1), engine(model, dtype, 2));
+fn check(model: &Path, types: Types, lengths: &[usize], neighbours: &[usize]) {
+    let (mut one, mut two) = (engine(model, types, 1).0, engine(model, types, 2).0);
     for &len in lengths {
         let tokens = prompt(0, len, one.vocab());
         let want = alone(&mut one, 0, &tokens);
@@ -75,8 +86,31 @@ fn check(model: &Path, dtype: Dtype, lengths: &[usize], neighbours: &[usize]) {
         for &neighbours in neighbours {
             for cut in [1, len / 2] {
                 let got = together(&mut two, &tokens, neighbours, cut);
-                assert!(got == want, "{} {dtype:?}: {len} tokens among {neighbours}, cut at {cut}", model.display());
+                assert!(got == want, "{} {types:?}: {len} tokens among {neighbours}, cut at {cut}", model.display());
             }
+        }
+    }
+}
+
+/// A prompt whose first two blocks another sequence computed, in other chunks and with another continuation: the bits of its logits, and the bytes of
+/// its cells, are those that it has alone, because a vector's bytes depend on its token and what is before it alone.
+fn check_hits(model: &Path, types: Types) {
+    let (mut engine, slab) = engine(model, types, 2);
+    let (tokens, other) = (prompt(0, 70, engine.vocab()), prompt(1, 9, engine.vocab()));
+    let want = engine.logits(&Step { rows: vec![row(0, &tokens, 0)] }, &mut |_| ()).unwrap();
+    let first = [&tokens[..32], &other].concat();
+    for (index, chunk) in first.chunks(7).enumerate() {
+        engine.step(&Step { rows: vec![row(1, chunk, index * 7)] }, &mut |_| ()).unwrap();
+    }
+    let table = [&row(1, &[], 0).table[..2], &row(2, &[], 0).table[2..]].concat();
+    let on_hits = |start: usize, tokens: &[TokenId]| Row { table: table.clone(), ..row(2, tokens, start) };
+    engine.step(&Step { rows: vec![on_hits(32, &tokens[32..43])] }, &mut |_| ()).unwrap();
+    let got = engine.logits(&Step { rows: vec![on_hits(43, &tokens[43..])] }, &mut |_| ()).unwrap();
+    assert!(bits(&got[0]) == bits(&want[0]), "{} {types:?}: logits", model.display());
+    for (block, slot) in table.iter().enumerate().take(4) {
+        for layer in 0..slab.layers() {
+            let (cold, hit) = (slab.read(block, layer), slab.read(slot.0 as usize, layer));
+            assert!(*cold == *hit, "{} {types:?}: block {block}, layer {layer}", model.display());
         }
     }
 }
@@ -84,8 +118,9 @@ fn check(model: &Path, dtype: Dtype, lengths: &[usize], neighbours: &[usize]) {
 #[test]
 fn tiny_models() {
     let model = repository().join("tests/data/tiny-llama-gqa-tied");
-    for dtype in [Dtype::F32, Dtype::Bf16] {
-        check(&model, dtype, &[3, 40, 77], &[1, 7, 31]);
+    for types in [F32, BF16].into_iter().chain(INT8) {
+        check(&model, types, &[3, 40, 77], &[1, 7, 31]);
+        check_hits(&model, types);
     }
 }
 
@@ -94,13 +129,16 @@ fn tiny_models() {
 fn other_kinds_of_layers() {
     let beside = repository().join("../shared/golden/tiny");
     for name in ["tiny-mistral", "tiny-gpt2", "tiny-qwen3", "tiny-deepseek-v3"].into_iter().filter(|_| beside.is_dir()) {
-        check(&beside.join(name), Dtype::F32, &[77], &[7]);
-        check(&beside.join(name), Dtype::Bf16, &[40], &[3]);
+        check(&beside.join(name), F32, &[77], &[7]);
+        check(&beside.join(name), BF16, &[40], &[3]);
+        check(&beside.join(name), INT8[1], &[40], &[3]);
+        check_hits(&beside.join(name), INT8[1]);
     }
 }
 
 #[test]
 fn a_quantised_model() {
-    check(&smollm2(), Dtype::Bf16, &[70], &[31]);
-    check(&smollm2(), Dtype::F32, &[5], &[3]);
+    check(&smollm2(), BF16, &[70], &[31]);
+    check(&smollm2(), F32, &[5], &[3]);
+    check_hits(&smollm2(), INT8[1]);
 }

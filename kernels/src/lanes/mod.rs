@@ -32,6 +32,8 @@ pub(crate) trait Simd: Copy {
     fn load(self, from: &[f32; LANES]) -> Self::V;
     /// Bits of bfloat16 from memory, widened.
     fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
+    /// Signed bytes from memory, as floats.
+    fn load_bytes(self, from: &[u8; LANES]) -> Self::V;
     /// Floats to memory.
     fn store(self, x: Self::V, to: &mut [f32; LANES]);
     /// `a + b`.
@@ -208,6 +210,9 @@ mod tests {
         assert_eq!((s.sum(powers), s.largest(powers)), (65_535.0, 32_768.0));
         let halves: [u16; LANES] = std::array::from_fn(|i| (((1u32 << i) as f32).to_bits() >> 16) as u16);
         assert_eq!(s.sum(s.sub(s.load_bf16(&halves), powers)), 0.0);
+        let mut floats = [0.0; LANES];
+        s.store(s.load_bytes(&std::array::from_fn(|i| (i as i8 * 8).wrapping_sub(60) as u8)), &mut floats);
+        assert_eq!(floats, each(|i| f32::from((i as i8 * 8).wrapping_sub(60))));
     }
 
     /// Every operation on words against plain code.

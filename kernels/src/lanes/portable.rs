@@ -49,6 +49,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn load_bytes(self, from: &[u8; LANES]) -> Self::V {
+        from.map(|byte| f32::from(byte as i8))
+    }
+
+    #[inline(always)]
     fn store(self, x: Self::V, to: &mut [f32; LANES]) {
         *to = x;
     }

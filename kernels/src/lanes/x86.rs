@@ -86,6 +86,12 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     }
 
     #[inline(always)]
+    fn load_bytes(self, from: &[u8; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512; 16 bytes are read from an array of 16.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
     fn store(self, x: __m512, to: &mut [f32; LANES]) {
         // SAFETY: `self` proves AVX-512; 64 bytes are written to an array of 16 floats.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
@@ -337,6 +343,16 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from[8..].as_ptr().cast()));
             [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
+        }
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, from: &[u8; LANES]) -> Self::V {
+        // SAFETY: `self` proves AVX2; twice 8 bytes are read from an array of 16.
+        unsafe {
+            let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().cast()));
+            let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from[8..].as_ptr().cast()));
+            [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
         }
     }
 

@@ -38,6 +38,8 @@ pub struct Plan {
     pub kv_blocks: u32,
     /// How requests are placed: a word of `--route`.
     pub route: &'static str,
+    /// What KV is cached as, a word of `--kv-dtype`; as the activations if absent.
+    pub kv_dtype: Option<&'static str>,
     /// Instead of the model: checksums, with this delay for each token.
     pub checksum_us: Option<u64>,
     /// Whether a process that dies is started again.
@@ -57,6 +59,7 @@ impl Plan {
             decode: 2,
             kv_blocks: 512,
             route: "auto",
+            kv_dtype: None,
             checksum_us: None,
             restart: true,
             env: Vec::new(),
@@ -79,6 +82,9 @@ impl Plan {
         add("--kv-blocks", self.kv_blocks.to_string());
         add("--route", self.route.to_owned());
         add("--dir", dir.display().to_string());
+        if let Some(word) = self.kv_dtype {
+            add("--kv-dtype", word.to_owned());
+        }
         if let Some(us) = self.checksum_us {
             add("--checksum-engine", us.to_string());
         }

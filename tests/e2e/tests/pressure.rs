@@ -4,6 +4,7 @@
 
 use futures_util::future::join_all;
 use millrace_e2e::cluster::{Cluster, Plan};
+use millrace_e2e::http;
 use millrace_e2e::stream::{Answer, End, complete};
 use serde_json::{Value, json};
 
@@ -27,22 +28,25 @@ fn body(model: &str, stream: usize, salt: &str) -> Value {
     })
 }
 
+/// Asks for the answer of a stream.
+async fn ask(cluster: &Cluster, stream: usize, salt: &str) -> Answer {
+    complete(cluster.http, "/v1/completions", &body(&cluster.model, stream, salt)).await
+}
+
+fn blocks(stream: usize) -> usize {
+    let (prompt, answer) = lengths(stream);
+    (prompt + answer).div_ceil(BLOCK_TOKENS)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_of_three_fifths_of_what_is_needed_changes_no_answer() {
-    let blocks = |stream| {
-        let (prompt, answer) = lengths(stream);
-        (prompt + answer).div_ceil(BLOCK_TOKENS)
-    };
     let needed: usize = (0..STREAMS).map(blocks).sum();
     let kv_blocks = (needed * POOL_PERCENT / 100) as u32;
     let plan = Plan { coordinators: 1, prefill: 1, decode: 1, kv_blocks, ..Plan::checksum(200) };
     let cluster = Cluster::start(plan).await;
-    let ask = async |stream: usize, salt: &str| -> Answer {
-        complete(cluster.http, "/v1/completions", &body(&cluster.model, stream, salt)).await
-    };
-    let together = join_all((0..STREAMS).map(|stream| ask(stream, "together"))).await;
+    let together = join_all((0..STREAMS).map(|stream| ask(&cluster, stream, "together"))).await;
     for (stream, answer) in together.into_iter().enumerate() {
-        let alone = ask(stream, "alone").await;
+        let alone = ask(&cluster, stream, "alone").await;
         let (prompt, tokens) = lengths(stream);
         assert_eq!((&answer.end, &alone.end), (&End::Whole, &End::Whole), "stream {stream}");
         assert_eq!(answer.ids, alone.ids, "stream {stream}");
@@ -53,4 +57,31 @@ async fn a_pool_of_three_fifths_of_what_is_needed_changes_no_answer() {
     println!("{STREAMS} streams over {kv_blocks} of {needed} blocks: {preempted} preemptions");
     assert!(preempted > 0, "there was no pressure: {status:?}");
     assert!(status.nodes.iter().all(|node| node.resident_bytes_max > 1 << 20), "{status:?}");
+}
+
+/// The model itself, with 8-bit KV that is handed over, loses its room and is computed again: in batch-invariant mode every answer has the same tokens
+/// as alone, because what a cell holds depends on its tokens only.
+#[tokio::test(flavor = "multi_thread")]
+async fn int8_kv_gives_the_same_tokens_handed_over_and_under_pressure() {
+    const FEW: usize = 8;
+    let kv_blocks = ((0..FEW).map(blocks).sum::<usize>() * POOL_PERCENT / 100) as u32;
+    let env = vec![("MILLRACE_BATCH_INVARIANT".to_owned(), "true".to_owned())];
+    let of_model = Plan::of(millrace_e2e::tiny_model());
+    let small = Plan { coordinators: 1, prefill: 1, decode: 1, kv_blocks, route: "split", ..of_model };
+    let cluster = Cluster::start(Plan { kv_dtype: Some("int8"), env, ..small }).await;
+    let together = join_all((0..FEW).map(|stream| ask(&cluster, stream, "together"))).await;
+    for (stream, answer) in together.into_iter().enumerate() {
+        let alone = ask(&cluster, stream, "alone").await;
+        assert_eq!((&answer.end, &alone.end), (&End::Whole, &End::Whole), "stream {stream}");
+        assert_eq!(answer.ids, alone.ids, "stream {stream}");
+    }
+    let status = cluster.rests().await;
+    let metrics = http::send(cluster.http, "GET", "/metrics", "").await.unwrap().text;
+    let moved = metrics.lines().filter(|line| line.starts_with("millrace_kv_bytes_moved"));
+    let moved: f64 = moved.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
+    let preempted: u64 = status.nodes.iter().map(|node| node.preemptions).sum();
+    println!("{FEW} streams over {kv_blocks} blocks: {preempted} preemptions, {moved} bytes moved");
+    assert!(preempted > 0 && moved > 0.0, "{preempted} preemptions, {moved} bytes moved: {status:?}");
+    // A cell of the tiny model: keys and values, 2 heads, 16 tokens, 16 bytes and their scale.
+    assert_eq!(moved % f64::from(2 * 2 * 16 * 18), 0.0, "whole cells of int8 moved");
 }

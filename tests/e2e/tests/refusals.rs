@@ -212,14 +212,16 @@ async fn a_second_node_of_one_name_or_with_another_model_is_refused_and_the_clus
     *weights.last_mut().unwrap() ^= 1;
     fs::write(other.join("model.safetensors"), weights).unwrap();
     let tiny = tiny_model();
-    let (twin, stranger, halved) = tokio::join!(
+    let (twin, stranger, halved, eight) = tokio::join!(
         join(&cluster, "prefill-1", &tiny, &["--dtype", "f32"]),
         join(&cluster, "prefill-9", &other, &["--dtype", "f32"]),
         join(&cluster, "prefill-9", &tiny, &["--dtype", "bf16"]),
+        join(&cluster, "prefill-9", &tiny, &["--dtype", "f32", "--kv-dtype", "int8"]),
     );
     twin.assert_refused(&["prefill-1", "live process"]);
     stranger.assert_refused(&["weights"]);
-    halved.assert_refused(&["dtype"]);
+    halved.assert_refused(&["kv_dtype"]);
+    eight.assert_refused(&["kv_dtype"]);
     let after = cluster.rests().await;
     let epochs = |status: &millrace_e2e::cluster::Status| -> Vec<(String, u64, u32)> {
         status.nodes.iter().map(|node| (node.name.clone(), node.epoch, node.pid)).collect()

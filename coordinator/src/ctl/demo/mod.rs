@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use millrace_core::layout::{Dtype, KvDtype};
 use millrace_node::shutdown::Shutdown;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -20,7 +21,7 @@ use tokio::time::timeout;
 use self::screen::Screen;
 use self::script::first_paragraph;
 use self::talk::{Answer, Talk};
-use super::local::{Dtype, Local, Say, State, UpArgs, View};
+use super::local::{Local, Say, State, UpArgs, View};
 
 /// Time for the cluster to serve.
 const START_WAIT_MAX: Duration = Duration::from_secs(180);
@@ -42,9 +43,12 @@ pub struct DemoArgs {
     /// Model directory or GGUF file: an instruct model
     #[arg(long)]
     model: PathBuf,
-    /// Element type of weights, activations and cached KV
-    #[arg(long, default_value = "bf16", value_enum)]
+    /// Element type of weights and activations, bf16 or f32
+    #[arg(long, default_value = "bf16")]
     dtype: Dtype,
+    /// What keys and values are cached as, bf16, int8 or f32; as --dtype says if absent
+    #[arg(long, value_name = "TYPE")]
+    kv_dtype: Option<KvDtype>,
     /// Threads of each node's engine; 0 takes all processors
     #[arg(long, default_value_t = 0)]
     threads: u16,
@@ -69,6 +73,7 @@ pub async fn run(args: DemoArgs) -> Result<()> {
         decode: 2,
         http: ([127, 0, 0, 1], 0).into(),
         dtype: args.dtype,
+        kv_dtype: args.kv_dtype,
         dir: None,
         kv_blocks: None,
         threads: args.threads,

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
+use millrace_core::layout::Dtype;
 use serde_json::Value;
 
 use super::Seen;
 use super::talk::Answer;
-use crate::ctl::local::{Dtype, Kind, State};
+use crate::ctl::local::{Kind, State};
 
 /// Columns of an answer.
 const WIDTH: usize = 92;

@@ -161,7 +161,11 @@ fn models(findings: &Findings) -> Vec<Check> {
     if prints.len() > 1 {
         let of: Vec<String> =
             findings.members().filter_map(|m| Some(format!("{} {}", m.name, m.model.as_ref()?.fingerprint))).collect();
-        topic.add(Verdict::Bad, of.join(", "), "replicas must be started with the same --model, --dtype and --block-tokens");
+        topic.add(
+            Verdict::Bad,
+            of.join(", "),
+            "replicas must be started with the same --model, --dtype, --kv-dtype and --block-tokens",
+        );
     }
     let alive =
         findings.status.iter().flat_map(|status| &status.nodes).filter(|node| !matches!(node.state.as_str(), "dead" | "left"));

@@ -137,7 +137,8 @@ impl Crew {
             ("--model", text(&self.args.model)),
             ("--dtype", self.args.dtype.as_str().to_owned()),
         ];
-        let args = common.into_iter().chain(own).flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
+        let kv_dtype = self.args.kv_dtype.map(|dtype| ("--kv-dtype", dtype.as_str().to_owned()));
+        let args = common.into_iter().chain(kv_dtype).chain(own).flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
         let (program, log) = (self.bin.join(kind.binary()), place.log(name));
         Spec { name: name.to_owned(), kind, program, args, log, restart: !self.args.no_restart }
     }

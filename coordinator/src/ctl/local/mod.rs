@@ -16,7 +16,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::{Args, ValueEnum};
+use clap::Args;
+use millrace_core::layout::{Dtype, KvDtype};
 use millrace_node::shutdown::Shutdown;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -37,26 +38,6 @@ const FRONT_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Where progress is told, one line at a time.
 pub type Say = Arc<dyn Fn(&str) + Send + Sync>;
-
-/// Element type of the model's numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
-    /// 16 bits, for speed.
-    Bf16,
-    /// 32 bits, for exactness.
-    F32,
-}
-
-impl Dtype {
-    /// Its word on command lines.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Bf16 => "bf16",
-            Self::F32 => "f32",
-        }
-    }
-}
 
 /// What to run.
 #[derive(Args, Clone, Debug)]
@@ -79,9 +60,12 @@ pub struct UpArgs {
     /// Where the OpenAI API is served; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:8080")]
     pub http: SocketAddr,
-    /// Element type of weights, activations and cached KV
-    #[arg(long, default_value = "bf16", value_enum)]
+    /// Element type of weights and activations, bf16 or f32; and of cached KV where --kv-dtype does not say another
+    #[arg(long, default_value = "bf16")]
     pub dtype: Dtype,
+    /// What keys and values are cached as: bf16, int8 (half of the room, at the cost in docs/benchmarks.md) or f32
+    #[arg(long, value_name = "TYPE")]
+    pub kv_dtype: Option<KvDtype>,
     /// Folder for certificates, logs and state, kept afterwards; a temporary one, removed afterwards, if absent
     #[arg(long)]
     pub dir: Option<PathBuf>,

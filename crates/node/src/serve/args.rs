@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use millrace_core::batch::BatchConfig;
 use millrace_core::ids::ReplicaId;
-use millrace_core::layout::KvDtype;
+use millrace_core::layout::Dtype;
 use millrace_core::message::{ModelIdentity, Role};
 
 use super::NodeConfig;
@@ -47,9 +47,9 @@ pub struct NodeArgs {
     /// The model's public name; from the path if absent
     #[arg(long)]
     pub model_name: Option<String>,
-    /// Element type of weights, activations and cached KV; KV's must be the same on every node
-    #[arg(long, default_value = "bf16", value_parser = parse_dtype)]
-    pub dtype: KvDtype,
+    /// Element type of weights and activations, bf16 or f32; and of cached KV where --kv-dtype does not say another
+    #[arg(long, default_value = "bf16")]
+    pub dtype: Dtype,
     /// Tokens of one block, a power of two from 16 to 128, the same on every node
     #[arg(long, default_value_t = 16, value_parser = parse_block_tokens)]
     pub block_tokens: u16,
@@ -123,14 +123,6 @@ fn parse_replica(text: &str) -> Result<(u64, SocketAddr), String> {
     let id: u64 = id.parse().map_err(|e| format!("replica number {id:?}: {e}"))?;
     let addr = addr.parse().map_err(|e| format!("address {addr:?}: {e}"))?;
     if id == 0 { Err("replica numbers start at 1".into()) } else { Ok((id, addr)) }
-}
-
-fn parse_dtype(text: &str) -> Result<KvDtype, String> {
-    match text {
-        "bf16" => Ok(KvDtype::Bf16),
-        "f32" => Ok(KvDtype::F32),
-        _ => Err("expected bf16 or f32".into()),
-    }
 }
 
 fn parse_block_tokens(text: &str) -> Result<u16, String> {
