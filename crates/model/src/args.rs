@@ -3,6 +3,7 @@
 use clap::Args;
 
 use crate::compute::{Compute, Switch, Weights};
+use crate::device::DeviceChoice;
 
 /// How the engine multiplies.
 #[derive(Args, Clone, Debug)]
@@ -16,9 +17,18 @@ pub struct ComputeArgs {
     /// What the weights are kept as: `file`, `bf16`, or `q8_0`
     #[arg(long, env = "MILLRACE_WEIGHTS", default_value = "file", value_parser = parse_weights)]
     weights: Weights,
+    /// What computes: `cpu`, or `cuda:N`, which wants a LibTorch for CUDA on LD_LIBRARY_PATH
+    #[arg(long, env = "MILLRACE_DEVICE", default_value_t)]
+    device: DeviceChoice,
 }
 
 impl ComputeArgs {
+    /// Where an engine is to compute.
+    #[must_use]
+    pub fn device(&self) -> DeviceChoice {
+        self.device
+    }
+
     /// What was chosen, on `threads` threads.
     #[must_use]
     pub fn compute(&self, threads: usize) -> Compute {

@@ -162,23 +162,28 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// The shape of a model's attention.
+pub(crate) fn shape(config: &ModelConfig, layout: KvLayout) -> DecodeShape {
+    DecodeShape {
+        heads: config.attention.heads,
+        kv_heads: layout.kv_heads.into(),
+        head_dim: layout.head_dim.into(),
+        latent: match &config.attention.kind {
+            AttentionKind::Grouped(_) => None,
+            AttentionKind::Latent(latent) => Some(latent.rank),
+        },
+        block_tokens: layout.block_tokens.into(),
+        element: match layout.dtype {
+            KvDtype::F32 => Element::F32,
+            KvDtype::Bf16 => Element::Bf16,
+        },
+        scale: config.attention.scale as f32,
+    }
+}
+
 impl Attention {
     pub(crate) fn new(config: &ModelConfig, layout: KvLayout, device: Device, batch_invariant: bool) -> Self {
-        let shape = DecodeShape {
-            heads: config.attention.heads,
-            kv_heads: layout.kv_heads.into(),
-            head_dim: layout.head_dim.into(),
-            latent: match &config.attention.kind {
-                AttentionKind::Grouped(_) => None,
-                AttentionKind::Latent(latent) => Some(latent.rank),
-            },
-            block_tokens: layout.block_tokens.into(),
-            element: match layout.dtype {
-                KvDtype::F32 => Element::F32,
-                KvDtype::Bf16 => Element::Bf16,
-            },
-            scale: config.attention.scale as f32,
-        };
+        let shape = shape(config, layout);
         let windows = config.attention.windows.clone();
         let plain = shape.latent.is_none() && windows.iter().all(Option::is_none);
         let owned = plain && shape.element == Element::Bf16 && Isa::best().has_bf16() && device == Device::Cpu;
