@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim matrix fuzz bench bench-engines bench-load bench-routing cached clean clean-cache
+.PHONY: help setup demo test check sim matrix fuzz bench bench-engines bench-load bench-routing cached gpu-check clean clean-cache
 
 cache := $(HOME)/.cache/millrace
 own_model := $(abspath $(or $(MODEL),$(MILLRACE_MODEL)))
@@ -22,6 +22,8 @@ target_dir = $$(cargo metadata --format-version 1 --no-deps | python3 -c 'import
 # The simulator's first seed, and steps for each; SEEDS=n runs n seeds.
 SEED ?= 1
 STEPS ?= 10000
+# The models with golden rows that gpu-check takes along: all that are beside the checkout, or the one inside it.
+tiny_models = $(or $(wildcard ../shared/golden/tiny),$(addsuffix /.,tests/data))
 # Rounds of the failure matrix.
 REPEATS ?= 1
 
@@ -93,9 +95,24 @@ bench-routing: setup ## ways of placing requests against each other on the trace
 cached: setup ## GPT-2 with and without a KV cache: the same tokens, the times, and a plot in cached.svg (CACHED_ARGS=...)
 	cargo run --release -p millrace-model --example cached -- --svg cached.svg $(CACHED_ARGS)
 
+gpu-check: setup ## check and measure a CUDA device, where there is one; else put what a machine with one needs into .gpu-check (DEVICE=cpu: the checks here; GPU_ARGS=...)
+	cargo build --release --workspace --example gpu-check
+	rm -rf .gpu-check
+	mkdir -p .gpu-check/bin
+	strip -o .gpu-check/bin/gpu-check "$(target_dir)/release/examples/gpu-check"
+	cp deploy/gpu-check .gpu-check/run
+	cp -r $(tiny_models) .gpu-check/tiny
+ifdef DEVICE
+	.gpu-check/bin/gpu-check --models .gpu-check/tiny --device '$(DEVICE)' $(GPU_ARGS)
+else
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then .gpu-check/run $(GPU_ARGS); else \
+		echo; echo "gpu-check: built, NOT run: this machine has no CUDA device. Carry the folder .gpu-check to one whose Python has torch 2.11,"; \
+		echo "and run .gpu-check/run there. DEVICE=cpu runs the checks here, on the processor."; fi
+endif
+
 clean: ## remove what was built, and local clusters; the cache stays
 	cargo clean
-	rm -rf .millrace
+	rm -rf .millrace .gpu-check
 
 clean-cache: ## remove LibTorch, the model and everything else in ~/.cache/millrace
 	rm -rf '$(cache)' .cargo/libtorch.toml

@@ -38,6 +38,7 @@ pub fn main(args: Args) -> ExitCode {
             slots: node.kv_blocks as usize,
             compute: args.compute.compute(node.threads()),
             engine: args.checksum_engine.map_or(EngineKind::Model, checksum),
+            device: args.compute.device(),
         })?;
         let (engine, slab) = (opened.engine, opened.slab);
         Ok(Opened { engine, slab, identity: opened.identity, positions: opened.positions })

@@ -3,12 +3,13 @@
 //! No LibTorch here and no policy: which slot belongs to whom is decided by `millrace-core`.
 //!
 //! This is the only crate that may use `unsafe`; each place says on what fact it rests. Every kernel has one body, compiled for the portable target,
-//! for AVX2+FMA and for AVX-512, and picked at run time ([`isa::Isa`]).
+//! for AVX2+FMA and for AVX-512, and picked at run time ([`isa::Isa`]). Kernels for CUDA devices are text, compiled when a device is opened ([`cuda`]).
 
 pub mod attention;
 mod buffer;
 pub mod chunk;
 pub mod convert;
+pub mod cuda;
 pub mod element;
 pub mod elementwise;
 pub mod heap;
@@ -16,6 +17,7 @@ pub mod isa;
 mod lanes;
 pub mod logits;
 pub mod matrix;
+mod piece;
 pub mod product;
 pub mod rope;
 mod rows;

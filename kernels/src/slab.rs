@@ -2,14 +2,18 @@
 //!
 //! Each cell has its own lock, so a cell in flight to another node cannot be overwritten, and a cell being received cannot be read
 //! half. Which slot belongs to which sequence is decided by `core::pool`; the slab only refuses what would tear bytes.
-//! Memory is taken at a cell's first write: a large pool costs nothing until it is used.
+//! Memory is taken at a cell's first write: a large pool costs nothing until it is used. A slab in one piece has all its memory from the start,
+//! for a device that reads and writes it by itself ([`crate::cuda`]).
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::{Pod, Zeroable};
-use parking_lot::lock_api::ArcRwLockReadGuard;
+use parking_lot::lock_api::{ArcRwLockReadGuard, ArcRwLockWriteGuard};
 use parking_lot::{RawRwLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::piece::{Part, Piece};
 
 /// Most cells of one slab.
 pub const SLAB_CELLS_MAX: usize = 1 << 24;
@@ -55,14 +59,44 @@ unsafe impl Zeroable for Line {}
 #[allow(unsafe_code)]
 unsafe impl Pod for Line {}
 
-/// The bytes of a cell; empty until the cell is first touched.
-type Store = Box<[Line]>;
+/// The bytes of a cell.
+enum Store {
+    /// Not touched yet.
+    None,
+    Own(Box<[Line]>),
+    Part(Part),
+}
+
+impl Store {
+    fn is_none(&self) -> bool {
+        matches!(self, Self::None)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::None => &[],
+            Self::Own(lines) => bytemuck::cast_slice(lines),
+            Self::Part(part) => part,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::None => &mut [],
+            Self::Own(lines) => bytemuck::cast_slice_mut(lines),
+            Self::Part(part) => part,
+        }
+    }
+}
 
 /// The cells of a node. See the module text.
 pub struct KvSlab {
     cells: Vec<Arc<RwLock<Store>>>,
+    /// Of each slot how often one of its cells was borrowed for writing.
+    writes: Vec<AtomicU64>,
     cell_bytes: usize,
     layers: usize,
+    piece: Option<Arc<Piece>>,
 }
 
 impl KvSlab {
@@ -71,16 +105,30 @@ impl KvSlab {
     /// # Errors
     /// [`SlabError`] when a size is zero or the whole is over the limits.
     pub fn new(cell_bytes: usize, layers: usize, slots: usize) -> Result<Arc<Self>, SlabError> {
-        if cell_bytes == 0 || layers == 0 || slots == 0 {
-            return Err(SlabError::Empty { cell_bytes, layers, slots });
-        }
-        let too_large = SlabError::TooLarge { cell_bytes, layers, slots };
-        let Some(count) = layers.checked_mul(slots).filter(|&count| count <= SLAB_CELLS_MAX) else { return Err(too_large) };
-        if count.checked_mul(cell_bytes).is_none_or(|bytes| bytes > SLAB_BYTES_MAX) {
-            return Err(too_large);
-        }
-        let cells = (0..count).map(|_| Arc::new(RwLock::new(Store::default()))).collect();
-        Ok(Arc::new(Self { cells, cell_bytes, layers }))
+        check(cell_bytes, layers, slots)?;
+        Ok(Self::of((0..layers * slots).map(|_| Store::None), cell_bytes, layers, None))
+    }
+
+    /// As [`KvSlab::new`] with all memory taken, in one piece: the cell of `(slot, layer)` begins at `(slot * layers + layer) * cell_bytes`, where
+    /// `cell_bytes` is rounded up to [`CELL_ALIGN`].
+    ///
+    /// # Errors
+    /// As [`KvSlab::new`].
+    pub fn in_one_piece(cell_bytes: usize, layers: usize, slots: usize) -> Result<Arc<Self>, SlabError> {
+        check(cell_bytes, layers, slots)?;
+        let (piece, parts) = Piece::zeroed(cell_bytes.next_multiple_of(CELL_ALIGN), layers * slots);
+        Ok(Self::of(parts.map(Store::Part), cell_bytes, layers, Some(piece)))
+    }
+
+    fn of(stores: impl Iterator<Item = Store>, cell_bytes: usize, layers: usize, piece: Option<Arc<Piece>>) -> Arc<Self> {
+        let cells: Vec<_> = stores.map(|store| Arc::new(RwLock::new(store))).collect();
+        let writes = (0..cells.len() / layers).map(|_| AtomicU64::new(0)).collect();
+        Arc::new(Self { cells, writes, cell_bytes, layers, piece })
+    }
+
+    /// The memory of a slab in one piece.
+    pub(crate) fn piece(&self) -> Option<&Arc<Piece>> {
+        self.piece.as_ref()
     }
 
     /// Bytes of one cell.
@@ -110,7 +158,7 @@ impl KvSlab {
     pub fn read(&self, slot: usize, layer: usize) -> CellRef<'_> {
         let cell = self.cell(slot, layer);
         let guard = cell.read_recursive();
-        if !guard.is_empty() {
+        if !guard.is_none() {
             return CellRef { guard, bytes: self.cell_bytes };
         }
         drop(guard);
@@ -126,6 +174,7 @@ impl KvSlab {
     pub fn write(&self, slot: usize, layer: usize) -> CellMut<'_> {
         let mut guard = self.cell(slot, layer).write();
         self.touch(&mut guard);
+        self.writes[slot].fetch_add(1, Ordering::Release);
         CellMut { guard, bytes: self.cell_bytes }
     }
 
@@ -137,6 +186,7 @@ impl KvSlab {
     pub fn try_write(&self, slot: usize, layer: usize) -> Option<CellMut<'_>> {
         let mut guard = self.cell(slot, layer).try_write()?;
         self.touch(&mut guard);
+        self.writes[slot].fetch_add(1, Ordering::Release);
         Some(CellMut { guard, bytes: self.cell_bytes })
     }
 
@@ -148,12 +198,45 @@ impl KvSlab {
     pub fn share(&self, slot: usize, layer: usize) -> SharedCell {
         let cell = self.cell(slot, layer);
         let guard = cell.read_arc_recursive();
-        if !guard.is_empty() {
+        if !guard.is_none() {
             return SharedCell { guard, bytes: self.cell_bytes };
         }
         drop(guard);
         self.touch(&mut cell.write());
         SharedCell { guard: cell.read_arc_recursive(), bytes: self.cell_bytes }
+    }
+
+    /// An owned write guard, for an engine that brings a cell up to what it holds itself: not counted by [`KvSlab::writes`].
+    /// Waits as [`KvSlab::write`] does.
+    ///
+    /// # Panics
+    /// When `slot` or `layer` is out of range.
+    #[must_use]
+    pub fn seize(&self, slot: usize, layer: usize) -> SeizedCell {
+        let mut guard = self.cell(slot, layer).write_arc();
+        self.touch(&mut guard);
+        SeizedCell { guard, bytes: self.cell_bytes }
+    }
+
+    /// As [`KvSlab::seize`], but `None` instead of waiting.
+    ///
+    /// # Panics
+    /// When `slot` or `layer` is out of range.
+    #[must_use]
+    pub fn try_seize(&self, slot: usize, layer: usize) -> Option<SeizedCell> {
+        let mut guard = self.cell(slot, layer).try_write_arc()?;
+        self.touch(&mut guard);
+        Some(SeizedCell { guard, bytes: self.cell_bytes })
+    }
+
+    /// How often a cell of this slot was borrowed by [`KvSlab::write`] and [`KvSlab::try_write`]. An engine that keeps a copy of its own reads this
+    /// before it copies, and copies again when it has changed.
+    ///
+    /// # Panics
+    /// When `slot` is out of range.
+    #[must_use]
+    pub fn writes(&self, slot: usize) -> u64 {
+        self.writes[slot].load(Ordering::Acquire)
     }
 
     /// The cell's lock.
@@ -164,10 +247,22 @@ impl KvSlab {
 
     /// Takes the memory of a cell that has none yet.
     fn touch(&self, store: &mut Store) {
-        if store.is_empty() {
-            *store = vec![Line::zeroed(); self.cell_bytes.div_ceil(CELL_ALIGN)].into_boxed_slice();
+        if store.is_none() {
+            *store = Store::Own(vec![Line::zeroed(); self.cell_bytes.div_ceil(CELL_ALIGN)].into_boxed_slice());
         }
     }
+}
+
+fn check(cell_bytes: usize, layers: usize, slots: usize) -> Result<(), SlabError> {
+    if cell_bytes == 0 || layers == 0 || slots == 0 {
+        return Err(SlabError::Empty { cell_bytes, layers, slots });
+    }
+    let too_large = SlabError::TooLarge { cell_bytes, layers, slots };
+    let Some(count) = layers.checked_mul(slots).filter(|&count| count <= SLAB_CELLS_MAX) else { return Err(too_large) };
+    if count.checked_mul(cell_bytes).is_none_or(|bytes| bytes > SLAB_BYTES_MAX) {
+        return Err(too_large);
+    }
+    Ok(())
 }
 
 /// A cell borrowed for reading.
@@ -180,7 +275,7 @@ impl Deref for CellRef<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.guard)[..self.bytes]
+        &self.guard.bytes()[..self.bytes]
     }
 }
 
@@ -194,13 +289,13 @@ impl Deref for CellMut<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.guard)[..self.bytes]
+        &self.guard.bytes()[..self.bytes]
     }
 }
 
 impl DerefMut for CellMut<'_> {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.guard)[..self.bytes]
+        &mut self.guard.bytes_mut()[..self.bytes]
     }
 }
 
@@ -212,7 +307,27 @@ pub struct SharedCell {
 
 impl AsRef<[u8]> for SharedCell {
     fn as_ref(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.guard)[..self.bytes]
+        &self.guard.bytes()[..self.bytes]
+    }
+}
+
+/// A cell that nobody else reads or writes until this is dropped, on whichever thread.
+pub struct SeizedCell {
+    guard: ArcRwLockWriteGuard<RawRwLock, Store>,
+    bytes: usize,
+}
+
+impl Deref for SeizedCell {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.guard.bytes()[..self.bytes]
+    }
+}
+
+impl DerefMut for SeizedCell {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.guard.bytes_mut()[..self.bytes]
     }
 }
 
@@ -230,7 +345,12 @@ mod tests {
 
     #[test]
     fn cells_are_apart_aligned_and_zero_at_first() {
-        let slab = KvSlab::new(100, 3, 5).unwrap();
+        for slab in [KvSlab::new(100, 3, 5).unwrap(), KvSlab::in_one_piece(100, 3, 5).unwrap()] {
+            check_cells(&slab);
+        }
+    }
+
+    fn check_cells(slab: &KvSlab) {
         assert_eq!((slab.cell_bytes(), slab.layers(), slab.slots()), (100, 3, 5));
         for slot in 0..5 {
             for layer in 0..3 {
@@ -257,6 +377,32 @@ mod tests {
         assert!(slab.read(1, 0).iter().all(|&b| b == 7));
         std::thread::spawn(move || assert!(shared.as_ref().iter().all(|&b| b == 7))).join().unwrap();
         assert!(slab.try_write(1, 0).is_some());
+    }
+
+    #[test]
+    fn a_slab_in_one_piece_lies_slot_by_slot() {
+        let slab = KvSlab::in_one_piece(100, 3, 5).unwrap();
+        let start = slab.piece().unwrap().start().as_ptr() as usize;
+        for (slot, layer) in [(0, 0), (0, 2), (4, 1)] {
+            assert_eq!(slab.read(slot, layer).as_ptr() as usize - start, (slot * 3 + layer) * 128);
+        }
+        let shared = slab.share(4, 2);
+        drop(slab);
+        assert!(shared.as_ref().iter().all(|&b| b == 0), "a cell keeps the piece that it is of");
+    }
+
+    #[test]
+    fn others_writes_are_counted_slot_by_slot() {
+        let slab = KvSlab::new(64, 2, 2).unwrap();
+        drop(slab.write(1, 0));
+        drop(slab.try_write(1, 1));
+        slab.seize(1, 0).fill(9);
+        let _ = (slab.read(0, 0), slab.share(0, 1));
+        assert_eq!([slab.writes(0), slab.writes(1)], [0, 2]);
+        assert!(slab.read(1, 0).iter().all(|&b| b == 9));
+        let held = slab.seize(0, 0);
+        assert!(slab.try_write(0, 0).is_none() && slab.writes(0) == 0);
+        drop(held);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use clap::Args;
 use millrace_core::layout::KvDtype;
 
 use crate::compute::{Compute, Switch, Weights};
+use crate::device::DeviceChoice;
 
 /// How the engine multiplies.
 #[derive(Args, Clone, Debug)]
@@ -20,13 +21,22 @@ pub struct ComputeArgs {
     /// What keys and values are cached as, the same on every node: `bf16`, `int8` or `f32`; as --dtype says if absent
     #[arg(long, env = "MILLRACE_KV_DTYPE", value_name = "TYPE")]
     kv_dtype: Option<KvDtype>,
+    /// What computes: `cpu`, or `cuda:N`, which wants a LibTorch for CUDA on LD_LIBRARY_PATH
+    #[arg(long, env = "MILLRACE_DEVICE", default_value_t)]
+    device: DeviceChoice,
 }
 
 impl ComputeArgs {
+    /// Where an engine is to compute.
+    #[must_use]
+    pub fn device(&self) -> DeviceChoice {
+        self.device
+    }
+
     /// What was chosen, on `threads` threads.
     #[must_use]
     pub fn compute(&self, threads: usize) -> Compute {
-        let Self { libtorch_above: switch, batch_invariant, weights, kv_dtype } = *self;
+        let Self { libtorch_above: switch, batch_invariant, weights, kv_dtype, device: _ } = *self;
         Compute { threads, switch, batch_invariant, weights, kv_dtype }
     }
 }

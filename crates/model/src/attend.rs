@@ -172,24 +172,29 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// The shape of a model's attention.
+pub(crate) fn shape(config: &ModelConfig, layout: KvLayout) -> DecodeShape {
+    DecodeShape {
+        heads: config.attention.heads,
+        kv_heads: layout.kv_heads.into(),
+        head_dim: layout.head_dim.into(),
+        latent: match &config.attention.kind {
+            AttentionKind::Grouped(_) => None,
+            AttentionKind::Latent(latent) => Some(latent.rank),
+        },
+        block_tokens: layout.block_tokens.into(),
+        element: match layout.dtype {
+            KvDtype::F32 => Element::F32,
+            KvDtype::Bf16 => Element::Bf16,
+            KvDtype::Int8 => Element::Int8,
+        },
+        scale: config.attention.scale as f32,
+    }
+}
+
 impl Attention {
     pub(crate) fn new(config: &ModelConfig, (dtype, layout): (Dtype, KvLayout), device: Device, batch_invariant: bool) -> Self {
-        let shape = DecodeShape {
-            heads: config.attention.heads,
-            kv_heads: layout.kv_heads.into(),
-            head_dim: layout.head_dim.into(),
-            latent: match &config.attention.kind {
-                AttentionKind::Grouped(_) => None,
-                AttentionKind::Latent(latent) => Some(latent.rank),
-            },
-            block_tokens: layout.block_tokens.into(),
-            element: match layout.dtype {
-                KvDtype::F32 => Element::F32,
-                KvDtype::Bf16 => Element::Bf16,
-                KvDtype::Int8 => Element::Int8,
-            },
-            scale: config.attention.scale as f32,
-        };
+        let shape = shape(config, layout);
         assert_eq!(shape.cell_bytes(), layout.cell_bytes(), "kernels and layout mean the same cell");
         let windows = config.attention.windows.clone();
         let plain = shape.latent.is_none() && windows.iter().all(Option::is_none);

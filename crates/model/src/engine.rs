@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use millrace_checkpoint::Checkpoint;
-use millrace_core::engine::{Engine, EngineError, Row, Sampled, Step};
+use millrace_core::engine::{Engine, EngineError, Sampled, Step};
 use millrace_core::layout::KvLayout;
-use millrace_core::sampling::Sampling;
 use millrace_kernels::{KvSlab, heap};
 use tch::Device;
 
@@ -90,17 +89,6 @@ impl ModelEngine {
 impl Engine for ModelEngine {
     fn step(&mut self, step: &Step, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<Sampled>, EngineError> {
         let logits = self.all_logits(step, on_layer)?;
-        let rows: Vec<(&Row, &Sampling)> = step.rows.iter().filter_map(|row| Some((row, row.sample.as_ref()?))).collect();
-        let mut drawn = vec![None; rows.len()];
-        let vocab = self.limits.vocab;
-        self.decoder.team().chunks(&mut drawn, 1, 1, |index, drawn| {
-            let (row, sampling) = rows[index];
-            drawn[0] = sampler::draw(&logits[index * vocab..][..vocab], sampling, row.draw_position());
-        });
-        let sampled = |((row, _), draw): (&(&Row, &Sampling), Option<sampler::Draw>)| {
-            let draw = draw.ok_or_else(|| EngineError("a row's logits are not numbers".into()))?;
-            Ok(Sampled { attempt: row.attempt, token: draw.token, logprob: draw.logprob })
-        };
-        rows.iter().zip(drawn).map(sampled).collect()
+        sampler::draw_rows(step, &logits, self.limits.vocab, self.decoder.team())
     }
 }

@@ -2,7 +2,10 @@
 
 use millrace_checkpoint::CheckpointError;
 use millrace_core::engine::EngineError;
+use millrace_kernels::cuda::GpuError;
 use millrace_kernels::{AttentionError, MatrixError, SlabError};
+
+use crate::device::DeviceError;
 
 /// Why a model could not be loaded or a step not be computed.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +41,15 @@ pub enum ModelError {
         /// Sides of the tensor.
         shape: Vec<i64>,
     },
+    /// The device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A device refused.
+    #[error("CUDA: {0}")]
+    Gpu(#[from] GpuError),
+    /// Something that only processors do.
+    #[error("a CUDA device does not do {0}; --device cpu does")]
+    OnlyOnProcessors(&'static str),
     /// A measured engine failed.
     #[error("{0}")]
     Bench(String),

@@ -53,7 +53,8 @@ impl Experts {
         let mut logits = vec![0.0; hidden.len() / width * self.experts.len()];
         multiplier.multiply(hidden, Some(norm), &self.gate, Into::Set(&mut logits))?;
         let mut sum = vec![0.0; hidden.len()];
-        for (expert, tokens) in self.experts.iter().zip(self.tokens(&logits)) {
+        let tokens = tokens_of_experts(&self.router, self.chosen, self.bias.as_deref(), self.experts.len(), &logits);
+        for (expert, tokens) in self.experts.iter().zip(tokens) {
             let x: Vec<f32> = tokens.iter().flat_map(|(token, _)| &hidden[token * width..][..width]).copied().collect();
             if x.is_empty() {
                 continue;
@@ -72,17 +73,6 @@ impl Experts {
         Ok(())
     }
 
-    /// For each expert its tokens, with their weights.
-    fn tokens(&self, logits: &[f32]) -> Vec<Vec<(usize, f32)>> {
-        let mut all = vec![Vec::new(); self.experts.len()];
-        for (token, logits) in logits.chunks_exact(self.experts.len()).enumerate() {
-            for (expert, weight) in choose(&self.router, self.chosen, self.bias.as_deref(), logits) {
-                all[expert].push((token, weight));
-            }
-        }
-        all
-    }
-
     /// The linear layers that LibTorch may multiply: those that see all tokens.
     pub(crate) fn linears(&mut self) -> Vec<&mut Linear> {
         self.shared.iter_mut().flat_map(|shared| [&mut shared.gate_up, &mut shared.down]).collect()
@@ -93,6 +83,23 @@ impl Experts {
         let experts: usize = self.experts.iter().take(self.chosen).map(SwiGlu::bytes).sum();
         experts + self.gate.matrix.bytes() + self.shared.as_ref().map_or(0, SwiGlu::bytes)
     }
+}
+
+/// For each of `experts` experts its tokens, with their weights; `logits`: `[tokens, experts]`.
+pub(crate) fn tokens_of_experts(
+    router: &Router,
+    chosen: usize,
+    bias: Option<&[f32]>,
+    experts: usize,
+    logits: &[f32],
+) -> Vec<Vec<(usize, f32)>> {
+    let mut all = vec![Vec::new(); experts];
+    for (token, logits) in logits.chunks_exact(experts).enumerate() {
+        for (expert, weight) in choose(router, chosen, bias, logits) {
+            all[expert].push((token, weight));
+        }
+    }
+    all
 }
 
 /// A token's experts and their weights. Equal scores: the lower number first.

@@ -10,7 +10,8 @@ use millrace_core::message::ModelIdentity;
 use millrace_kernels::KvSlab;
 
 use crate::checksum::{ChecksumConfig, ChecksumEngine};
-use crate::{Compute, Dtype, ModelEngine, ModelError};
+use crate::tensor::{Settings, TensorEngine};
+use crate::{Compute, DeviceChoice, Dtype, ModelEngine, ModelError};
 
 /// Which engine computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,6 +43,8 @@ pub struct Options<'a> {
     pub compute: Compute,
     /// Which engine.
     pub engine: EngineKind,
+    /// Where it computes.
+    pub device: DeviceChoice,
 }
 
 /// An engine, ready.
@@ -59,16 +62,22 @@ pub struct Opened {
 /// Opens a model.
 ///
 /// # Errors
-/// [`ModelError`]: the file is unsound or unsupported, or memory is over its limits.
+/// [`ModelError`]: the file is unsound or unsupported, memory is over its limits, or the device cannot be used.
 pub fn open(options: &Options<'_>) -> Result<Opened, ModelError> {
-    let Options { dtype, block_tokens, slots, .. } = *options;
+    let Options { dtype, block_tokens, slots, compute, .. } = *options;
+    let device = options.device.open()?;
     let checkpoint = Checkpoint::open(options.path)?;
     let name = options.name.map_or_else(|| checkpoint.default_name(), str::to_owned);
     let identity = checkpoint.identity(&name, options.compute.cached_as(dtype), block_tokens);
     let positions = checkpoint.config.max_positions;
     let (engine, slab): (Box<dyn Engine>, _) = match options.engine {
+        EngineKind::Model if device.is_cuda() => {
+            let settings = Settings { device, dtype, slots, block_tokens, compute };
+            let (engine, slab, _) = TensorEngine::load(&checkpoint, settings)?;
+            (Box::new(engine), slab)
+        }
         EngineKind::Model => {
-            let (engine, slab, _) = ModelEngine::load(&checkpoint, dtype, slots, block_tokens, options.compute)?;
+            let (engine, slab, _) = ModelEngine::load(&checkpoint, dtype, slots, block_tokens, compute)?;
             (Box::new(engine), slab)
         }
         EngineKind::Checksum { token_delay } => {

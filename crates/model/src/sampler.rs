@@ -4,9 +4,10 @@
 
 use std::cmp::Ordering;
 
+use millrace_core::engine::{EngineError, Row, Sampled, Step};
 use millrace_core::ids::TokenId;
 use millrace_core::sampling::{Sampling, uniform};
-use millrace_kernels::{Isa, logits};
+use millrace_kernels::{Isa, Team, logits};
 
 /// A chosen token.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,6 +26,24 @@ const NUCLEUS_FIRST: usize = 64;
 struct Candidate {
     logit: f32,
     token: TokenId,
+}
+
+/// Draws for each row of a step that samples; `logits`: `[rows that sample, vocab]`.
+///
+/// # Errors
+/// A row's logits are not numbers.
+pub(crate) fn draw_rows(step: &Step, logits: &[f32], vocab: usize, team: &Team) -> Result<Vec<Sampled>, EngineError> {
+    let rows: Vec<(&Row, &Sampling)> = step.rows.iter().filter_map(|row| Some((row, row.sample.as_ref()?))).collect();
+    let mut drawn = vec![None; rows.len()];
+    team.chunks(&mut drawn, 1, 1, |index, drawn| {
+        let (row, sampling) = rows[index];
+        drawn[0] = draw(&logits[index * vocab..][..vocab], sampling, row.draw_position());
+    });
+    let sampled = |((row, _), draw): (&(&Row, &Sampling), Option<Draw>)| {
+        let draw = draw.ok_or_else(|| EngineError("a row's logits are not numbers".into()))?;
+        Ok(Sampled { attempt: row.attempt, token: draw.token, logprob: draw.logprob })
+    };
+    rows.iter().zip(drawn).map(sampled).collect()
 }
 
 /// Draws the token for `position`. `None` when a logit is NaN or none is finite.

@@ -3,45 +3,18 @@
 
 mod support;
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use millrace_checkpoint::Checkpoint;
 use millrace_core::engine::{Engine, Step};
 use millrace_core::ids::Slot;
 use millrace_model::{Compute, Dtype, KvDtype, ModelEngine, Switch};
-use support::{Golden, Sequence, Slots, read_golden, repository, run};
+use support::{Golden, Sequence, Slots, bf16_room, check, each, error_squared, models, read_golden, repository, run};
 
 const SLOTS: usize = 256;
 const CHUNKS: [usize; 4] = [1, 7, 16, 64];
-const LOGITS_TOLERANCE: f32 = 2e-3;
 /// How far, relative to their size, logits with int8 KV may be from the reference in f32.
 const INT8_TOLERANCE: f32 = 0.02;
-
-/// The tiny models beside the repository; without them the one inside it.
-fn models() -> Vec<PathBuf> {
-    let beside = repository().join("../shared/golden/tiny");
-    let mut found: Vec<PathBuf> = match std::fs::read_dir(&beside) {
-        Ok(entries) => entries.map(|entry| entry.unwrap().path()).collect(),
-        Err(_) => vec![repository().join("tests/data/tiny-llama-gqa-tied")],
-    };
-    found.sort();
-    for model in &found {
-        assert!(model.join("model.safetensors").is_file(), "{} is not there", model.display());
-    }
-    assert!(found.len() == 1 || found.len() >= 10, "{found:?}");
-    found
-}
-
-/// One model's name and what went wrong with it, so that a failure of one does not hide the others.
-fn each(models: Vec<PathBuf>, check: impl Fn(&std::path::Path) + std::panic::RefUnwindSafe) {
-    let wrong: Vec<String> = models
-        .iter()
-        .filter(|model| std::panic::catch_unwind(|| check(model)).is_err())
-        .map(|model| model.file_name().unwrap().to_string_lossy().into_owned())
-        .collect();
-    assert!(wrong.is_empty(), "wrong: {wrong:?}");
-}
 
 fn load(model: &std::path::Path, dtype: Dtype) -> (ModelEngine, Vec<Golden>) {
     load_with(model, dtype, Compute::fixed(2))
@@ -52,15 +25,6 @@ fn load_with(model: &std::path::Path, dtype: Dtype, compute: Compute) -> (ModelE
     let (engine, slab, layout) = ModelEngine::load(&checkpoint, dtype, SLOTS, 16, compute).unwrap();
     assert_eq!((slab.cell_bytes(), slab.slots()), (layout.cell_bytes(), SLOTS));
     (engine, read_golden(&model.join("golden.jsonl")))
-}
-
-fn check(sequence: &Sequence, note: &str) {
-    let golden = &sequence.golden;
-    golden.assert_same(&sequence.output, note);
-    assert_eq!(sequence.logits_first.len(), golden.logits_first.len());
-    for (i, (got, want)) in sequence.logits_first.iter().zip(&golden.logits_first).enumerate() {
-        assert!((got - want).abs() <= LOGITS_TOLERANCE, "{note}, prompt of {}: logit {i} {got} {want}", golden.prompt.len());
-    }
 }
 
 #[test]
@@ -103,20 +67,17 @@ fn cached_prefixes_give_the_same() {
     });
 }
 
-/// A rounded score may choose another expert, which is another answer and no error: mixtures have twice the room.
 #[test]
 fn bf16_stays_near() {
     each(models(), |model| {
-        let room = if model.to_string_lossy().contains("deepseek") { 0.02 } else { 0.01 };
         let (mut engine, goldens) = load(model, Dtype::Bf16);
         for chunk in [1, 16, 64] {
             let mut slots = Slots::new(SLOTS);
             let mut together: Vec<_> = goldens.iter().map(|g| Sequence::new(g, &engine, &mut slots, &[])).collect();
             run(&mut engine, &mut together, chunk);
             for sequence in &together {
-                let pairs = sequence.logits_first.iter().zip(&sequence.golden.logits_first);
-                let (error, size) = pairs.fold((0.0f32, 0.0f32), |(e, s), (a, b)| (e + (a - b).powi(2), s + b.powi(2)));
-                assert!(error < room * size, "{} in chunks of {chunk}: relative error {}", model.display(), (error / size).sqrt());
+                let error = error_squared(sequence);
+                assert!(error < bf16_room(model), "{} in chunks of {chunk}: relative error {}", model.display(), error.sqrt());
             }
         }
     });

@@ -1,16 +1,48 @@
-//! What the golden tests share: the reference rows, and a small scheduler that drives an engine through them.
+//! What the golden tests and `gpu-check` share: the reference rows, a small scheduler that drives an engine through them, and hand-overs between
+//! two engines.
 #![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
 
-use millrace_core::engine::{Row, Step};
+use millrace_core::engine::{EngineError, Row, Step};
 use millrace_core::ids::{AttemptId, RequestId, Slot, TokenId};
+use millrace_core::layout::KvLayout;
 use millrace_core::sampling::Sampling;
-use millrace_model::{ModelEngine, sampler};
+use millrace_kernels::KvSlab;
+use millrace_model::{ModelEngine, TensorEngine, sampler};
 use serde_json::Value;
 
 /// A position whose first two reference log-probabilities are closer than this may differ.
 pub const NEAR_TIE: f32 = 0.002;
+
+/// Largest difference of a logit to the reference's, in f32.
+pub const LOGITS_TOLERANCE: f32 = 2e-3;
+
+/// An engine whose logits can be seen.
+pub trait Computes {
+    fn logits(&mut self, step: &Step, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<Vec<f32>>, EngineError>;
+    fn layout(&self) -> KvLayout;
+}
+
+impl Computes for ModelEngine {
+    fn logits(&mut self, step: &Step, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<Vec<f32>>, EngineError> {
+        Self::logits(self, step, on_layer)
+    }
+
+    fn layout(&self) -> KvLayout {
+        Self::layout(self)
+    }
+}
+
+impl Computes for TensorEngine {
+    fn logits(&mut self, step: &Step, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<Vec<f32>>, EngineError> {
+        Self::logits(self, step, on_layer)
+    }
+
+    fn layout(&self) -> KvLayout {
+        Self::layout(self)
+    }
+}
 
 /// One prompt and what transformers answered, greedily, in f32.
 #[derive(Clone, Debug)]
@@ -103,7 +135,7 @@ fn gcd(a: usize, b: usize) -> usize {
 
 impl Sequence {
     /// A cold sequence, or one whose first blocks are those of `prefix`.
-    pub fn new(golden: &Golden, engine: &ModelEngine, slots: &mut Slots, prefix: &[Slot]) -> Self {
+    pub fn new(golden: &Golden, engine: &dyn Computes, slots: &mut Slots, prefix: &[Slot]) -> Self {
         let blocks = engine.layout().blocks(golden.prompt.len() + golden.output.len());
         let mut table = prefix.to_vec();
         table.resize_with(blocks, || slots.take());
@@ -138,22 +170,111 @@ pub fn greedy() -> Sampling {
 }
 
 /// Runs all sequences together to their ends: each step has one row of each, a chunk or one token.
-pub fn run(engine: &mut ModelEngine, sequences: &mut [Sequence], chunk: usize) {
+pub fn run(engine: &mut dyn Computes, sequences: &mut [Sequence], chunk: usize) {
     while sequences.iter().any(|s| !s.finished()) {
-        let live: Vec<usize> = (0..sequences.len()).filter(|&i| !sequences[i].finished()).collect();
-        let step = Step { rows: live.iter().map(|&i| sequences[i].row(i, chunk)).collect() };
-        let mut layers = Vec::new();
-        let logits = engine.logits(&step, &mut |layer| layers.push(layer)).unwrap();
-        assert!(layers.iter().copied().eq(0..engine.layout().layers), "each layer is told once, in order: {layers:?}");
-        let mut logits = logits.into_iter();
-        for (&i, row) in live.iter().zip(&step.rows) {
-            sequences[i].done = row.end() as usize;
-            if row.sample.is_some() {
-                take(&mut sequences[i], logits.next().unwrap());
-            }
-        }
-        assert_eq!(logits.next(), None);
+        advance(engine, sequences, chunk);
     }
+}
+
+/// One step of [`run`].
+pub fn advance(engine: &mut dyn Computes, sequences: &mut [Sequence], chunk: usize) {
+    let live: Vec<usize> = (0..sequences.len()).filter(|&i| !sequences[i].finished()).collect();
+    let step = Step { rows: live.iter().map(|&i| sequences[i].row(i, chunk)).collect() };
+    let mut layers = Vec::new();
+    let logits = engine.logits(&step, &mut |layer| layers.push(layer)).unwrap();
+    assert!(layers.iter().copied().eq(0..engine.layout().layers), "each layer is told once, in order: {layers:?}");
+    let mut logits = logits.into_iter();
+    for (&i, row) in live.iter().zip(&step.rows) {
+        sequences[i].done = row.end() as usize;
+        if row.sample.is_some() {
+            take(&mut sequences[i], logits.next().unwrap());
+        }
+    }
+    assert_eq!(logits.next(), None);
+}
+
+/// Copies what a sequence has cached from one node's memory to slots of another's, as a hand-over does.
+pub fn hand_over(layout: &KvLayout, done: usize, from: (&KvSlab, &[Slot]), to: (&KvSlab, &[Slot])) {
+    for (old, new) in from.1.iter().zip(to.1).take(layout.blocks(done)) {
+        for layer in 0..layout.layers.into() {
+            let cell = from.0.share(old.0 as usize, layer);
+            to.0.write(new.0 as usize, layer).copy_from_slice(cell.as_ref());
+        }
+    }
+}
+
+/// An engine with its memory and the slots that a sequence has there.
+pub struct Side<'a> {
+    pub engine: &'a mut dyn Computes,
+    pub slab: &'a KvSlab,
+    pub table: Vec<Slot>,
+}
+
+/// Computes the prompt on the first side and each token after it on the other than the one before: the sequence is handed over all the
+/// time, to slots of which the other side has an older copy.
+pub fn there_and_back<'a>(golden: &Golden, first: Side<'a>, second: Side<'a>, chunk: usize) -> Sequence {
+    let layout = first.engine.layout();
+    let (mut here, mut there) = (first, second);
+    let table = here.table.clone();
+    let (done, output, logits_first) = (0, vec![], vec![]);
+    let mut sequence = [Sequence { golden: golden.clone(), table, done, output, logits_first, forced: false }];
+    while !sequence[0].finished() {
+        advance(here.engine, &mut sequence, chunk);
+        if !sequence[0].output.is_empty() {
+            hand_over(&layout, sequence[0].done, (here.slab, &here.table), (there.slab, &there.table));
+            sequence[0].table = there.table.clone();
+            std::mem::swap(&mut here, &mut there);
+        }
+    }
+    let [sequence] = sequence;
+    sequence
+}
+
+/// What a finished sequence must be in f32: the reference's tokens, and its first logits.
+pub fn check(sequence: &Sequence, note: &str) {
+    let golden = &sequence.golden;
+    golden.assert_same(&sequence.output, note);
+    assert_eq!(sequence.logits_first.len(), golden.logits_first.len());
+    for (i, (got, want)) in sequence.logits_first.iter().zip(&golden.logits_first).enumerate() {
+        assert!((got - want).abs() <= LOGITS_TOLERANCE, "{note}, prompt of {}: logit {i} {got} {want}", golden.prompt.len());
+    }
+}
+
+/// How far the first logits are from the reference's: the square of the relative error.
+pub fn error_squared(sequence: &Sequence) -> f32 {
+    let pairs = sequence.logits_first.iter().zip(&sequence.golden.logits_first);
+    let (error, size) = pairs.fold((0.0f32, 0.0f32), |(e, s), (a, b)| (e + (a - b).powi(2), s + b.powi(2)));
+    error / size
+}
+
+/// Largest [`error_squared`] in bf16. A rounded score may choose another expert, which is another answer and no error: mixtures have twice the room.
+pub fn bf16_room(model: &Path) -> f32 {
+    if model.to_string_lossy().contains("deepseek") { 0.02 } else { 0.01 }
+}
+
+/// The tiny models beside the repository; without them the one inside it.
+pub fn models() -> Vec<PathBuf> {
+    let beside = repository().join("../shared/golden/tiny");
+    let mut found: Vec<PathBuf> = match std::fs::read_dir(&beside) {
+        Ok(entries) => entries.map(|entry| entry.unwrap().path()).collect(),
+        Err(_) => vec![repository().join("tests/data/tiny-llama-gqa-tied")],
+    };
+    found.sort();
+    for model in &found {
+        assert!(model.join("model.safetensors").is_file(), "{} is not there", model.display());
+    }
+    assert!(found.len() == 1 || found.len() >= 10, "{found:?}");
+    found
+}
+
+/// One model's name and what went wrong with it, so that a failure of one does not hide the others.
+pub fn each(models: Vec<PathBuf>, check: impl Fn(&Path) + std::panic::RefUnwindSafe) {
+    let wrong: Vec<String> = models
+        .iter()
+        .filter(|model| std::panic::catch_unwind(|| check(model)).is_err())
+        .map(|model| model.file_name().unwrap().to_string_lossy().into_owned())
+        .collect();
+    assert!(wrong.is_empty(), "wrong: {wrong:?}");
 }
 
 fn take(sequence: &mut Sequence, logits: Vec<f32>) {
