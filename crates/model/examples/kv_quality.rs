@@ -145,7 +145,7 @@ fn quality(args: &Args) -> Result<(), Failure> {
     let mut readers = [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8].map(|kv_dtype| Reader::open(args, kv_dtype, most));
     println!("{} tokens of text, {} windows for each context, activations {}", tokens.len(), args.windows, args.dtype.as_str());
     println!(
-        "context, KV | tokens | perplexity of the first | ratio | same next token | mean divergence | largest difference of a logit"
+        "context, KV | tokens | perplexity of the second | ratio | same next token | mean divergence | largest difference of a logit"
     );
     for context in CONTEXTS {
         let (mut rounded, mut eight) = (Beside::default(), Beside::default());
