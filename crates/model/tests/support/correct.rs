@@ -60,6 +60,8 @@ pub fn settings(device: Device, dtype: Dtype) -> Settings {
 pub fn engine(model: &Path, device: Device, dtype: Dtype) -> TensorEngine {
     let settings = settings(device, dtype);
     let checkpoint = Checkpoint::open(model).expect("a golden model is sound");
+    // Tensors of these models are too small to share, and checks run side by side.
+    tch::set_num_threads(1);
     TensorEngine::load(&checkpoint, settings).unwrap_or_else(|error| panic!("{}: {error}", model.display())).0
 }
 
