@@ -187,9 +187,12 @@ impl Gpu {
     pub fn open(ordinal: usize, shape: DecodeShape, pool: Pool, slab: &KvSlab) -> Result<Self, GpuError> {
         let slot_bytes = pool.layers * shape.cell_bytes();
         pool.cells.at_least("bytes of the device's pool", pool.slots * slot_bytes)?;
-        let sizes = [("bytes of a cell", slab.cell_bytes(), shape.cell_bytes()), ("layers", slab.layers(), pool.layers)];
-        let sizes = sizes.into_iter().chain([("slots", slab.slots(), pool.slots)]);
-        for (what, got, expected) in sizes.filter(|(_, got, expected)| got != expected) {
+        let sizes = [
+            ("bytes of a cell", slab.cell_bytes(), shape.cell_bytes()),
+            ("layers", slab.layers(), pool.layers),
+            ("slots", slab.slots(), pool.slots),
+        ];
+        if let Some((what, got, expected)) = sizes.into_iter().find(|(_, got, expected)| got != expected) {
             return Err(GpuError::Shape { what, got, expected });
         }
         if !shape.cell_bytes().is_multiple_of(CELL_ALIGN) {

@@ -3,17 +3,18 @@
 
 #![allow(unsafe_code)]
 
+use std::error::Error;
 use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 /// A library could not be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("{}: {reason}", path.display())]
+#[error("{reason}")]
 pub struct LibraryError {
     /// Which.
     pub path: PathBuf,
-    /// What the loader said.
+    /// What the loader said; it names the file.
     pub reason: String,
 }
 
@@ -24,7 +25,9 @@ pub struct LibraryError {
 pub fn open_library(path: &Path) -> Result<(), LibraryError> {
     // SAFETY: opening runs the library's own initialisers. The callers name LibTorch's and NVIDIA's libraries beside the LibTorch in use.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) };
-    let library = library.map_err(|error| LibraryError { path: path.to_owned(), reason: error.to_string() })?;
+    // The loader's own words are the error's source.
+    let said = |error: libloading::Error| error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    let library = library.map_err(|error| LibraryError { path: path.to_owned(), reason: said(error) })?;
     std::mem::forget(library);
     Ok(())
 }
@@ -54,6 +57,7 @@ mod tests {
     fn what_is_not_there_is_named() {
         let error = open_library(Path::new("/nowhere/libtorch_cuda.so")).unwrap_err();
         assert!(error.to_string().contains("/nowhere/libtorch_cuda.so"), "{error}");
+        assert_eq!(error.path, Path::new("/nowhere/libtorch_cuda.so"));
         open_nvrtc(Path::new("/nowhere"));
         let named = ["libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libnvrtc.alt.so.13", "libnvrtc_static.a"];
         assert_eq!(named.map(|name| is_nvrtc(Path::new(name))), [true, true, false, false]);
