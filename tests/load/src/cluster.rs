@@ -125,13 +125,13 @@ impl Cluster {
         Ok(Answer { timings: answer["millrace"].clone(), tokens })
     }
 
-    /// Asks for two tokens after a prompt of `tokens` tokens that nobody sent before; gives them as they come to the client.
+    /// Asks for `max_tokens` tokens after a prompt; gives them as they come to the client.
     ///
     /// # Errors
     /// The request is refused.
-    pub async fn two_tokens(&self, tokens: usize) -> Result<Tokens> {
+    pub async fn ask(&self, prompt: &[u32], max_tokens: u32) -> Result<Tokens> {
         let body = json!({
-            "model": self.model, "prompt": unique_prompt(tokens), "max_tokens": 2, "ignore_eos": true, "temperature": 0,
+            "model": self.model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true, "temperature": 0,
             "return_token_ids": true, "stream": true,
         });
         let request = Request::post(format!("{}/v1/completions", self.local.url())).header("content-type", "application/json");
@@ -150,7 +150,8 @@ impl Cluster {
 }
 
 /// A prompt whose first block is like no other's.
-fn unique_prompt(tokens: usize) -> Vec<u32> {
+#[must_use]
+pub fn unique_prompt(tokens: usize) -> Vec<u32> {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     let seed = NEXT.fetch_add(1, Ordering::Relaxed);
     (0..tokens as u32).map(|i| IDS.0 + (i.wrapping_mul(7919) ^ seed.wrapping_mul(104_729)) % (IDS.1 - IDS.0)).collect()

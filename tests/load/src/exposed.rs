@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::cluster::{Cluster, Tokens};
+use crate::cluster::{Cluster, Tokens, unique_prompt};
 use crate::millload::network;
 use crate::report::Row;
 
@@ -63,9 +63,9 @@ async fn rounds(ways: [&Cluster; 3], tokens: usize, runs: usize) -> Result<Vec<[
     Ok(gaps.split_off(1))
 }
 
-/// Milliseconds from the first token to the second.
+/// Milliseconds from the first token to the second after a prompt that nobody sent before.
 pub(crate) async fn gap_ms(cluster: &Cluster, tokens: usize) -> Result<f64> {
-    let mut answer = cluster.two_tokens(tokens).await?;
+    let mut answer = cluster.ask(&unique_prompt(tokens), 2).await?;
     answer.next().await?;
     next_ms(&mut answer).await
 }
