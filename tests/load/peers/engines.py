@@ -1,10 +1,11 @@
 """Our engines and other systems', each behind its own server, asked by the same client with the same plans, in turn and in one run.
 
-usage: engines.py --bin target/release --model MODEL.gguf --cache FOLDER [--rounds 3] [--servers ours-bf16,vllm-bf16,…] [--cases …]
+usage: engines.py --bin target/release --model MODEL.gguf --cache FOLDER [--rounds 3] [--servers A,B] [--cases C,D]
 
 Servers are installed by `install.py` into FOLDER; those that are not there are left out, and that is said. Every round starts each
 server once, asks it everything, and stops it; the figure is the median over rounds, beside the least and the most. All run
-on all processors of this machine; ours is one prefill and one decode node, or (`whole`) one decode node that does all.
+on all processors of this machine; ours is one prefill and one decode node, or (`whole`) one decode node that does all. `file`: weights
+as quantised in the file.
 
 prefill   one request at a time with one token of answer: tokens of the prompt over the mean time to the first token
 decode    N users at once, 128 tokens in and 96 out: N over the median time between two tokens
@@ -16,7 +17,6 @@ import argparse
 import json
 import os
 import pathlib
-import shutil
 import socket
 import statistics
 import subprocess
@@ -116,12 +116,12 @@ def llama(model):
 
 
 SERVERS = {
-    "ours, bf16": ours("bf16", *PAIR),
-    "ours, the file's weights": ours("file", *PAIR),
-    "ours, bf16, whole": ours("bf16", "--prefill", 0, "--decode", 1),
-    "vllm, bf16": vllm,
-    "llama.cpp, bf16": llama("model-bf16.gguf"),
-    "llama.cpp, the file's weights": llama(None),
+    "ours-bf16": ours("bf16", *PAIR),
+    "ours-file": ours("file", *PAIR),
+    "ours-bf16-whole": ours("bf16", "--prefill", 0, "--decode", 1),
+    "vllm-bf16": vllm,
+    "llama.cpp-bf16": llama("model-bf16.gguf"),
+    "llama.cpp-file": llama(None),
 }
 
 
@@ -205,11 +205,10 @@ def arguments():
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--cache", type=pathlib.Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--servers", help="their names, comma-separated as in `ours, bf16;vllm, bf16`, with `;` between")
+    parser.add_argument("--servers", default=",".join(SERVERS))
     parser.add_argument("--cases", default=",".join(CASES))
     args = parser.parse_args()
-    args.cases = args.cases.split(",")
-    args.servers = args.servers.split(";") if args.servers else list(SERVERS)
+    args.cases, args.servers = args.cases.split(","), args.servers.split(",")
     return args
 
 
