@@ -50,7 +50,7 @@ type Merge = unsafe extern "C" fn(Launch, *const f32, u32, *const u32, *mut u8);
 
 /// The kernels of one shape, compiled.
 struct Kernels {
-    library: Library,
+    compiled: Library,
     shape: DecodeShape,
     _folder: tempfile::TempDir,
 }
@@ -64,16 +64,16 @@ impl Kernels {
         let include = |file: &str| format!("#include \"{}\"\n", beside.join(file).display());
         let whole = [attends, &include("processor.h"), &text(&shape).unwrap(), &include("launches.h")].concat();
         std::fs::write(&source, whole).unwrap();
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".to_owned());
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
         let flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-o"];
         let output = Command::new(&compiler).args(flags).arg(&library).arg(&source).output();
         let output = output.unwrap_or_else(|error| panic!("{compiler}: {error}"));
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Self { library: unsafe { Library::new(&library) }.unwrap(), shape, _folder: folder }
+        Self { compiled: unsafe { Library::new(&library) }.unwrap(), shape, _folder: folder }
     }
 
     fn get<T: Copy>(&self, name: &str) -> T {
-        *unsafe { self.library.get::<T>(name.as_bytes()) }.unwrap()
+        *unsafe { self.compiled.get::<T>(name.as_bytes()) }.unwrap()
     }
 }
 

@@ -383,6 +383,30 @@ fn a_node_that_does_not_answer_is_waited_for_once_and_refused_by_name_until_it_d
 }
 
 #[test]
+fn a_dial_that_finds_a_node_before_it_has_joined_does_not_cost_the_ticket_that_came_meanwhile() {
+    let mut world = World::new();
+    world.queue.clear();
+    let assign = |world: &mut World, attempt, epoch| {
+        let mut next = ticket();
+        next.attempt.attempt = attempt;
+        next.decode.as_mut().expect("a ticket for both").epoch = epoch;
+        world.tell(PREFILL, Input::Message(UPLINK, Message::Assign(next).into()));
+    };
+    world.dials = Dials::Silent;
+    assign(&mut world, 0, Epoch(1));
+    world.go_on();
+    assign(&mut world, 1, Epoch(2));
+    world.go_on();
+    assert_eq!((world.failures.len(), world.dialed), (0, 1), "one dial at a time");
+    world.dials = Dials::Answered;
+    let early = LinkNo(99);
+    world.tell(PREFILL, Input::PeerUp(early, "d".into(), Epoch(0)));
+    world.finish();
+    assert_eq!((&world.failures[..], world.dialed), (&[FailKind::PeerLost][..], 2), "the life before is over, the present one is dialed");
+    assert_eq!(world.tokens.len(), ANSWER as usize);
+}
+
+#[test]
 fn a_link_that_does_not_come_back_ends_the_hand_over() {
     for at in 0..undisturbed() {
         for dials in [Dials::Refused, Dials::Silent] {

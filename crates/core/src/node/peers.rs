@@ -51,12 +51,15 @@ impl Peers {
         self.by_link.keys().copied()
     }
 
-    fn up(&mut self, link: LinkNo, name: String, epoch: Epoch) {
-        if self.dialing.remove(&name).is_some() {
+    /// The incarnation that was dialed, if this link was.
+    fn up(&mut self, link: LinkNo, name: String, epoch: Epoch) -> Option<Epoch> {
+        let meant = self.dialing.remove(&name).map(|peer| peer.epoch);
+        if meant.is_some() {
             self.doubts.dispel(&name);
             self.dialed.insert(name.clone(), link);
         }
         self.by_link.insert(link, (name, epoch));
+        meant
     }
 
     fn down(&mut self, link: LinkNo) {
@@ -102,10 +105,18 @@ impl Peers {
 }
 
 impl Node {
+    /// Those who wait for the node ask it; but who means a newer incarnation than answered has it dialed once more, unless that one was
+    /// dialed already: a dial that began earlier may find a process that has not joined yet.
     pub(super) fn on_peer_up(&mut self, link: LinkNo, name: String, epoch: Epoch) {
         let waiting = self.waiting_for(&name);
-        self.peers.up(link, name, epoch);
-        waiting.into_iter().for_each(|(attempt, _)| self.ask(attempt, link, epoch));
+        let meant = self.peers.up(link, name, epoch);
+        for (attempt, peer) in waiting {
+            if peer.epoch > epoch && meant.is_some_and(|meant| meant < peer.epoch) {
+                self.reach(attempt, peer);
+            } else {
+                self.ask(attempt, link, epoch);
+            }
+        }
     }
 
     pub(super) fn on_peer_down(&mut self, link: LinkNo) {

@@ -19,6 +19,8 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 pub const REST_MAX: Duration = Duration::from_secs(5);
 /// The fault would have come too late: begins the reason of such a failure.
 const MISSED: &str = "the state was over before the fault";
+/// What a gateway says when it places a request anew, in its log. An earlier fault may still be felt then.
+const MOVED: &str = ": moved attempt=";
 /// How often a state is looked for.
 const TRIES_MAX: usize = 4;
 /// Time in which a request must come into its state.
@@ -149,8 +151,9 @@ impl Matrix {
             State::Verified => "hand-over: all there",
             State::Decoding => return client.read(MIDDLE, REACH_WAIT_MAX).await.map(|()| parties),
         };
-        next(lines, &[step, &attempt]).await?;
-        Ok(parties)
+        let request = attempt.split('/').next().unwrap_or(&attempt);
+        let line = next_of(lines, &[&[step, &attempt], &[MOVED, request]]).await?;
+        if line.text.contains(MOVED) { Err(format!("{MISSED}: {}", line.text)) } else { Ok(parties) }
     }
 
     /// The place of the process that is meant; `None` for the client.
@@ -308,15 +311,20 @@ pub(super) fn party(parts: &Parts, line: &Line, key: &str) -> Result<usize, Stri
 
 /// The next line that has all of `words`.
 pub(super) async fn next(lines: &mut broadcast::Receiver<Line>, words: &[&str]) -> Result<Line, String> {
+    next_of(lines, &[words]).await
+}
+
+/// The next line that has all words of one of `choices`.
+async fn next_of(lines: &mut broadcast::Receiver<Line>, choices: &[&[&str]]) -> Result<Line, String> {
     let find = async {
         loop {
             let line = lines.recv().await.map_err(|e| e.to_string())?;
-            if words.iter().all(|word| line.text.contains(word)) {
+            if choices.iter().any(|words| words.iter().all(|word| line.text.contains(word))) {
                 return Ok(line);
             }
         }
     };
-    timeout(REACH_WAIT_MAX, find).await.map_err(|_| format!("nobody says {words:?}"))?
+    timeout(REACH_WAIT_MAX, find).await.map_err(|_| format!("nobody says any of {choices:?}"))?
 }
 
 /// The value after `key` in a line of a log.

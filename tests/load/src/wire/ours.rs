@@ -8,7 +8,8 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use millrace_core::ids::{AttemptId, Epoch, Generation, NodeId};
 use millrace_core::message::{CellsHeader, Hello, Message, Role};
-use millrace_core::transfer::{CREDIT_MAX, SPAN_BYTES_MAX};
+use millrace_core::transfer::SPAN_BYTES_MAX;
+use millrace_core::transfer::pace::ON_THE_WAY_MAX;
 use millrace_kernels::slab::SharedCell;
 use millrace_node::cells::{CellsReader, send_cells};
 use millrace_node::endpoint::{Endpoint, Target};
@@ -18,8 +19,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::end::{Bench, RoundFn};
 
-/// Streams on their way at a time: as many as a receiver's credit allows.
-const STREAMS: usize = (CREDIT_MAX / SPAN_BYTES_MAX) as usize;
+/// Streams on their way at a time: as many as a node gives to one link.
+const STREAMS: usize = (ON_THE_WAY_MAX / SPAN_BYTES_MAX) as usize;
 
 /// The dialing end of a link, on a runtime of its own.
 pub(super) struct Dialed {
