@@ -25,6 +25,9 @@ use crate::pool::{Pool, PoolStats};
 use crate::route::pairs;
 use sequence::{Phase, Sequence};
 
+/// Who is to be received and found no room for so long is refused: there may be some elsewhere by now.
+pub const ROOM_WAIT_MAX_US: u64 = 1_000_000;
+
 /// Bounds of one node's batch.
 #[derive(Clone, Debug)]
 pub struct BatchConfig {
@@ -51,7 +54,8 @@ pub struct BatchConfig {
 pub enum Input {
     /// Compute the prompt here; then decode here, or, if the ticket names a decode node, hold the blocks after the first token until [`Input::Release`].
     Add(Ticket),
-    /// The prompt's KV will arrive from elsewhere: reserve every slot of it, and headroom, now or never.
+    /// The prompt's KV will arrive from elsewhere: reserve every slot of it, and headroom, in one step. It waits for that room in its rank, for
+    /// [`ROOM_WAIT_MAX_US`] at most: meanwhile its sender keeps its slots.
     Reserve(Ticket),
     /// All KV of a reserved sequence is in and verified.
     Arrived {
@@ -155,6 +159,8 @@ pub struct Batch {
     receiving: u32,
     /// Of all that a deadline can still end.
     deadlines: BTreeSet<Rank>,
+    /// When those that wait to be received are refused.
+    patience: BTreeSet<(Time, Rank)>,
     flight: Option<Vec<Flight>>,
     arrivals: u64,
     /// The head of the queue, when it was found not to fit and no room has been made since.
@@ -180,6 +186,7 @@ impl Batch {
             running: BTreeSet::new(),
             receiving: 0,
             deadlines: BTreeSet::new(),
+            patience: BTreeSet::new(),
             flight: None,
             arrivals: 0,
             blocked: None,
@@ -191,8 +198,8 @@ impl Batch {
     /// Takes one input. What names an unknown attempt, or one that is past it, has no effect: messages may come late or twice.
     pub fn handle(&mut self, now: Time, input: Input) {
         match input {
-            Input::Add(ticket) => self.add(now, ticket),
-            Input::Reserve(ticket) => self.reserve(now, ticket),
+            Input::Add(ticket) => self.take(now, ticket, false),
+            Input::Reserve(ticket) => self.take(now, ticket, true),
             Input::Arrived { attempt, first_token, finished } => self.arrived(attempt, first_token, finished),
             Input::Stepped(result) => self.stepped(now, result),
             Input::Release(attempt) => {
@@ -220,7 +227,8 @@ impl Batch {
     /// When the next [`Input::Tick`] is due.
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
-        self.deadlines.first().map(|&(time, _)| time)
+        let ends = self.deadlines.first().map(|&(time, _)| time);
+        ends.into_iter().chain(self.patience.first().map(|&(time, _)| time)).min()
     }
 
     /// Whether anything is kept for an attempt.
@@ -267,7 +275,8 @@ impl Batch {
         let behind = |rank: &Rank| self.sequences[rank].pending();
         let decoding = self.running.iter().filter(|s| behind(s) == 1).count() as u32;
         let (mut queued_tokens, mut queued_pairs) = (0, 0u64);
-        for sequence in self.waiting.iter().chain(&self.running).map(|s| &self.sequences[s]).filter(|s| s.pending() > 1) {
+        let known = self.waiting.iter().chain(&self.running).map(|s| &self.sequences[s]);
+        for sequence in known.filter(|s| s.pending() > 1 && !s.receives) {
             queued_tokens += sequence.pending() as u64;
             queued_pairs = queued_pairs.saturating_add(pairs(sequence.computed as u64, sequence.tokens.len() as u64));
         }
@@ -316,17 +325,21 @@ impl Batch {
         self.outputs.push_back(Output::Refused { attempt, kind, detail });
     }
 
-    fn add(&mut self, now: Time, ticket: Ticket) {
+    fn take(&mut self, now: Time, ticket: Ticket, receives: bool) {
         let attempt = ticket.attempt;
         if let Err((kind, detail)) = self.judge(&ticket) {
             return self.refuse(attempt, kind, detail);
         }
-        let rank = self.insert(Sequence::new(now, ticket, &self.config, Phase::Waiting));
+        let rank = self.insert(Sequence::new(now, ticket, &self.config, receives));
         self.admit();
         if self.waiting.contains(&rank) && self.waiting.len() > self.config.waiting_max as usize {
             self.free(rank);
             self.refuse(attempt, FailKind::NoRoom, format!("{} sequences wait already", self.config.waiting_max));
         }
+    }
+
+    fn crowd(&self) -> String {
+        format!("{} waiting, {} running, {} receiving", self.waiting.len(), self.running.len(), self.receiving)
     }
 
     fn insert(&mut self, sequence: Sequence) -> Rank {
@@ -352,6 +365,15 @@ impl Batch {
 
     /// Keeps the sets that mirror [`Sequence::phase`].
     fn count_phase(&mut self, rank: Rank, phase: Phase, enters: bool) {
+        let sequence = &self.sequences[&rank];
+        if phase == Phase::Waiting && sequence.receives {
+            let until = (sequence.arrived.after(ROOM_WAIT_MAX_US), rank);
+            if enters {
+                self.patience.insert(until)
+            } else {
+                self.patience.remove(&until)
+            };
+        }
         let set = match phase {
             Phase::Waiting => &mut self.waiting,
             Phase::Running => &mut self.running,
@@ -389,8 +411,9 @@ impl Batch {
         if !planted(Bug::FreeForgotten) {
             self.release_table(rank);
         }
+        let phase = self.sequence(rank).phase;
+        self.count_phase(rank, phase, false);
         let sequence = self.sequences.remove(&rank).expect("it was just there");
-        self.count_phase(rank, sequence.phase, false);
         self.ranks.remove(&sequence.attempt);
         self.deadlines.remove(&rank);
     }
@@ -406,13 +429,22 @@ impl Batch {
         }
     }
 
+    /// Ends a sequence for a reason of ours. One that waits to be received was not taken yet.
     fn fail(&mut self, rank: Rank, kind: FailKind, detail: String) {
-        let attempt = self.sequence(rank).attempt;
+        let sequence = self.sequence(rank);
+        let (attempt, asks) = (sequence.attempt, sequence.receives && sequence.phase == Phase::Waiting);
+        if asks {
+            self.free(rank);
+            if !planted(Bug::RefusalUnsaid) {
+                self.refuse(attempt, kind, detail);
+            }
+            return;
+        }
         self.outputs.push_back(Output::Failed(AttemptFailed { attempt, kind, detail }));
         self.retire(rank);
     }
 
-    /// Ends a sequence for a reason of ours. One whose slots a sender may be reading keeps them, idle, until the shell says
+    /// Forgets a sequence. One whose slots a sender may be reading keeps them, idle, until the shell says
     /// `Release` or `Cancel`: given out earlier, they would be read under names that are no longer theirs.
     fn retire(&mut self, rank: Rank) {
         let sequence = self.sequence(rank);
@@ -425,6 +457,10 @@ impl Batch {
     }
 
     fn expire(&mut self, now: Time) {
+        while let Some(&(_, rank)) = self.patience.first().filter(|(until, _)| *until <= now) {
+            let detail = format!("no room within {ROOM_WAIT_MAX_US} us: {}", self.crowd());
+            self.fail(rank, FailKind::NoRoom, detail);
+        }
         while let Some(&rank) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
             if self.sequence(rank).finished {
                 // Its answer is complete; only the hand-over of its blocks ran out of time.
@@ -441,6 +477,7 @@ impl Batch {
         let context_max = self.config.context_max;
         let sequence = self.sequence(rank);
         sequence.computed = sequence.tokens.len();
+        sequence.receives = false;
         self.publish(rank);
         if finished {
             return self.free(rank);
@@ -542,6 +579,8 @@ impl Batch {
         }
         assert_eq!((self.ranks.len(), receiving), (self.sequences.len(), self.receiving));
         assert!(self.deadlines.len() <= self.sequences.len());
+        let ask = self.waiting.iter().filter(|rank| self.sequences[rank].receives);
+        assert!(ask.eq(self.patience.iter().map(|(_, rank)| rank).collect::<BTreeSet<_>>()), "who waits to be received");
         assert!(self.running.len() + receiving as usize <= self.config.rows_max as usize, "more rows than a step has");
         for (slot, &count) in refs.iter().enumerate() {
             assert_eq!(count, self.pool.refs(Slot(slot as u32)), "references on slot {slot}");

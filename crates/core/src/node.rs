@@ -35,7 +35,7 @@ use crate::pool::Resident;
 use crate::transfer::gate::{Gate, Standing};
 use crate::transfer::pace::Pace;
 use crate::transfer::{Cells, Span, recv, send};
-use arriving::{Arriving, Received};
+use arriving::{Arriving, Asking, Received};
 use leaving::Leaving;
 use peers::Peers;
 use rates::Rates;
@@ -211,7 +211,7 @@ pub struct Node {
     /// Where the tokens of each live attempt go.
     gateways: BTreeMap<AttemptId, ReplicaId>,
     /// Tickets whose slots are asked for on behalf of a sender, and the link it speaks on.
-    asking: BTreeMap<AttemptId, (LinkNo, Ticket)>,
+    asking: BTreeMap<AttemptId, Asking>,
     /// Tickets that are computed here and decoded elsewhere, until their hand-over begins.
     splitting: BTreeMap<AttemptId, Ticket>,
     /// Attempts cancelled while a hand-over still reads their blocks.
@@ -323,6 +323,8 @@ impl Node {
         }
         self.arriving.values().for_each(|arriving| arriving.machine.check());
         self.paces.values().for_each(Pace::check);
+        let unknown = self.asking.keys().find(|attempt| !self.batch.knows(**attempt));
+        assert!(unknown.is_none(), "nobody will answer whoever asks for slots for {unknown:?}");
         assert!(self.cancelled.iter().all(|attempt| self.leaving.contains_key(attempt)), "only what leaves is cancelled late");
         assert!(self.splitting.keys().all(|attempt| self.gateways.contains_key(attempt)), "a ticket without a gateway");
     }
@@ -381,7 +383,7 @@ impl Node {
 
     /// Hand-overs that were asked for over a link and are not over.
     pub fn awaits(&self) -> impl Iterator<Item = (LinkNo, AttemptId)> {
-        let asking = self.asking.iter().map(|(attempt, (link, _))| (*link, *attempt));
+        let asking = self.asking.iter().map(|(attempt, asking)| (asking.link, *attempt));
         asking.chain(self.arriving.iter().map(|(attempt, arriving)| (arriving.link(), *attempt)))
     }
 

@@ -57,6 +57,14 @@ bugs! {
     FreeUndrained,
     /// The first block that the receiver lacks is not sent.
     SkipOneBlock,
+    /// A link's turn is never given back.
+    TurnKept,
+    /// Spans leave however many bytes of a link are on their way.
+    TurnAlways,
+    /// A node that did not answer once is refused for ever.
+    DoubtForGood,
+    /// A ticket that found no room for its hand-over in time is dropped without a word.
+    RefusalUnsaid,
     // The pool.
     /// A slot is given out again under its old generation.
     GenerationKept,

@@ -100,5 +100,8 @@ fn a_reservation_says_whether_waiting_helps_and_asks_for_no_headroom_that_cannot
     let outputs = rig.give(Input::Reserve(split(steady(3, prompt(4), 20))));
     assert_eq!(end(&outputs), None, "{outputs:?}");
     let outputs = rig.give(Input::Reserve(split(steady(4, prompt(2), 20))));
-    assert_eq!(end(&outputs), Some(FailKind::NoRoom), "{outputs:?}");
+    assert_eq!(end(&outputs), None, "{outputs:?}");
+    assert_eq!((rig.batch.stats().receiving, rig.batch.stats().waiting), (1, 1));
+    rig.now = rig.batch.deadline().unwrap();
+    assert_eq!(end(&rig.give(Input::Tick)), Some(FailKind::NoRoom));
 }

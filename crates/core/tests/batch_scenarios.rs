@@ -5,13 +5,17 @@
 mod batch_common;
 
 use batch_common::{BLOCK, Rig, answer, attempt, config, expected, split, steady, ticket};
-use millrace_core::batch::{BatchConfig, Input, Output};
+use millrace_core::batch::{BatchConfig, Input, Output, ROOM_WAIT_MAX_US};
 use millrace_core::engine::EngineError;
 use millrace_core::ids::Time;
 use millrace_core::message::{BlockOp, FailKind, Finish, Ticket};
 
 fn refused(outputs: &[Output]) -> Option<FailKind> {
     outputs.iter().find_map(|o| if let Output::Refused { kind, .. } = o { Some(*kind) } else { None })
+}
+
+fn reserved(outputs: &[Output]) -> Vec<u128> {
+    outputs.iter().filter_map(|o| if let Output::Reserved { attempt, .. } = o { Some(attempt.request.0) } else { None }).collect()
 }
 
 fn failed(outputs: &[Output]) -> Vec<(u128, FailKind)> {
@@ -164,15 +168,44 @@ fn a_hand_over_that_should_have_finished_fails() {
 }
 
 #[test]
-fn a_reservation_is_whole_or_refused() {
+fn a_reservation_is_whole_and_waits_for_its_room_until_its_patience_ends() {
     let mut rig = Rig::new(config(6));
     rig.give(Input::Reserve(steady(1, (1..=12).collect(), 9)));
     assert_eq!(rig.batch.pool_stats().in_use, 4);
-    let outputs = rig.give(Input::Reserve(steady(2, (31..=39).collect(), 9)));
-    assert_eq!(refused(&outputs), Some(FailKind::NoRoom));
-    assert_eq!(rig.batch.pool_stats().in_use, 4);
-    assert!(rig.give(Input::Cancel(attempt(1))).is_empty());
-    assert_eq!(refused(&rig.give(Input::Reserve(steady(2, (31..=39).collect(), 9)))), None);
+    let second = || Input::Reserve(steady(2, (31..=39).collect(), 9));
+    assert_eq!(rig.give(second()), []);
+    assert_eq!((rig.batch.pool_stats().in_use, rig.batch.stats().waiting), (4, 1), "no half of one");
+    rig.now = rig.batch.deadline().unwrap();
+    assert_eq!(rig.now, Time(ROOM_WAIT_MAX_US));
+    assert_eq!(refused(&rig.give(Input::Tick)), Some(FailKind::NoRoom));
+    assert!(!rig.batch.knows(attempt(2)), "nothing is kept of it");
+    assert_eq!(rig.give(second()), []);
+    assert_eq!(reserved(&rig.give(Input::Cancel(attempt(1)))), [2]);
+    assert_eq!(
+        rig.batch.deadline(),
+        Some(rig.now.after(ticket(2, vec![1], 1).budget_us)),
+        "it has its room: only its own time can end it"
+    );
+}
+
+#[test]
+fn who_waits_to_be_received_has_its_rank_among_all_that_wait() {
+    let with_budget = |n: u128, budget_us: u64| Ticket { budget_us, ..steady(n, vec![n as u32; 9], 9) };
+    let mut rig = Rig::new(BatchConfig { rows_max: 1, waiting_max: 8, ..config(32) });
+    rig.give(Input::Add(with_budget(1, 9_000_000)));
+    rig.step();
+    rig.give(Input::Reserve(with_budget(2, 8_000_000)));
+    rig.give(Input::Add(with_budget(3, 7_000_000)));
+    rig.give(Input::Reserve(with_budget(4, 6_000_000)));
+    assert_eq!(
+        (rig.batch.stats().waiting, rig.batch.load().queued_tokens),
+        (3, 9),
+        "the prompt of one of three is to be computed here"
+    );
+    assert_eq!(reserved(&rig.give(Input::Cancel(attempt(1)))), [4]);
+    assert_eq!(reserved(&rig.give(Input::Cancel(attempt(4)))), [0; 0], "the next is to be computed here");
+    assert_eq!((rig.batch.stats().running, rig.batch.stats().waiting), (1, 1));
+    assert_eq!(reserved(&rig.give(Input::Cancel(attempt(3)))), [2]);
 }
 
 #[test]
@@ -275,10 +308,12 @@ fn headroom_is_kept_for_those_that_decode() {
     rig.step();
     rig.give(Input::Add(steady(2, vec![2; 17], 3)));
     assert_eq!(rig.batch.stats().waiting, 1, "5 of 6 free blocks are wanted, 2 are kept");
-    assert_eq!(refused(&rig.give(Input::Reserve(steady(3, vec![3; 2], 3)))), Some(FailKind::NoRoom));
-    rig.give(Input::Cancel(attempt(2)));
-    assert_eq!(refused(&rig.give(Input::Reserve(steady(3, vec![3; 13], 1)))), None, "4 of 6");
-    assert_eq!(refused(&rig.give(Input::Reserve(steady(4, vec![4; 1], 1)))), Some(FailKind::NoRoom));
+    assert_eq!(reserved(&rig.give(Input::Reserve(steady(3, vec![3; 2], 3)))), [0; 0], "who waits comes first");
+    assert_eq!(reserved(&rig.give(Input::Cancel(attempt(2)))), [3]);
+    assert_eq!(rig.batch.pool_stats().in_use, 2 + 2, "with the one block that its answer can fill");
+    assert_eq!(reserved(&rig.give(Input::Reserve(steady(4, vec![4; 8], 1)))), [0; 0], "3 of 4 free blocks are wanted, 2 are kept");
+    rig.give(Input::Cancel(attempt(4)));
+    assert_eq!(reserved(&rig.give(Input::Reserve(steady(5, vec![5; 7], 1)))), [5], "2 of 4");
 }
 
 #[test]

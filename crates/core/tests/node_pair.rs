@@ -402,7 +402,11 @@ fn a_dial_that_finds_a_node_before_it_has_joined_does_not_cost_the_ticket_that_c
     let early = LinkNo(99);
     world.tell(PREFILL, Input::PeerUp(early, "d".into(), Epoch(0)));
     world.finish();
-    assert_eq!((&world.failures[..], world.dialed), (&[FailKind::PeerLost][..], 2), "the life before is over, the present one is dialed");
+    assert_eq!(
+        (&world.failures[..], world.dialed),
+        (&[FailKind::PeerLost][..], 2),
+        "the life before is over, the present one is dialed"
+    );
     assert_eq!(world.tokens.len(), ANSWER as usize);
 }
 

@@ -5,6 +5,7 @@ use millrace_core::batch::BatchConfig;
 use millrace_core::ids::TokenId;
 use millrace_core::layout::{KvDtype, KvLayout, KvParts};
 use millrace_core::message::ModelIdentity;
+use millrace_core::transfer::pace::ON_THE_WAY_MAX;
 
 use crate::random::Random;
 
@@ -14,6 +15,8 @@ pub const NODES_PER_ROLE: usize = 2;
 const QUIC_ONE_IN: u64 = 4;
 /// Computing that all open requests may need, on one node, microseconds.
 const WORK_MAX_US: u64 = 2_000_000;
+/// How long all their hand-overs may take, over one link and with the slots of one pool, microseconds: mostly there are more.
+const HANDOVERS_MAX_US: u64 = 6_000_000;
 /// Replicas of the coordinator.
 pub const REPLICAS: usize = 3;
 
@@ -145,10 +148,8 @@ impl Plan {
         let slow = random.pick(if quic.is_some() { &[1, 1, 10, 10] } else { &[1, 1, 10, 100] });
         let layer_us = (10, random.pick(&[40, 400, 4000]));
         let turn_us = (0, random.pick(&[150, 150, 150, 10_000]));
-        let step_us = u64::from(layout.layers) * layer_us.1 + turn_us.1;
-        let live_max = live_max(&batch, step_us, (prompt_max, answer_max));
         let vocab = random.pick(&[32, 1000]);
-        Self {
+        let mut plan = Self {
             model,
             slots,
             batch,
@@ -156,7 +157,7 @@ impl Plan {
             task_us: (0, random.pick(&[100, 100, 30_000])),
             turn_us,
             layer_us,
-            live_max,
+            live_max: 0,
             request_gap_us: (0, random.pick(&[2_000, 20_000, 200_000])),
             budget_us: random.pick(&[(30_000, 500_000), (200_000, 5_000_000), (10_000_000, 20_000_000)]),
             prompt_tokens: (1, prompt_max),
@@ -175,7 +176,34 @@ impl Plan {
             operator_gap_us: (10_000, random.pick(&[200_000, 2_000_000])),
             quic,
             faults: Self::faults(random),
-        }
+        };
+        let crowd = (WORK_MAX_US / plan.compute_us()).min(HANDOVERS_MAX_US / plan.handover_us().max(1));
+        plan.live_max = crowd.clamp(3, 100) as usize;
+        plan
+    }
+
+    /// Time of the longest request's steps, with others like it beside it, microseconds.
+    fn compute_us(&self) -> u64 {
+        let (prompt, answer) = (self.prompt_tokens.1, self.answer_tokens.1);
+        let step_us = u64::from(self.model.layout.layers) * self.layer_us.1 + self.turn_us.1;
+        let chunk = u64::from(self.batch.step_tokens_max).min(prompt);
+        let prompt_us = prompt.div_ceil(chunk) * step_us * (1 + chunk / 4);
+        let answer_us = answer * step_us * (1 + u64::from(self.batch.rows_max) / 4);
+        prompt_us + answer_us
+    }
+
+    /// What the longest request's hand-over takes of a link and of a pool that others use too, microseconds.
+    fn handover_us(&self) -> u64 {
+        let layout = &self.model.layout;
+        let turn_us = 2 * (self.delay_us.1 + self.turn_us.1) + self.task_us.1;
+        let (cell_bytes, blocks) = (layout.cell_bytes() as u64, layout.blocks(self.prompt_tokens.1 as usize) as u64);
+        let turn_bytes = ON_THE_WAY_MAX.max(cell_bytes);
+        let bytes = u64::from(layout.layers) * blocks * cell_bytes;
+        let link_us = turn_us * bytes / turn_bytes;
+        // The question, the manifest and what they are answered come beside the cells.
+        let held_us = turn_us * (bytes.div_ceil(turn_bytes) + 2);
+        let at_a_time = (u64::from(self.slots) / blocks).clamp(1, u64::from(self.batch.rows_max));
+        link_us + held_us / at_a_time
     }
 
     fn batch(random: &mut Random, model: &ModelIdentity, slots: u32) -> BatchConfig {
@@ -207,12 +235,4 @@ impl Plan {
             late: random.pick(&[0, 50, 200]),
         }
     }
-}
-
-/// How many requests of such lengths need at most [`WORK_MAX_US`], with so many microseconds for a step of one token.
-fn live_max(batch: &BatchConfig, step_us: u64, (prompt, answer): (u64, u64)) -> usize {
-    let chunk = u64::from(batch.step_tokens_max).min(prompt);
-    let prompt_us = prompt.div_ceil(chunk) * step_us * (1 + chunk / 4);
-    let answer_us = answer * step_us * (1 + u64::from(batch.rows_max) / 4);
-    (WORK_MAX_US / (prompt_us + answer_us)).clamp(3, 100) as usize
 }

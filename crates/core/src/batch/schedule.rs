@@ -8,7 +8,7 @@ use crate::batch::sequence::{Phase, Sequence};
 use crate::batch::{Batch, Flight, Output, Rank};
 use crate::engine::{Row, Step};
 use crate::ids::{SlotRef, Time};
-use crate::message::{FailKind, Ticket};
+use crate::message::FailKind;
 use crate::planted::{Bug, planted};
 
 impl Batch {
@@ -35,15 +35,12 @@ impl Batch {
     /// Admits waiting sequences by rank, until one does not fit. One that never will, because of what is pinned, ends here:
     /// it would wait to its deadline, and everyone behind it.
     pub(super) fn admit(&mut self) {
-        while let Some(&rank) = self.waiting.first() {
-            if self.blocked == Some(rank) || self.twin_computes(rank) {
-                return;
-            }
+        while let Some(rank) = self.head().filter(|rank| self.blocked != Some(*rank)) {
             if self.seat(rank) {
                 continue;
             }
             let sequence = &self.sequences[&rank];
-            let (need, reach) = (sequence.blocks(), self.pool.reach(&sequence.names[..self.hits_max(sequence)]));
+            let (need, reach) = (sequence.blocks(), self.reach(sequence));
             if need <= reach {
                 self.blocked = Some(rank);
                 return;
@@ -52,10 +49,22 @@ impl Batch {
         }
     }
 
+    /// Whose turn it is to be admitted. While the first waits for its twin, those that compute nothing here may go before it.
+    fn head(&self) -> Option<Rank> {
+        let first = *self.waiting.first()?;
+        if !self.twin_computes(first) {
+            return Some(first);
+        }
+        self.waiting.iter().copied().find(|rank| self.sequences[rank].receives)
+    }
+
     /// Whether another sequence is computing the very block that this one would compute first. Waiting for it costs little,
     /// and many prompts with one beginning, come at once, compute it once.
     fn twin_computes(&self, rank: Rank) -> bool {
         let (block_tokens, waits) = (usize::from(self.config.block_tokens), &self.sequences[&rank]);
+        if waits.receives {
+            return false;
+        }
         let hits_max = (waits.tokens.len() - 1) / block_tokens;
         let hits = self.pool.prefix(&waits.names[..hits_max]);
         let computes = |s: &Sequence| s.computed <= hits * block_tokens && s.names.get(hits) == Some(&waits.names[hits]);
@@ -74,88 +83,63 @@ impl Batch {
         decoding.map(|s| s.headroom(headroom, context_max)).sum()
     }
 
-    /// Cached leading blocks of `sequence`, at most `hits_max`, and fresh slots up to `blocks`, when that leaves `kept` blocks; else nothing.
+    /// Cached leading blocks of `sequence` and fresh slots for the rest, when that leaves what is kept for others; else nothing, and `None`.
     /// Gives the table and how much of it is cached.
-    fn seats(&mut self, sequence: &Sequence, hits_max: usize, blocks: usize) -> Result<(Vec<SlotRef>, usize), (usize, usize)> {
-        let kept = self.kept();
-        let mut table = self.pool.acquire(&sequence.names[..hits_max]);
+    fn seats(&mut self, sequence: &Sequence) -> Option<(Vec<SlotRef>, usize)> {
+        let (blocks, kept) = (sequence.blocks() + self.growth(sequence), self.kept());
+        let mut table = self.pool.acquire(&sequence.names[..self.hits_max(sequence)]);
         let (cached, stats) = (table.len(), self.pool.stats());
         let (need, room) = (blocks - cached, (stats.free + stats.evictable) as usize);
         if need + kept > room {
             table.into_iter().rev().for_each(|at| self.pool.release(at));
-            return Err((need + kept, room));
+            return None;
         }
         table.extend(self.pool.alloc(need as u32).expect("the room was just counted"));
-        Ok((table, cached))
+        Some((table, cached))
     }
 
-    /// Leading blocks that may be taken from the cache. The last token is always computed: its logits are what is wanted.
+    /// Leading blocks that may be taken from the cache. The last token is always computed, where one computes: its logits are what is wanted.
     fn hits_max(&self, sequence: &Sequence) -> usize {
-        let last = usize::from(!planted(Bug::NothingToCompute));
+        let last = usize::from(!sequence.receives && !planted(Bug::NothingToCompute));
         (sequence.tokens.len() - last) / usize::from(self.config.block_tokens)
     }
 
-    /// Gives a waiting sequence slots for all its known tokens; `false` when it must wait.
+    /// The most blocks that a sequence could ever have here, beside what is pinned.
+    fn reach(&self, sequence: &Sequence) -> usize {
+        self.pool.reach(&sequence.names[..self.hits_max(sequence)])
+    }
+
+    /// Headroom that a sequence gets at once: one that is received cannot be preempted before it has arrived. None that can never be.
+    fn growth(&self, sequence: &Sequence) -> usize {
+        if !sequence.receives {
+            return 0;
+        }
+        let wanted = sequence.headroom(self.config.headroom_blocks as usize, self.config.context_max as usize);
+        wanted.min(self.reach(sequence).saturating_sub(sequence.blocks()))
+    }
+
+    /// Gives a waiting sequence slots for all its known tokens, all in one step: half-seated sequences would wait for one another. `false` when it
+    /// must wait.
     fn seat(&mut self, rank: Rank) -> bool {
         if !self.has_row() {
             return false;
         }
         let mut sequence = self.sequences.remove(&rank).expect("ranks in sets name sequences");
-        let hits_max = self.hits_max(&sequence);
-        let seats = self.seats(&sequence, hits_max, sequence.blocks());
-        let seated = seats.is_ok();
-        if let Ok((table, cached)) = seats {
+        let seats = self.seats(&sequence);
+        let seated = seats.is_some();
+        if let Some((table, cached)) = seats {
             sequence.seat(table, cached);
-            if sequence.split {
-                self.outputs.push_back(Output::Admitted {
-                    attempt: sequence.attempt,
-                    table: sequence.table.clone(),
-                    names: sequence.all_names(),
-                    cached_blocks: cached as u32,
-                });
+            self.outputs.extend(said_of(&sequence, cached as u32));
+            if sequence.receives && planted(Bug::PublishUnverified) {
+                (0..sequence.names.len()).for_each(|block| _ = sequence.offer(&mut self.pool, block));
             }
         }
+        let phase = if sequence.receives { Phase::Receiving } else { Phase::Running };
         self.sequences.insert(rank, sequence);
         if seated {
-            self.set_phase(rank, Phase::Running);
+            self.set_phase(rank, phase);
         }
         seated
-    }
-
-    /// Takes a sequence that will be received, with every slot it needs and its headroom in one step, or refuses it:
-    /// half-reserved sequences would wait for one another. Whoever waits for room already comes first.
-    pub(super) fn reserve(&mut self, now: Time, ticket: Ticket) {
-        let attempt = ticket.attempt;
-        if let Err((kind, detail)) = self.judge(&ticket) {
-            return self.refuse(attempt, kind, detail);
-        }
-        let mut sequence = Sequence::new(now, ticket, &self.config, Phase::Receiving);
-        let (blocks, reach) = (sequence.blocks(), self.pool.reach(&sequence.names));
-        if blocks > reach {
-            return self.refuse(attempt, FailKind::TooLarge, too_large(blocks, reach));
-        }
-        if self.blocked.is_some() || !self.has_row() {
-            let detail = format!("{} waiting, {} running, {} receiving", self.waiting.len(), self.running.len(), self.receiving);
-            return self.refuse(attempt, FailKind::NoRoom, detail);
-        }
-        let headroom =
-            sequence.headroom(self.config.headroom_blocks as usize, self.config.context_max as usize).min(reach - blocks);
-        match self.seats(&sequence, sequence.names.len(), blocks + headroom) {
-            Ok((table, cached)) => {
-                sequence.seat(table, cached);
-                self.outputs.push_back(Output::Reserved {
-                    attempt,
-                    table: sequence.table[..blocks].to_vec(),
-                    names: sequence.all_names(),
-                    have_blocks: cached as u32,
-                });
-                if planted(Bug::PublishUnverified) {
-                    (0..sequence.names.len()).for_each(|block| _ = sequence.offer(&mut self.pool, block));
-                }
-                self.insert(sequence);
-            }
-            Err((need, room)) => self.refuse(attempt, FailKind::NoRoom, format!("{need} blocks needed, {room} to be had")),
-        }
     }
 
     /// Gives each running sequence the block that its newest token needs, by rank, at the cost of the last.
@@ -214,6 +198,17 @@ impl Batch {
         };
         (Flight { rank, attempt: sequence.attempt, end: end as u32, sample }, row)
     }
+}
+
+/// What is said of a sequence that has just got its table, of which so many blocks are cached.
+fn said_of(sequence: &Sequence, cached: u32) -> Option<Output> {
+    let (attempt, names) = (sequence.attempt, || sequence.all_names());
+    if sequence.receives {
+        let table = sequence.table[..sequence.blocks()].to_vec();
+        return Some(Output::Reserved { attempt, table, names: names(), have_blocks: cached });
+    }
+    let table = || sequence.table.clone();
+    sequence.split.then(|| Output::Admitted { attempt, table: table(), names: names(), cached_blocks: cached })
 }
 
 fn too_large(need: usize, reach: usize) -> String {

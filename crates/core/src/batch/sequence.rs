@@ -33,6 +33,8 @@ pub(super) struct Sequence {
     pub attempt: AttemptId,
     pub phase: Phase,
     pub deadline: Time,
+    /// Its prompt is computed elsewhere and has not arrived: it waits for slots that the hand-over writes, or has them.
+    pub receives: bool,
     /// Decoded elsewhere: held after its first token; never preempted, since the sender reads its slots.
     pub split: bool,
     pub sampling: Sampling,
@@ -51,7 +53,7 @@ pub(super) struct Sequence {
     /// Its last token is out.
     pub finished: bool,
     block_tokens: usize,
-    arrived: Time,
+    pub arrived: Time,
     pub first_step: Option<Time>,
     pub cached_tokens: u32,
     /// The next token out is the attempt's first from this node's own prefill.
@@ -59,16 +61,17 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    /// O(tokens): names all full blocks.
-    pub fn new(now: Time, ticket: Ticket, config: &BatchConfig, phase: Phase) -> Self {
+    /// One that waits. O(tokens): names all full blocks.
+    pub fn new(now: Time, ticket: Ticket, config: &BatchConfig, receives: bool) -> Self {
         let block_tokens = usize::from(config.block_tokens);
         let mut chain = Chain::new(ticket.tenant_key, &config.fingerprint, &ticket.cache_salt);
         let names = ticket.tokens.chunks_exact(block_tokens).map(|block| chain.push(block)).collect();
         Self {
             attempt: ticket.attempt,
-            phase,
+            phase: Phase::Waiting,
             deadline: now.after(ticket.budget_us),
-            split: ticket.decode.is_some() && phase == Phase::Waiting,
+            receives,
+            split: ticket.decode.is_some() && !receives,
             sampling: ticket.sampling,
             prompt_tokens: if planted(Bug::ResumeIndex) { ticket.tokens.len() } else { ticket.prompt_tokens as usize },
             tokens: ticket.tokens,
@@ -83,7 +86,7 @@ impl Sequence {
             arrived: now,
             first_step: None,
             cached_tokens: 0,
-            stats_due: phase == Phase::Waiting,
+            stats_due: !receives,
         }
     }
 

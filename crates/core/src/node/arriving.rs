@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 
 use super::{Effect, LinkNo, Node};
 use crate::batch;
-use crate::ids::{AttemptId, BlockHash, Epoch, Generation, SlotRef, Time};
+use crate::ids::{AttemptId, BlockHash, Epoch, Generation, ReplicaId, SlotRef, Time};
 use crate::message::{FailKind, Granted, Message, Resumed};
 use crate::planted::{Bug, planted};
 use crate::transfer::gate::Gate;
@@ -17,6 +17,17 @@ use crate::transfer::{Cells, RESUME_KEEP_US};
 /// Hand-overs that arrived whole and are remembered, for a sender that lost the link and has not heard of it. At the bound the oldest is
 /// forgotten, and its sender is told that there is none: a new ticket follows.
 const RECEIVED_MAX: usize = 1024;
+
+/// A ticket whose sender waits for slots.
+#[derive(Debug)]
+pub(super) struct Asking {
+    /// The link that asks.
+    pub(super) link: LinkNo,
+    pub(super) gateway: ReplicaId,
+    pub(super) tokens: usize,
+    /// When the request has no time left.
+    pub(super) until: Time,
+}
 
 /// One hand-over that arrives.
 #[derive(Debug)]
@@ -45,12 +56,12 @@ pub(super) struct Received {
 impl Node {
     /// The slots that a sender asked for are there.
     pub(super) fn on_reserved(&mut self, attempt: AttemptId, table: Vec<SlotRef>, names: Vec<BlockHash>, have_blocks: u32) {
-        let Some((link, ticket)) = self.asking.remove(&attempt) else { return };
+        let Some(Asking { link, gateway, tokens, until }) = self.asking.remove(&attempt) else { return };
         let sender = self.peers.at(link).cloned().expect("a link that is gone takes its questions with it");
         self.generation = Generation(self.generation.0.wrapping_add(1));
-        let (generation, grid) = (self.generation, self.grid(ticket.tokens.len()));
-        let machine = Receiver::new(grid, have_blocks, generation, self.now.after(ticket.budget_us));
-        self.gateways.insert(attempt, ticket.gateway);
+        let (generation, grid) = (self.generation, self.grid(tokens));
+        let machine = Receiver::new(grid, have_blocks, generation, until);
+        self.gateways.insert(attempt, gateway);
         self.arriving.insert(attempt, Arriving { link, sender, machine });
         let gate = Box::new(Gate::new(grid, have_blocks, generation, table, names));
         self.effects.push_back(Effect::OpenGate(attempt, link, gate));

@@ -66,6 +66,13 @@ impl Node {
     pub(super) fn cancel_all_of(&mut self, replica: ReplicaId) {
         let attempts: Vec<_> = self.gateways.iter().filter(|(_, r)| **r == replica).map(|(a, _)| *a).collect();
         attempts.into_iter().for_each(|attempt| self.cancel(attempt));
+        let asking: Vec<_> = self.asking.iter().filter(|(_, asking)| asking.gateway == replica).map(|(a, _)| *a).collect();
+        for attempt in asking {
+            self.batch.handle(self.now, batch::Input::Cancel(attempt));
+            let Some(asking) = self.asking.remove(&attempt) else { continue };
+            let detail = "the link to the gateway of the ticket is lost".into();
+            self.send(asking.link, Message::Declined { attempt, kind: FailKind::PeerLost, detail });
+        }
     }
 
     /// Ends an attempt on this node, whatever it is doing.

@@ -25,7 +25,7 @@ impl Node {
             Output::Admitted { attempt, table, names, cached_blocks } => self.on_admitted(attempt, table, names, cached_blocks),
             Output::Reserved { attempt, table, names, have_blocks } => self.on_reserved(attempt, table, names, have_blocks),
             Output::Refused { attempt, kind, detail } => match self.asking.remove(&attempt) {
-                Some((link, _)) => self.send(link, Message::Declined { attempt, kind, detail }),
+                Some(asking) => self.send(asking.link, Message::Declined { attempt, kind, detail }),
                 None => self.fail(attempt, kind, detail),
             },
             Output::Token(token) => self.on_token(token),

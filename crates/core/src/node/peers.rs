@@ -6,6 +6,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use super::arriving::Asking;
 use super::doubts::Doubts;
 use super::{Effect, LinkNo, Node, Note};
 use crate::batch;
@@ -128,7 +129,7 @@ impl Node {
         for attempt in self.arriving_on(link) {
             self.recv_input(attempt, recv::Input::LinkLost);
         }
-        let asking: Vec<_> = self.asking.iter().filter(|(_, (asks, _))| *asks == link).map(|(a, _)| *a).collect();
+        let asking: Vec<_> = self.asking.iter().filter(|(_, asking)| asking.link == link).map(|(attempt, _)| *attempt).collect();
         asking.into_iter().for_each(|attempt| self.cancel(attempt));
     }
 
@@ -195,7 +196,7 @@ impl Node {
     fn on_abort(&mut self, link: LinkNo, attempt: AttemptId, kind: FailKind, detail: String) {
         if self.arrives_on(attempt, link) {
             self.recv_input(attempt, recv::Input::Aborted(kind, detail));
-        } else if self.asking.get(&attempt).is_some_and(|(asks, _)| *asks == link) {
+        } else if self.asking.get(&attempt).is_some_and(|asking| asking.link == link) {
             self.cancel(attempt);
         } else {
             self.answer(link, attempt, send::Input::Aborted(kind, detail));
@@ -230,7 +231,10 @@ impl Node {
             let detail = "there is no link to the gateway of the ticket".into();
             return self.send(link, Message::Declined { attempt, kind: FailKind::PeerLost, detail });
         }
-        self.asking.insert(attempt, (link, ticket.clone()));
+        self.asking.insert(
+            attempt,
+            Asking { link, gateway: ticket.gateway, tokens: ticket.tokens.len(), until: self.now.after(ticket.budget_us) },
+        );
         self.batch.handle(self.now, batch::Input::Reserve(ticket));
     }
 }
