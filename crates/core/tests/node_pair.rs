@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use millrace_core::batch::BatchConfig;
+use millrace_core::batch::{BatchConfig, ROOM_WAIT_MAX_US};
 use millrace_core::engine::{Sampled, Step};
 use millrace_core::identity::TenantKey;
 use millrace_core::ids::{AttemptId, Epoch, NodeId, ReplicaId, RequestId, Time, TokenId};
@@ -149,7 +149,9 @@ impl World {
     fn act(&mut self, at: usize, effect: Effect) {
         match effect {
             Effect::Send(UPLINK, message) => match message {
-                Message::Token(token) => drop(self.tokens.insert(token.index, token.token)),
+                Message::Token(token) if token.attempt.request == ATTEMPT.request => {
+                    self.tokens.insert(token.index, token.token);
+                }
                 Message::Failed(failed) => self.failures.push(failed.kind),
                 Message::Drain { .. } => self.drains[at] = true,
                 Message::Leave { .. } => _ = self.left[at].get_or_insert(self.now),
@@ -284,6 +286,10 @@ impl World {
         [PREFILL, DECODE].into_iter().flat_map(of).filter(|(.., count)| *count > 0).collect()
     }
 
+    fn kept_by(&self, at: usize) -> Vec<(usize, &'static str, usize)> {
+        self.kept().into_iter().filter(|(of, ..)| *of == at).collect()
+    }
+
     fn finish(&mut self) {
         let until = self.now.after(5_000_000);
         while (self.go_on() || !self.kept().is_empty()) && self.now < until {}
@@ -408,6 +414,52 @@ fn a_dial_that_finds_a_node_before_it_has_joined_does_not_cost_the_ticket_that_c
         "the life before is over, the present one is dialed"
     );
     assert_eq!(world.tokens.len(), ANSWER as usize);
+}
+
+/// A world whose decode node has a long sequence of its own, so that the ticket's hand-over waits for room there; and that sequence.
+fn crowded() -> (World, AttemptId) {
+    let mut world = World::new();
+    let attempt = AttemptId { request: RequestId(2), attempt: 0 };
+    let mut own = Ticket { attempt, decode: None, tokens: (50..79).collect(), prompt_tokens: 29, ..ticket() };
+    own.sampling.max_new = 11;
+    world.tell(DECODE, Input::Message(UPLINK, Message::Assign(own).into()));
+    let patience = world.now.after(100 * ACTION_US);
+    while world.nodes[DECODE].batch().stats().waiting == 0 {
+        assert!(world.go_on() && world.now < patience, "who asks for slots waits");
+    }
+    assert_eq!((world.nodes[DECODE].batch().stats().running, world.failures.len()), (1, 0));
+    (world, attempt)
+}
+
+#[test]
+fn a_hand_over_that_finds_no_room_waits_for_it() {
+    for cancels in [false, true] {
+        let (mut world, own) = crowded();
+        world.queue.extend(cancels.then_some(Action::Say(DECODE, UPLINK, Message::Cancel(own))));
+        world.finish();
+        assert_eq!((&world.failures[..], world.tokens.len()), (&[][..], ANSWER as usize));
+    }
+}
+
+#[test]
+fn a_hand_over_that_waits_for_room_ends_with_its_gateway_its_link_or_its_patience() {
+    let declined = |world: &World, kind| assert_eq!((world.kept_by(PREFILL), &world.failures[..]), (vec![], &[kind][..]));
+    let (mut world, _) = crowded();
+    world.tell(DECODE, Input::Down(UPLINK));
+    world.run(2 * undisturbed());
+    declined(&world, FailKind::PeerLost);
+
+    let (mut world, _) = crowded();
+    world.dials = Dials::Refused;
+    world.cut();
+    assert_eq!(world.nodes[DECODE].batch().stats().waiting, 0);
+    world.run(2 * undisturbed());
+    declined(&world, FailKind::PeerLost);
+
+    let (mut world, _) = crowded();
+    world.now = world.now.after(ROOM_WAIT_MAX_US);
+    world.run(2 * undisturbed());
+    declined(&world, FailKind::NoRoom);
 }
 
 #[test]
