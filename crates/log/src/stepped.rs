@@ -3,6 +3,7 @@
 //! The driver, the shipments and the background jobs are the real ones. Here is only what else would be chance: raft-rs draws election
 //! timeouts from a global generator, so they are set again after each step, from a seed. Other random numbers come from the [`Disk`].
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -93,11 +94,12 @@ impl<M: StateMachine> Stepped<M> {
         self.outgoing.try_recv().ok()
     }
 
-    /// Another timeout for each term, and for each try within one: else two that tie would tie for ever.
+    /// Another timeout for each term, and for each try within one: else two that tie would tie for ever. (So would two whose hashes
+    /// always differ by the same bits, as a CRC's do.)
     fn set_election_timeout(&mut self) {
         let (ticks, raft) = (self.driver.config.election_ticks, &mut self.driver.node.raft);
-        let turn = self.driver.ticks / (2 * ticks as u64);
-        let bytes: Vec<u8> = [self.seed, raft.id, raft.term, turn].into_iter().flat_map(u64::to_le_bytes).collect();
-        raft.set_randomized_election_timeout(ticks + crc32fast::hash(&bytes) as usize % ticks);
+        let mut hasher = DefaultHasher::new();
+        (self.seed, raft.id, raft.term, self.driver.ticks / (2 * ticks as u64)).hash(&mut hasher);
+        raft.set_randomized_election_timeout(ticks + (hasher.finish() % ticks as u64) as usize);
     }
 }

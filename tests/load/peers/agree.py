@@ -2,7 +2,8 @@
 
 usage: agree.py --millload PROGRAM --model MODEL.gguf --cache FOLDER [--ttft-ms 200 --itl-ms 10 --requests 240 --rate 12]
 
-AIPerf is installed into FOLDER once (PyPI, some hundred packages); hey is used where it is installed (Debian: apt install hey).
+AIPerf is installed into FOLDER once (PyPI, some hundred packages). vLLM's own client is used where `make bench-engines` has installed
+vLLM there, hey where it is installed (Debian: apt install hey).
 Only figures that count from the sending are compared: nobody else has the others. Exit code 1: one is off by more than 5 %.
 """
 
@@ -54,6 +55,21 @@ def aiperf(args, url, scratch):
     return {name: result[key]["p50"] for name, key in names}
 
 
+def vllm(args, url, scratch):
+    """vLLM's client for any server, `vllm bench serve`."""
+    program, tokenizer = args.cache / "vllm" / "bin" / "vllm", args.cache / "model-bf16"
+    if not (program.exists() and tokenizer.exists()):
+        return None
+    ask = ["--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions", "--model", "scripted", "--ignore-eos"]
+    size = ["--dataset-name", "random", "--random-input-len", PROMPT_TOKENS, "--random-output-len", ANSWER_TOKENS]
+    # Its intervals are a gamma distribution's: with such a shape they are alike.
+    rate = ["--num-prompts", args.requests, "--request-rate", args.rate, "--burstiness", 1_000_000]
+    said = ["--percentile-metrics", "ttft,tpot,itl,e2el", "--save-result", "--result-dir", scratch, "--result-filename", "vllm.json"]
+    run([program, "bench", "serve", *ask, "--tokenizer", tokenizer, *size, *rate, *said])
+    result = json.loads((scratch / "vllm.json").read_text())
+    return {name: result[f"median_{key}_ms"] for name, key in [("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2el")]}
+
+
 def hey(args, url, scratch):
     """Reads whole answers: it knows no first token. Its workers together have the rate."""
     if not shutil.which("hey"):
@@ -93,7 +109,7 @@ def main():
     truth = {"TTFT": args.ttft_ms, "TPOT": args.itl_ms, "ITL": args.itl_ms, "E2E": args.ttft_ms + (ANSWER_TOKENS - 1) * args.itl_ms}
     found = {"the truth": truth}
     with tempfile.TemporaryDirectory() as scratch:
-        for client in (millload, aiperf, hey):
+        for client in (millload, aiperf, vllm, hey):
             figures = client(args, url, pathlib.Path(scratch))
             if figures:
                 found[client.__name__] = figures
