@@ -34,8 +34,11 @@ const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
 const LOG: &str = "info,millrace_node::serve=debug,coordinator::dispatch=debug";
 
 /// Of it, what tests wait for.
-const FOLLOWED: [&str; 5] =
-    ["hand-over: ", ": placed attempt=", "cancelled: nothing of it is left", "link to a node down", "attempt failed"];
+const FOLLOWED: [&str; 6] =
+    ["hand-over: ", ": placed attempt=", MOVED, "cancelled: nothing of it is left", "link to a node down", "attempt failed"];
+
+/// What a gateway says when it places a request anew.
+pub(crate) const MOVED: &str = ": moved attempt=";
 
 /// What to start.
 #[derive(Clone, Debug)]

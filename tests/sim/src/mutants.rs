@@ -47,7 +47,7 @@ const fn breaks(bug: Bug) -> &'static [&'static str] {
         Bug::SendUncomputed => &["I2", "I5"],
         Bug::SkipOneBlock => &["I2", "send.rs"],
         Bug::AbortUnsaid | Bug::DeclineUnheard => &["I1"],
-        Bug::AskKept => &["I1", "arriving.rs"],
+        Bug::AskKept => &["I1", "arriving.rs", "node.rs"],
         Bug::LossUnheard => &["I1", "I3"],
         Bug::GateLeftOpen | Bug::FreeUndrained => &["I1", "I2", "I5"],
         Bug::CancelIgnored => &["I1", "I3"],

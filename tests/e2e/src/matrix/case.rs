@@ -9,7 +9,7 @@ use super::client::Client;
 use super::{Asked, Case, Fault, Matrix, State, Victim, WIRE};
 use crate::WAIT_MAX;
 use crate::cluster::{Node, Status};
-use crate::parts::{Line, Parts};
+use crate::parts::{Line, MOVED, Parts};
 use crate::process;
 use crate::relay::{HANDOVER_WAYS, Kind, Way};
 
@@ -19,8 +19,6 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 pub const REST_MAX: Duration = Duration::from_secs(5);
 /// The fault would have come too late: begins the reason of such a failure.
 const MISSED: &str = "the state was over before the fault";
-/// What a gateway says when it places a request anew, in its log. An earlier fault may still be felt then.
-const MOVED: &str = ": moved attempt=";
 /// How often a state is looked for.
 const TRIES_MAX: usize = 4;
 /// Time in which a request must come into its state.
@@ -151,6 +149,7 @@ impl Matrix {
             State::Verified => "hand-over: all there",
             State::Decoding => return client.read(MIDDLE, REACH_WAIT_MAX).await.map(|()| parties),
         };
+        // A node may still be in doubt after an earlier fault.
         let request = attempt.split('/').next().unwrap_or(&attempt);
         let line = next_of(lines, &[&[step, &attempt], &[MOVED, request]]).await?;
         if line.text.contains(MOVED) { Err(format!("{MISSED}: {}", line.text)) } else { Ok(parties) }
