@@ -22,8 +22,8 @@ target_dir = $$(cargo metadata --format-version 1 --no-deps | python3 -c 'import
 # The simulator's first seed, and steps for each; SEEDS=n runs n seeds.
 SEED ?= 1
 STEPS ?= 10000
-# The models with golden rows that gpu-check takes along: all that are beside the checkout, or the one inside it.
-tiny_models = $(or $(wildcard ../shared/golden/tiny),$(addsuffix /.,tests/data))
+# The models with golden rows that gpu-check takes along: those inside the checkout, and what others are beside it.
+tiny_models = $(wildcard tests/data/tiny-* ../shared/golden/tiny/tiny-*)
 # Rounds of the failure matrix.
 REPEATS ?= 1
 
@@ -98,10 +98,10 @@ cached: setup ## GPT-2 with and without a KV cache: the same tokens, the times, 
 gpu-check: setup ## check and measure a CUDA device, where there is one; else put what a machine with one needs into .gpu-check (DEVICE=cpu: the checks here; GPU_ARGS=...)
 	cargo build --release --workspace --example gpu-check
 	rm -rf .gpu-check
-	mkdir -p .gpu-check/bin
+	mkdir -p .gpu-check/bin .gpu-check/tiny
 	strip -o .gpu-check/bin/gpu-check "$(target_dir)/release/examples/gpu-check"
 	cp deploy/gpu-check .gpu-check/run
-	cp -r $(tiny_models) .gpu-check/tiny
+	for model in $(tiny_models); do cp -rn "$$model" .gpu-check/tiny; done
 ifdef DEVICE
 	.gpu-check/bin/gpu-check --models .gpu-check/tiny --device '$(DEVICE)' $(GPU_ARGS)
 else

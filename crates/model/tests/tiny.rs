@@ -14,7 +14,7 @@ use support::{Golden, Sequence, Slots, bf16_room, check, each, error_squared, mo
 const SLOTS: usize = 256;
 const CHUNKS: [usize; 4] = [1, 7, 16, 64];
 /// How far, relative to their size, logits with int8 KV may be from the reference in f32.
-const INT8_TOLERANCE: f32 = 0.02;
+const INT8_TOLERANCE: f32 = 0.025;
 
 fn load(model: &std::path::Path, dtype: Dtype) -> (ModelEngine, Vec<Golden>) {
     load_with(model, dtype, Compute::fixed(2))

@@ -1,9 +1,10 @@
 //! One model of every family through a whole cluster, in f32 and with the KV handed over from one node to the other: every id must be the
 //! reference's, near ties aside, cold and on a cached prefix, one request after the other and all at once.
 //!
-//! The models lie beside the repository; without them the one inside it stands for them.
+//! Some models lie in the repository, others beside it.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use futures_util::future::join_all;
@@ -16,13 +17,11 @@ use serde_json::{Value, json};
 const POOL_BLOCKS: u32 = 256;
 
 fn models() -> Vec<PathBuf> {
-    let beside = repository().join("../shared/golden/tiny");
-    let mut models: Vec<PathBuf> = match std::fs::read_dir(beside) {
-        Ok(entries) => entries.map(|entry| entry.unwrap().path()).collect(),
-        Err(_) => vec![millrace_e2e::tiny_model()],
-    };
-    models.sort();
-    models
+    let folders = [repository().join("tests/data"), repository().join("../shared/golden/tiny")];
+    let entries = folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten();
+    let models = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+    let by_name: BTreeMap<_, _> = models.map(|model| (model.file_name().unwrap().to_owned(), model)).collect();
+    by_name.into_values().collect()
 }
 
 /// Asks with token ids; gives how much of the prompt was found cached.

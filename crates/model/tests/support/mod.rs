@@ -2,6 +2,7 @@
 //! two engines.
 #![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use millrace_core::engine::{EngineError, Row, Step};
@@ -252,19 +253,17 @@ pub fn bf16_room(model: &Path) -> f32 {
     if model.to_string_lossy().contains("deepseek") { 0.02 } else { 0.01 }
 }
 
-/// The tiny models beside the repository; without them the one inside it.
+/// The tiny models beside the repository, and those inside it.
 pub fn models() -> Vec<PathBuf> {
-    let beside = repository().join("../shared/golden/tiny");
-    let mut found: Vec<PathBuf> = match std::fs::read_dir(&beside) {
-        Ok(entries) => entries.map(|entry| entry.unwrap().path()).collect(),
-        Err(_) => vec![repository().join("tests/data/tiny-llama-gqa-tied")],
-    };
-    found.sort();
-    for model in &found {
+    let folders = [repository().join("tests/data"), repository().join("../shared/golden/tiny")];
+    let entries = folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten();
+    let models = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+    let found: BTreeMap<_, _> = models.map(|model| (model.file_name().unwrap().to_owned(), model)).collect();
+    for model in found.values() {
         assert!(model.join("model.safetensors").is_file(), "{} is not there", model.display());
     }
-    assert!(found.len() == 1 || found.len() >= 10, "{found:?}");
-    found
+    assert!(found.len() == 5 || found.len() >= 14, "{found:?}");
+    found.into_values().collect()
 }
 
 /// One model's name and what went wrong with it, so that a failure of one does not hide the others.
