@@ -19,6 +19,8 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 pub const REST_MAX: Duration = Duration::from_secs(5);
 /// The fault would have come too late: begins the reason of such a failure.
 const MISSED: &str = "the state was over before the fault";
+/// Until it is tried again: about as long as a node stays in doubt that can be reached.
+const AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// How often a state is looked for.
 const TRIES_MAX: usize = 4;
 /// Time in which a request must come into its state.
@@ -78,8 +80,11 @@ impl Matrix {
     pub async fn run(&mut self, case: Case, round: usize) -> Result<Outcome, String> {
         for _ in 1..TRIES_MAX {
             match self.try_once(case, round).await {
-                // On a busy machine the state may be over before anybody has noticed it.
-                Err(reason) if reason.starts_with(MISSED) => self.parts.relays.set(|weather| weather.held.clear()),
+                // On a busy machine the state may be over before anybody has noticed it, or an earlier fault is still felt.
+                Err(reason) if reason.starts_with(MISSED) => {
+                    self.parts.relays.set(|weather| weather.held.clear());
+                    sleep(AGAIN_AFTER).await;
+                }
                 done => return done,
             }
         }
@@ -203,6 +208,11 @@ impl Matrix {
                 client.relay.cut(true);
                 self.hold(&[]);
                 sleep(lasts).await;
+                // On a busy machine the answer may begin later than that.
+                let begun = Instant::now();
+                while client.relay.waited() == 0 && begun.elapsed() < REACH_WAIT_MAX {
+                    sleep(Duration::from_millis(25)).await;
+                }
                 let waited = client.relay.waited();
                 client.relay.cut(false);
                 if waited == 0 { Err("nothing had to wait".into()) } else { Ok(format!("{waited} pieces waited in the relay")) }
