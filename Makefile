@@ -80,7 +80,7 @@ $(peers_python):
 	'$(cache)/peers/bin/pip' install --quiet mooncake-transfer-engine-non-cuda==0.3.13.post1
 	ln -s python3 '$@'
 
-bench-load: ## the load harness itself: its figures against known delays, and its own ceiling; PEERS=1: against AIPerf and hey, too (a quiet machine; no cluster)
+bench-load: ## the load harness itself: its figures against known delays, and its own ceiling; PEERS=1: against AIPerf, vLLM's client and hey, too (a quiet machine; no cluster)
 	cargo build --release -p millrace-load
 	"$(target_dir)/release/millload" check
 	"$(target_dir)/release/millload" ceiling $(CEILING_ARGS)

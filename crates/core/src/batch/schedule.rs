@@ -201,14 +201,19 @@ impl Batch {
 }
 
 /// What is said of a sequence that has just got its table, of which so many blocks are cached.
-fn said_of(sequence: &Sequence, cached: u32) -> Option<Output> {
-    let (attempt, names) = (sequence.attempt, || sequence.all_names());
-    if sequence.receives {
-        let table = sequence.table[..sequence.blocks()].to_vec();
-        return Some(Output::Reserved { attempt, table, names: names(), have_blocks: cached });
+fn said_of(sequence: &Sequence, cached_blocks: u32) -> Option<Output> {
+    let (attempt, blocks) = (sequence.attempt, sequence.blocks());
+    match (sequence.receives, sequence.split) {
+        (true, _) => {
+            let (table, names) = (sequence.table[..blocks].to_vec(), sequence.all_names());
+            Some(Output::Reserved { attempt, table, names, have_blocks: cached_blocks })
+        }
+        (false, true) => {
+            let (table, names) = (sequence.table.clone(), sequence.all_names());
+            Some(Output::Admitted { attempt, table, names, cached_blocks })
+        }
+        (false, false) => None,
     }
-    let table = || sequence.table.clone();
-    sequence.split.then(|| Output::Admitted { attempt, table: table(), names: names(), cached_blocks: cached })
 }
 
 fn too_large(need: usize, reach: usize) -> String {
