@@ -23,7 +23,8 @@ target_dir = $$(cargo metadata --format-version 1 --no-deps | python3 -c 'import
 SEED ?= 1
 STEPS ?= 10000
 # The models with golden rows that gpu-check takes along: those inside the checkout, and what others are beside it.
-tiny_models = $(wildcard tests/data/tiny-* ../shared/golden/tiny/tiny-*)
+own_tiny = $(wildcard tests/data/tiny-*)
+tiny_models = $(own_tiny) $(filter-out $(own_tiny:tests/data/%=../shared/golden/tiny/%),$(wildcard ../shared/golden/tiny/tiny-*))
 # Rounds of the failure matrix.
 REPEATS ?= 1
 
@@ -101,7 +102,7 @@ gpu-check: setup ## check and measure a CUDA device, where there is one; else pu
 	mkdir -p .gpu-check/bin .gpu-check/tiny
 	strip -o .gpu-check/bin/gpu-check "$(target_dir)/release/examples/gpu-check"
 	cp deploy/gpu-check .gpu-check/run
-	for model in $(tiny_models); do cp -rn "$$model" .gpu-check/tiny; done
+	cp -r $(tiny_models) .gpu-check/tiny
 ifdef DEVICE
 	.gpu-check/bin/gpu-check --models .gpu-check/tiny --device '$(DEVICE)' $(GPU_ARGS)
 else

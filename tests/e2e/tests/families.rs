@@ -21,6 +21,7 @@ fn models() -> Vec<PathBuf> {
     let entries = folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten();
     let models = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
     let by_name: BTreeMap<_, _> = models.map(|model| (model.file_name().unwrap().to_owned(), model)).collect();
+    assert!(by_name.len() >= 5, "the repository's own models are not there: {by_name:?}");
     by_name.into_values().collect()
 }
 
