@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
@@ -21,6 +22,7 @@ use tokio::time::timeout;
 
 use crate::endpoint::{BindError, CloseCode, Connection, EndpointConfig, NetCounters, explain, open, who};
 use crate::pki::{Identity, PeerIdentity, PkiError, TLS_NAME};
+use crate::threads::{LaneThread, LaneThreads};
 use crate::transport::{Both, Traffic};
 
 /// Lanes of one link; a further one is refused.
@@ -66,6 +68,7 @@ pub(crate) struct LanePort {
     /// What peers are told to dial.
     told: u16,
     lanes: usize,
+    threads: LaneThreads,
     settings: RwLock<Both>,
     config: EndpointConfig,
     counters: Arc<NetCounters>,
@@ -80,7 +83,7 @@ impl fmt::Debug for LanePort {
 }
 
 impl LanePort {
-    /// Binds `addr` (port 0 takes any free one) and takes lanes there from now on. Must be called on a tokio runtime.
+    /// Binds `addr` (port 0 takes any free one) and takes lanes there from now on, on threads of its own: as many as a link has lanes.
     pub(crate) fn bind(
         addr: SocketAddr,
         identity: &Identity,
@@ -88,18 +91,25 @@ impl LanePort {
         counters: &Arc<NetCounters>,
     ) -> Result<Arc<Self>, BindError> {
         let both = Both::new(identity, config, Traffic::Kv)?;
-        let (quic, _) = open(addr, &both, config)?;
+        let lanes = config.lanes.clamp(1, LANES_MAX);
+        let threads = LaneThreads::start(lanes).map_err(|source| BindError::Io { addr, source })?;
+        let on = threads.first();
+        let (quic, _) = {
+            let _there = on.handle().enter();
+            open(addr, &both, config)?
+        };
         let port = quic.local_addr().map_err(|source| BindError::Io { addr, source })?.port();
         let this = Arc::new(Self {
             quic: quic.clone(),
             told: config.lanes_advertise.unwrap_or(port),
-            lanes: config.lanes.clamp(1, LANES_MAX),
+            lanes,
+            threads,
             settings: RwLock::new(both),
             config: config.clone(),
             counters: Arc::clone(counters),
             accepted: Mutex::default(),
         });
-        tokio::spawn(take_lanes(quic, Arc::downgrade(&this)));
+        on.spawn(take_lanes(quic, Arc::downgrade(&this)));
         Ok(this)
     }
 
@@ -159,7 +169,8 @@ async fn take_lanes(quic: quinn::Endpoint, port: Weak<LanePort>) {
             incoming.refuse();
             continue;
         }
-        tokio::spawn(async move {
+        let thread = port.threads.next();
+        thread.spawn(async move {
             let peer = incoming.remote_address();
             let proven = timeout(LANE_TIMEOUT, port.accept(incoming)).await;
             let result = match proven.unwrap_or_else(|_| Err("no proof in time".into())) {
@@ -177,6 +188,36 @@ async fn take_lanes(quic: quinn::Endpoint, port: Weak<LanePort>) {
     }
 }
 
+/// One lane to send on.
+#[derive(Clone, Debug)]
+pub struct Lane {
+    /// The connection.
+    pub quic: quinn::Connection,
+    thread: LaneThread,
+}
+
+impl Lane {
+    /// Runs `task` on the thread that the lane lives on, where it writes without waking another. It must not compute for long.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.thread.spawn(task);
+    }
+}
+
+/// A KV stream of the peer that nobody has read yet.
+#[derive(Debug)]
+pub struct Arriving {
+    /// The stream.
+    pub stream: RecvStream,
+    thread: LaneThread,
+}
+
+impl Arriving {
+    /// Reads it on the thread that its lane lives on, where its bytes are.
+    pub fn read_by<F: Future<Output = ()> + Send + 'static>(self, read: impl FnOnce(RecvStream) -> F) {
+        self.thread.spawn(read(self.stream));
+    }
+}
+
 /// The lanes of one link, and the KV streams that arrived on them.
 #[derive(Debug)]
 pub(crate) struct Lanes {
@@ -186,13 +227,13 @@ pub(crate) struct Lanes {
     secret: Secret,
     /// Whether we opened them: only then KV leaves on them.
     ours: bool,
-    up: Mutex<Vec<quinn::Connection>>,
+    up: Mutex<Vec<Lane>>,
     /// Whose turn it is.
     next: AtomicUsize,
     /// Why the first of them was lost.
     lost: watch::Sender<Option<String>>,
-    arriving: mpsc::Sender<RecvStream>,
-    arrived: tokio::sync::Mutex<mpsc::Receiver<RecvStream>>,
+    arriving: mpsc::Sender<Arriving>,
+    arrived: tokio::sync::Mutex<mpsc::Receiver<Arriving>>,
 }
 
 impl Lanes {
@@ -235,29 +276,31 @@ impl Lanes {
         let mut dialing = JoinSet::new();
         for _ in 0..port.lanes {
             let (lanes, port) = (Arc::clone(self), Arc::clone(port));
-            dialing.spawn(async move { port.dial(addr, &lanes).await });
+            let thread = port.threads.next();
+            let dial = async move { lanes.add(&port.dial(addr, &lanes).await?) };
+            dialing.spawn_on(dial, thread.handle());
         }
         while let Some(dialed) = dialing.join_next().await {
-            let added = dialed.map_err(|e| e.to_string()).and_then(|dialed| self.add(&dialed?));
+            let added = dialed.map_err(|e| e.to_string()).and_then(|added| added);
             added.map_err(|reason| LaneError { addr, reason })?;
         }
         // A dialer that sends no KV back is sent none: nobody takes streams here.
-        for lane in self.up.lock().iter() {
-            let (lanes, lane) = (Arc::clone(self), lane.clone());
-            tokio::spawn(async move { lanes.watch(&lane).await });
+        for lane in self.up.lock().iter().cloned() {
+            let lanes = Arc::clone(self);
+            tokio::spawn(async move { lanes.watch(&lane.quic).await });
         }
         Ok(())
     }
 
     /// The lane whose turn it is; `None` when there is none to send on.
-    pub(crate) fn lane(&self) -> Option<quinn::Connection> {
+    pub(crate) fn lane(&self) -> Option<Lane> {
         let up = self.up.lock();
         let turn = self.next.fetch_add(1, Relaxed) % up.len().max(1);
         up.get(turn).filter(|_| self.ours).cloned()
     }
 
     /// The next KV stream of the peer; `None` when the link has ended. Cancel-safe.
-    pub(crate) async fn stream(&self) -> Option<RecvStream> {
+    pub(crate) async fn stream(&self) -> Option<Arriving> {
         let mut arrived = self.arrived.lock().await;
         tokio::select! {
             stream = arrived.recv() => stream,
@@ -277,7 +320,7 @@ impl Lanes {
         if let Some(port) = &self.port {
             port.accepted.lock().remove(&self.secret);
         }
-        self.up.lock().drain(..).for_each(|lane| lane.close(DONE, b"the link has ended"));
+        self.up.lock().drain(..).for_each(|lane| lane.quic.close(DONE, b"the link has ended"));
     }
 
     /// Whether a connection is with the link's own peer; closes it when not.
@@ -286,12 +329,13 @@ impl Lanes {
         if peer == self.peer { Ok(()) } else { Err(refuse(quic, format!("a lane of {peer} to a link of {}", self.peer))) }
     }
 
+    /// Adds a lane that lives on the thread that this is called on.
     fn add(&self, quic: &quinn::Connection) -> Result<(), String> {
         let mut up = self.up.lock();
         if up.len() >= LANES_MAX {
             return Err(refuse(quic, format!("more than {LANES_MAX} lanes")));
         }
-        up.push(quic.clone());
+        up.push(Lane { quic: quic.clone(), thread: LaneThread::current() });
         drop(up);
         // The link may have ended since it was looked up, and its lanes with it.
         if self.control.close_reason().is_some() {
@@ -304,7 +348,7 @@ impl Lanes {
     async fn take_streams(&self, quic: quinn::Connection) {
         while let Ok(stream) = quic.accept_uni().await {
             tokio::select! {
-                sent = self.arriving.send(stream) => assert!(sent.is_ok(), "we hold the receiver"),
+                sent = self.arriving.send(Arriving { stream, thread: LaneThread::current() }) => assert!(sent.is_ok(), "we hold the receiver"),
                 _ = quic.closed() => {}
             }
         }

@@ -19,4 +19,5 @@ pub mod serve;
 pub mod shutdown;
 pub mod socket;
 pub mod telemetry;
+mod threads;
 pub mod transport;

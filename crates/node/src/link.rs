@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use crate::endpoint::{CloseCode, ConnectError, Connection, Endpoint, Target, explain};
 use crate::frame::{FrameError, FrameReader, encode};
-use crate::lane::{LaneError, Lanes};
+use crate::lane::{Arriving, Lane, LaneError, Lanes};
 use crate::pki::{Leaf, PeerIdentity};
 
 /// Messages that wait to be sent on one link; at more the peer is a slow reader and the link ends.
@@ -322,13 +322,13 @@ impl Link {
     /// A connection beside the link for [`crate::cells::send_cells`], of those that there are by turns. `None` when the link has ended, when
     /// the peer dialed it, and when the two are not both nodes. Drop it before waiting for the cells to come back.
     #[must_use]
-    pub fn lane(&self) -> Option<quinn::Connection> {
+    pub fn lane(&self) -> Option<Lane> {
         self.0.lanes.lane()
     }
 
     /// The next KV stream of the peer, to be read by a [`crate::cells::CellsReader`] in its own task; `None` when the link has ended.
     /// Cancel-safe.
-    pub async fn accept_cells(&self) -> Option<RecvStream> {
+    pub async fn accept_cells(&self) -> Option<Arriving> {
         self.0.lanes.stream().await
     }
 

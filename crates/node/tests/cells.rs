@@ -42,7 +42,7 @@ async fn sixty_four_mebibytes_arrive_byte_equal() {
     let receive = async {
         let mut received = vec![0; slab.len()];
         for _ in 0..streams {
-            let mut reader = CellsReader::open(receiver.accept_cells().await.unwrap(), CELL_BYTES).await.unwrap();
+            let mut reader = CellsReader::open(receiver.accept_cells().await.unwrap().stream, CELL_BYTES).await.unwrap();
             while let Some(cell) = reader.next_cell().await.unwrap() {
                 let at = (usize::from(cell.layer) * blocks as usize + cell.block as usize) * CELL_BYTES;
                 let place = &mut received[at..at + CELL_BYTES];
@@ -71,7 +71,7 @@ async fn headers_that_make_no_sense_are_neither_sent_nor_taken() {
         let mut stream = lane.open_uni().await.unwrap();
         // The largest header still fits its frame, so it is the numbers that are refused.
         stream.write_chunk(encode_cells_header(&bad).unwrap()).await.unwrap();
-        let untaken = CellsReader::open(receiver.accept_cells().await.unwrap(), CELL_BYTES).await.err().unwrap();
+        let untaken = CellsReader::open(receiver.accept_cells().await.unwrap().stream, CELL_BYTES).await.err().unwrap();
         for error in [unsent, untaken] {
             assert!(matches!(error, CellsError::Shape { .. } | CellsError::Digests { .. }), "{error}");
         }
@@ -86,7 +86,7 @@ async fn a_stream_that_is_given_up_is_not_a_whole_one() {
     let cells = std::iter::repeat_n(Bytes::from(vec![1; CELL_BYTES]), 150);
     let error = send_cells(&lane, &header, cells, 0).await.unwrap_err();
     assert!(matches!(error, CellsError::Count { got: 150, want: 200 }));
-    let stream = receiver.accept_cells().await.unwrap();
+    let stream = receiver.accept_cells().await.unwrap().stream;
     let outcome = async {
         let mut reader = CellsReader::open(stream, CELL_BYTES).await?;
         while reader.next_cell().await?.is_some() {}
@@ -105,7 +105,7 @@ async fn early_ends_and_extra_bytes_are_errors() {
         stream.write_chunk(encode_cells_header(&header(0, 1, 5, 2)).unwrap()).await.unwrap();
         stream.write_all(&vec![7; (2 * CELL_BYTES).strict_add_signed(extra)]).await.unwrap();
         stream.finish().unwrap();
-        let mut reader = CellsReader::open(receiver.accept_cells().await.unwrap(), CELL_BYTES).await.unwrap();
+        let mut reader = CellsReader::open(receiver.accept_cells().await.unwrap().stream, CELL_BYTES).await.unwrap();
         assert_eq!(reader.next_cell().await.unwrap().unwrap().block, 5);
         let second = reader.next_cell().await.map(|cell| cell.is_some());
         match extra {
@@ -122,7 +122,7 @@ async fn a_receiver_that_gives_up_stops_the_sender() {
     let (lane, receiver) = (nodes.lane(), &nodes.receiver);
     let header = header(0, 64, 0, 128);
     let cells = std::iter::repeat_n(Bytes::from(vec![1; CELL_BYTES]), 64 * 128);
-    let give_up = async { drop(CellsReader::open(receiver.accept_cells().await.unwrap(), CELL_BYTES).await.unwrap()) };
+    let give_up = async { drop(CellsReader::open(receiver.accept_cells().await.unwrap().stream, CELL_BYTES).await.unwrap()) };
     let (sent, ()) = tokio::join!(send_cells(&lane, &header, cells, 0), give_up);
     assert!(matches!(sent, Err(CellsError::Write(quinn::WriteError::Stopped(_)))));
 }

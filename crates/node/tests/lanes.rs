@@ -33,10 +33,10 @@ fn abort(n: u16) -> Message {
 
 /// Sends a stream of cells and reads it at the other end.
 async fn move_cells(sender: &Link, receiver: &Link, blocks: u32) {
-    let lane = sender.lane().unwrap();
+    let lane = sender.lane().unwrap().quic;
     let cells = std::iter::repeat_n(Bytes::from(vec![7; CELL_BYTES]), blocks as usize);
     let read = async {
-        let mut reader = CellsReader::open(receiver.accept_cells().await.unwrap(), CELL_BYTES).await.unwrap();
+        let mut reader = CellsReader::open(receiver.accept_cells().await.unwrap().stream, CELL_BYTES).await.unwrap();
         let mut count = 0;
         while reader.next_cell().await.unwrap().is_some() {
             count += 1;
@@ -96,7 +96,7 @@ async fn lanes_are_dialed_where_the_peer_says_and_one_that_is_lost_in_silence_en
     let path = translate(door, out);
     let ((sender, _sender_in), (receiver, _receiver_in)) = pair(&prefill, &decode).await;
     move_cells(&sender, &receiver, 8).await;
-    assert_eq!(sender.lane().unwrap().remote_address().port(), told);
+    assert_eq!(sender.lane().unwrap().quic.remote_address().port(), told);
     path.abort();
     let (here, there) = tokio::join!(sender.closed(), receiver.closed());
     assert!([here.kind, there.kind].contains(&ClosedKind::Lost), "{here}, {there}");
@@ -227,7 +227,7 @@ async fn a_lane_must_prove_whose_it_is_and_too_many_are_refused() {
     let (dialed, accepted) = meet(&prefill, &decode, &hello(&prefill), &hello(&decode)).await;
     let ((sender, mut sender_in), (receiver, _receiver_in)) = (dialed.unwrap(), accepted.unwrap());
     tokio::spawn(async move { while sender_in.recv().await.is_some() {} });
-    let first = sender.lane().unwrap();
+    let first = sender.lane().unwrap().quic;
     let mut secret = [0; 32];
     sender.quic().export_keying_material(&mut secret, b"millrace lane", b"").unwrap();
     let at = first.remote_address();

@@ -42,8 +42,8 @@ impl Links {
     pub(super) fn read_cells(&self, no: LinkNo, link: Link) {
         let streams = self.streams.clone();
         tokio::spawn(async move {
-            while let Some(stream) = link.accept_cells().await {
-                tokio::spawn(receive_stream(streams.clone(), no, stream));
+            while let Some(arriving) = link.accept_cells().await {
+                arriving.read_by(|stream| receive_stream(streams.clone(), no, stream));
             }
         });
     }

@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::event::Event;
 use crate::cells::send_cells;
+use crate::lane::Lane;
 use crate::link::Link;
 
 /// Starts the streams of all hand-overs, and stops those of one.
@@ -38,8 +39,12 @@ impl Spans {
     pub(super) fn start(&mut self, link: Option<Link>, job: SpanJob) {
         self.stops.retain(|_, stop| !stop.is_closed());
         let stop = self.stops.entry(job.attempt).or_default().subscribe();
-        let task = SpanTask { job, link, slab: Arc::clone(&self.slab), stop, events: self.events.clone() };
-        tokio::spawn(send_span(task));
+        let lane = link.ok_or("no link").and_then(|link| link.lane().ok_or("the link has ended"));
+        let task = SpanTask { job, slab: Arc::clone(&self.slab), stop, events: self.events.clone() };
+        match lane.clone() {
+            Ok(on) => on.spawn(send_span(task, lane)),
+            Err(_) => drop(tokio::spawn(send_span(task, lane))),
+        }
     }
 
     /// Gives up the streams of an attempt that are not sent yet.
@@ -53,26 +58,24 @@ impl Spans {
 /// Everything that a stream task needs, so that it shares nothing with the drive loop.
 struct SpanTask {
     job: SpanJob,
-    link: Option<Link>,
     slab: Arc<KvSlab>,
     stop: watch::Receiver<bool>,
     events: mpsc::Sender<Event>,
 }
 
-async fn send_span(mut task: SpanTask) {
+async fn send_span(mut task: SpanTask, lane: Result<Lane, &'static str>) {
     let SpanJob { attempt, link, span, .. } = task.job;
     let events = task.events.clone();
     let started = Instant::now();
-    let error = stream_span(&mut task).await.err();
+    let error = stream_span(&mut task, lane).await.err();
     drop(task);
     let elapsed_us = started.elapsed().as_micros() as u64;
     let _ = events.send(Event::Node(Input::SpanDrained { attempt, link, span, elapsed_us, error })).await;
 }
 
 /// Puts the span on a stream and waits until nothing reads its cells any more: all acknowledged, or given up.
-async fn stream_span(task: &mut SpanTask) -> Result<(), String> {
-    let link = task.link.take().ok_or("no link")?;
-    let lane = link.lane().ok_or("the link has ended")?;
+async fn stream_span(task: &mut SpanTask, lane: Result<Lane, &'static str>) -> Result<(), String> {
+    let lane = lane?;
     let (lent, returned) = oneshot::channel();
     let (digests, payload) = lend_cells(task, lent);
     let digest_sum = digests.iter().fold(0u64, |sum, digest| sum.wrapping_add(*digest));
@@ -80,13 +83,13 @@ async fn stream_span(task: &mut SpanTask) -> Result<(), String> {
     let Span { layer, layers, block, blocks } = span;
     let header = CellsHeader { attempt, generation, layer, layers, block, blocks, digests };
     let sent = tokio::select! {
-        sent = send_cells(&lane, &header, payload.into_iter(), priority) => sent.map_err(|e| e.to_string()),
+        sent = send_cells(&lane.quic, &header, payload.into_iter(), priority) => sent.map_err(|e| e.to_string()),
         () = stopped(&mut task.stop) => Err("the hand-over is over".to_owned()),
     };
     if sent.is_ok() {
         let _ = task.events.send(Event::Node(Input::SpanSent { attempt, span, digest_sum })).await;
     }
-    drop((link, lane));
+    drop(lane);
     let _ = returned.await;
     sent.map(|_| ())
 }

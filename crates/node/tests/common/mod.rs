@@ -111,7 +111,7 @@ impl Nodes {
     }
 
     pub fn lane(&self) -> quinn::Connection {
-        self.sender.lane().unwrap()
+        self.sender.lane().unwrap().quic
     }
 }
 

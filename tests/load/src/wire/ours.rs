@@ -13,6 +13,7 @@ use millrace_core::transfer::pace::ON_THE_WAY_MAX;
 use millrace_kernels::slab::SharedCell;
 use millrace_node::cells::{CellsReader, send_cells};
 use millrace_node::endpoint::{Endpoint, Target};
+use millrace_node::lane::Lane;
 use millrace_node::link::{Link, LinkReceiver};
 use tokio::runtime::Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -102,14 +103,16 @@ async fn send(bench: &Arc<Bench>, link: &Link) -> Result<()> {
     let credit = Arc::new(Semaphore::new(STREAMS));
     let span_cells = SPAN_BYTES_MAX as usize / bench.setup.cell_bytes;
     let slots: Vec<_> = bench.round().collect();
-    let mut streams = Vec::new();
+    let (sent, mut ended) = mpsc::unbounded_channel();
     // A span is a run of neighbouring blocks, so none goes over the end of the memory.
     for span in slots.chunks(bench.setup.cells()).flat_map(|turn| turn.chunks(span_cells)) {
         let permit = Arc::clone(&credit).acquire_owned().await?;
-        streams.push(tokio::spawn(send_span(Arc::clone(bench), link.clone(), span.to_vec(), permit)));
+        let (lane, bench, span, sent) = (link.lane().context("no lane")?, Arc::clone(bench), span.to_vec(), sent.clone());
+        lane.clone().spawn(async move { drop(sent.send(send_span(&bench, &lane, span, permit).await)) });
     }
-    for stream in streams {
-        stream.await??;
+    drop(sent);
+    while let Some(span) = ended.recv().await {
+        span?;
     }
     Ok(())
 }
@@ -126,7 +129,7 @@ impl AsRef<[u8]> for Lent {
     }
 }
 
-async fn send_span(bench: Arc<Bench>, link: Link, slots: Vec<usize>, permit: OwnedSemaphorePermit) -> Result<()> {
+async fn send_span(bench: &Bench, lane: &Lane, slots: Vec<usize>, permit: OwnedSemaphorePermit) -> Result<()> {
     let permit = Arc::new(permit);
     let (block, blocks) = (slots[0] as u32, slots.len() as u32);
     let lend = |slot| {
@@ -137,7 +140,7 @@ async fn send_span(bench: Arc<Bench>, link: Link, slots: Vec<usize>, permit: Own
     drop(permit);
     let (attempt, generation) = (AttemptId::default(), Generation(1));
     let header = CellsHeader { attempt, generation, layer: 0, layers: 1, block, blocks, digests };
-    send_cells(&link.lane().context("no lane")?, &header, cells.into_iter(), 0).await?;
+    send_cells(&lane.quic, &header, cells.into_iter(), 0).await?;
     Ok(())
 }
 
@@ -155,9 +158,9 @@ pub(super) fn receiver(bench: &Arc<Bench>, announce: &dyn Fn(SocketAddr)) -> Res
 }
 
 async fn read_streams(bench: Arc<Bench>, link: Link, count: mpsc::UnboundedSender<Result<usize>>) {
-    while let Some(stream) = link.accept_cells().await {
+    while let Some(arriving) = link.accept_cells().await {
         let (bench, count) = (Arc::clone(&bench), count.clone());
-        tokio::spawn(async move { count.send(read_stream(&bench, stream).await) });
+        arriving.read_by(|stream| async move { drop(count.send(read_stream(&bench, stream).await)) });
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use millrace_node::link::Link;
+use millrace_node::lane::Lane;
+use quinn::RecvStream;
+use tokio::sync::oneshot;
 
 use super::end::{Bench, RoundFn};
 use super::ours::{Accepted, Dialed};
@@ -16,13 +18,16 @@ const BATCH: usize = 16;
 pub(super) fn sender(bench: &Arc<Bench>, addr: SocketAddr) -> Result<RoundFn> {
     let (bench, mut end) = (Arc::clone(bench), Dialed::to(bench, addr)?);
     Ok(Box::new(move || {
-        end.runtime.block_on(send(&bench, &end.link))?;
+        let (lane, bench) = (end.link.lane().context("no lane")?, Arc::clone(&bench));
+        let (tell, sent) = oneshot::channel();
+        lane.clone().spawn(async move { drop(tell.send(send(&bench, &lane).await)) });
+        sent.blocking_recv()??;
         end.runtime.block_on(Dialed::received(&mut end.messages))
     }))
 }
 
-async fn send(bench: &Bench, link: &Link) -> Result<()> {
-    let mut stream = link.lane().context("no lane")?.open_uni().await?;
+async fn send(bench: &Bench, lane: &Lane) -> Result<()> {
+    let mut stream = lane.quic.open_uni().await?;
     let mut slots = bench.round();
     loop {
         let mut batch: Vec<_> = slots.by_ref().take(BATCH).map(|slot| Bytes::from_owner(bench.slab.share(slot, 0))).collect();
@@ -37,14 +42,16 @@ pub(super) fn receiver(bench: &Arc<Bench>, announce: &dyn Fn(SocketAddr)) -> Res
     let end = Accepted::one(bench, announce)?;
     let bytes = bench.setup.round_cells() * bench.setup.cell_bytes;
     Ok(Box::new(move || {
-        let got = end.runtime.block_on(receive(&end.link))?;
+        let arriving = end.runtime.block_on(end.link.accept_cells()).context("the link is gone")?;
+        let (tell, received) = oneshot::channel();
+        arriving.read_by(|stream| async move { drop(tell.send(receive(stream).await)) });
+        let got = received.blocking_recv()??;
         ensure!(got == bytes, "{got} of {bytes} bytes");
         end.say_received()
     }))
 }
 
-async fn receive(link: &Link) -> Result<usize> {
-    let mut stream = link.accept_cells().await.context("the link is gone")?;
+async fn receive(mut stream: RecvStream) -> Result<usize> {
     let mut batch = [const { Bytes::new() }; BATCH];
     let mut got = 0;
     while let Some(n) = stream.read_chunks(&mut batch).await? {
