@@ -12,7 +12,6 @@ use std::ops::Deref;
 
 use crate::attention::{AttentionError, DecodeShape};
 use crate::buffer::Line;
-use crate::convert::round;
 use crate::element::{Element, int8_halves};
 use crate::isa::Isa;
 use crate::lanes::{Kernel, LANES, Simd, exp, run};
@@ -249,7 +248,7 @@ impl Kernel for Item<'_> {
     fn run<S: Simd>(mut self, s: S) {
         let group = self.shape.heads / self.shape.kv_heads;
         let count = (self.chunk.tokens - self.first).min(QUERIES);
-        self.place_queries(group, count);
+        self.place_queries(s, group, count);
         self.scratch.sums.clear();
         self.scratch.sums.resize(group * self.packed.dim_tiles, [[NOTHING; 2]; LANES]);
         self.scratch.running.clear();
@@ -271,18 +270,26 @@ impl Kernel for Item<'_> {
 impl Item<'_> {
     /// Rounds the queries and puts them in order; missing ones are zero.
     #[inline(always)]
-    fn place_queries(&mut self, group: usize, count: usize) {
+    fn place_queries<S: Simd>(&mut self, s: S, group: usize, count: usize) {
         let (dim, steps) = (self.shape.head_dim, self.packed.dim_steps);
         self.scratch.queries.clear();
         self.scratch.queries.resize(group * 2 * steps * LANES, NOTHING);
+        let mut pairs = [0; LANES];
         for lane in 0..count {
             let token = &self.chunk.queries[(self.first + lane) * self.chunk.stride..];
             for head in 0..group {
                 let query = &token[(self.kv_head * group + head) * dim..][..dim];
                 let lines = &mut self.scratch.queries[(2 * head + lane / LANES) * steps * LANES..];
-                for (pair, line) in query.chunks(2).zip(lines) {
-                    let high = pair.get(1).map_or(0, |x| u32::from(round(*x).to_bits()));
-                    line.0[lane % LANES] = u32::from(round(pair[0]).to_bits()) | high << 16;
+                for (step, lines) in query.chunks(STEP).zip(lines.chunks_mut(LANES)) {
+                    let mut padded = [[0.0; LANES]; 2];
+                    let [low, high] = if let [low, high] = step.as_chunks().0 {
+                        [low, high]
+                    } else {
+                        padded.as_flattened_mut()[..step.len()].copy_from_slice(step);
+                        padded.each_ref()
+                    };
+                    s.store_words(s.narrow(s.load(low), s.load(high)), &mut pairs);
+                    lines.iter_mut().zip(pairs).for_each(|(line, pair)| line.0[lane % LANES] = pair);
                 }
             }
         }

@@ -18,8 +18,8 @@ use crate::matrix::{BLOCK, Format, InF32, InHalves, Matrix, Part};
 use crate::rows::{Forms, Norm, Rows, TILE_ROWS};
 use crate::team::{Parts, Team};
 
-/// Rows that one item of work has at most: 512 rows of activations of a layer stay in the second-level cache.
-const ROWS_BLOCK: usize = 512;
+/// Rows that one item of work has at most: so many rows of activations stay in half of a second-level cache, those of the widest layer, too.
+const ROWS_BLOCK: usize = 256;
 /// Items that a thread should get at least, so that all end together.
 const ITEMS_EACH: usize = 8;
 

