@@ -197,6 +197,7 @@ def one_round(args, name, number, figures):
             for index, case in enumerate(args.cases):
                 for what, value in ask(args, server, case, 100 * number + index + 1, scratch).items():
                     figures.setdefault(what, {}).setdefault(name, []).append(value)
+                    print(f"  {what}: {value:.4g}", file=sys.stderr, flush=True)
 
 
 def arguments():
