@@ -18,7 +18,7 @@ use crate::matrix::{BLOCK, Format, InF32, InHalves, Matrix, Part};
 use crate::rows::{Forms, Norm, Rows, TILE_ROWS};
 use crate::team::{Parts, Team};
 
-/// Rows that one item of work has at most: so many rows of activations stay in half of a second-level cache, those of the widest layer, too.
+/// Rows that one item of work has at most: of 2,048 columns they are half of a second-level cache of 2 MiB.
 const ROWS_BLOCK: usize = 256;
 /// Items that a thread should get at least, so that all end together.
 const ITEMS_EACH: usize = 8;

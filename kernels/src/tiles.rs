@@ -120,8 +120,8 @@ impl Drop for Tiles {
     }
 }
 
-/// Calls for the rows of the next step: a panel stays in the first-level cache, rows come from the second, and sixteen lines of a `tileloadd` are too
-/// many for the processor to look ahead by itself. That is 12 to 25 % of a product of 512 rows.
+/// Calls for the rows of the next step: they come from the second-level cache, and sixteen lines for each `tileloadd` are too many for the
+/// processor to look ahead by itself. In a loop of its own, 512 rows, that is 12 to 25 %.
 macro_rules! fetch_rows {
     () => {
         ".irp at, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960\n\

@@ -17,7 +17,7 @@ use std::time::Duration;
 use parking_lot::{Mutex, RwLock};
 use quinn::{ConnectionError, RecvStream, VarInt};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use crate::endpoint::{BindError, CloseCode, Connection, EndpointConfig, NetCounters, explain, open, who};
@@ -197,9 +197,9 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// Runs `task` on the thread that the lane lives on, where it writes without waking another. It must not compute for long.
-    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.thread.spawn(task);
+    /// Runs `task` on the thread that the lane lives on, where it writes without waking another. It must not block for long.
+    pub fn spawn<T: Send + 'static>(&self, task: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        self.thread.spawn(task)
     }
 }
 
@@ -212,9 +212,12 @@ pub struct Arriving {
 }
 
 impl Arriving {
-    /// Reads it on the thread that its lane lives on, where its bytes are.
-    pub fn read_by<F: Future<Output = ()> + Send + 'static>(self, read: impl FnOnce(RecvStream) -> F) {
-        self.thread.spawn(read(self.stream));
+    /// Reads it on the thread that its lane lives on, where its bytes are. It must not block for long.
+    pub fn read_by<F>(self, read: impl FnOnce(RecvStream) -> F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        self.thread.spawn(read(self.stream))
     }
 }
 
@@ -281,7 +284,7 @@ impl Lanes {
             dialing.spawn_on(dial, thread.handle());
         }
         while let Some(dialed) = dialing.join_next().await {
-            let added = dialed.map_err(|e| e.to_string()).and_then(|added| added);
+            let added = dialed.map_err(|e| e.to_string()).flatten();
             added.map_err(|reason| LaneError { addr, reason })?;
         }
         // A dialer that sends no KV back is sent none: nobody takes streams here.

@@ -2,13 +2,14 @@
 //!
 //! A lane's packets pass the socket's task, the connection's and the stream's. On a runtime of several threads these three wake each other
 //! across processors, and every byte changes caches on its way; here it stays where it arrived (decision 74). Nothing else runs on these
-//! threads: what waits for long, computes or holds a lock belongs elsewhere.
+//! threads: what would block one for longer than a span's digest belongs elsewhere.
 
 use std::future::Future;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::task::JoinHandle;
 
 /// The threads of one port. They end some time after this is dropped, and what runs on them with them.
 #[derive(Debug)]
@@ -29,8 +30,8 @@ impl LaneThread {
     }
 
     /// Runs `task` there.
-    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.0.spawn(task);
+    pub(crate) fn spawn<T: Send + 'static>(&self, task: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        self.0.spawn(task)
     }
 
     pub(crate) fn handle(&self) -> &Handle {
@@ -81,13 +82,7 @@ mod tests {
     #[tokio::test]
     async fn lanes_take_turns_and_threads_end_with_their_port() {
         let threads = LaneThreads::start(2).unwrap();
-        let name_of = |thread: LaneThread| {
-            let (tell, told) = oneshot::channel();
-            thread.spawn(async move {
-                let _ = tell.send(std::thread::current().name().map(str::to_owned));
-            });
-            told
-        };
+        let name_of = |thread: LaneThread| thread.spawn(async { std::thread::current().name().map(str::to_owned) });
         let mut names = Vec::new();
         for _ in 0..3 {
             names.push(name_of(threads.next()).await.unwrap().unwrap());

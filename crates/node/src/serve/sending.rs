@@ -43,8 +43,8 @@ impl Spans {
         let task = SpanTask { job, slab: Arc::clone(&self.slab), stop, events: self.events.clone() };
         match lane.clone() {
             Ok(on) => on.spawn(send_span(task, lane)),
-            Err(_) => drop(tokio::spawn(send_span(task, lane))),
-        }
+            Err(_) => tokio::spawn(send_span(task, lane)),
+        };
     }
 
     /// Gives up the streams of an attempt that are not sent yet.

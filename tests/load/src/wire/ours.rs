@@ -103,16 +103,15 @@ async fn send(bench: &Arc<Bench>, link: &Link) -> Result<()> {
     let credit = Arc::new(Semaphore::new(STREAMS));
     let span_cells = SPAN_BYTES_MAX as usize / bench.setup.cell_bytes;
     let slots: Vec<_> = bench.round().collect();
-    let (sent, mut ended) = mpsc::unbounded_channel();
+    let mut streams = Vec::new();
     // A span is a run of neighbouring blocks, so none goes over the end of the memory.
     for span in slots.chunks(bench.setup.cells()).flat_map(|turn| turn.chunks(span_cells)) {
         let permit = Arc::clone(&credit).acquire_owned().await?;
-        let (lane, bench, span, sent) = (link.lane().context("no lane")?, Arc::clone(bench), span.to_vec(), sent.clone());
-        lane.clone().spawn(async move { drop(sent.send(send_span(&bench, &lane, span, permit).await)) });
+        let lane = link.lane().context("no lane")?;
+        streams.push(lane.spawn(send_span(Arc::clone(bench), lane.clone(), span.to_vec(), permit)));
     }
-    drop(sent);
-    while let Some(span) = ended.recv().await {
-        span?;
+    for stream in streams {
+        stream.await??;
     }
     Ok(())
 }
@@ -129,7 +128,7 @@ impl AsRef<[u8]> for Lent {
     }
 }
 
-async fn send_span(bench: &Bench, lane: &Lane, slots: Vec<usize>, permit: OwnedSemaphorePermit) -> Result<()> {
+async fn send_span(bench: Arc<Bench>, lane: Lane, slots: Vec<usize>, permit: OwnedSemaphorePermit) -> Result<()> {
     let permit = Arc::new(permit);
     let (block, blocks) = (slots[0] as u32, slots.len() as u32);
     let lend = |slot| {
@@ -160,7 +159,7 @@ pub(super) fn receiver(bench: &Arc<Bench>, announce: &dyn Fn(SocketAddr)) -> Res
 async fn read_streams(bench: Arc<Bench>, link: Link, count: mpsc::UnboundedSender<Result<usize>>) {
     while let Some(arriving) = link.accept_cells().await {
         let (bench, count) = (Arc::clone(&bench), count.clone());
-        arriving.read_by(|stream| async move { drop(count.send(read_stream(&bench, stream).await)) });
+        arriving.read_by(|stream| async move { count.send(read_stream(&bench, stream).await) });
     }
 }
 

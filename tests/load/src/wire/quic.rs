@@ -7,7 +7,6 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use millrace_node::lane::Lane;
 use quinn::RecvStream;
-use tokio::sync::oneshot;
 
 use super::end::{Bench, RoundFn};
 use super::ours::{Accepted, Dialed};
@@ -18,15 +17,13 @@ const BATCH: usize = 16;
 pub(super) fn sender(bench: &Arc<Bench>, addr: SocketAddr) -> Result<RoundFn> {
     let (bench, mut end) = (Arc::clone(bench), Dialed::to(bench, addr)?);
     Ok(Box::new(move || {
-        let (lane, bench) = (end.link.lane().context("no lane")?, Arc::clone(&bench));
-        let (tell, sent) = oneshot::channel();
-        lane.clone().spawn(async move { drop(tell.send(send(&bench, &lane).await)) });
-        sent.blocking_recv()??;
+        let lane = end.link.lane().context("no lane")?;
+        end.runtime.block_on(lane.spawn(send(Arc::clone(&bench), lane.clone())))??;
         end.runtime.block_on(Dialed::received(&mut end.messages))
     }))
 }
 
-async fn send(bench: &Bench, lane: &Lane) -> Result<()> {
+async fn send(bench: Arc<Bench>, lane: Lane) -> Result<()> {
     let mut stream = lane.quic.open_uni().await?;
     let mut slots = bench.round();
     loop {
@@ -43,9 +40,7 @@ pub(super) fn receiver(bench: &Arc<Bench>, announce: &dyn Fn(SocketAddr)) -> Res
     let bytes = bench.setup.round_cells() * bench.setup.cell_bytes;
     Ok(Box::new(move || {
         let arriving = end.runtime.block_on(end.link.accept_cells()).context("the link is gone")?;
-        let (tell, received) = oneshot::channel();
-        arriving.read_by(|stream| async move { drop(tell.send(receive(stream).await)) });
-        let got = received.blocking_recv()??;
+        let got = end.runtime.block_on(arriving.read_by(receive))??;
         ensure!(got == bytes, "{got} of {bytes} bytes");
         end.say_received()
     }))
