@@ -12,7 +12,7 @@ use bytemuck::Pod;
 
 use crate::element::{Element, GROUP as INT8_GROUP, int8_scale};
 use crate::isa::Isa;
-use crate::lanes::{Kernel, LANES, Simd, exp, run};
+use crate::lanes::{Kernel, LANES, Simd, call_for, exp, run};
 
 /// Query heads computed together, so that their sums stay in registers.
 const GROUP: usize = 4;
@@ -308,13 +308,25 @@ impl<T: Load, C: Deref<Target = [u8]>> Kernel for Row<'_, C, T> {
         out.fill(0.0);
         running.fill([f32::NEG_INFINITY, 0.0]);
         let heads = query.chunks_exact(group * dim).zip(out.chunks_exact_mut(group * shape.value_dim()));
+        let (first_cell, cells) = (context.start / block, &cells[..context.end.div_ceil(block)]);
+        // Keys and values of what a block holds of the context.
+        let of_block = |kv_head: usize, index: usize| {
+            let (first, last) = (context.start.saturating_sub(index * block), (context.end - index * block).min(block));
+            let cell = bytemuck::cast_slice::<u8, T>(&cells[index]);
+            let values = if shape.latent.is_some() { cell } else { &cell[shape.kv_heads * block * vector..] };
+            let span = (kv_head * block + first) * vector..(kv_head * block + last) * vector;
+            [&cell[span.clone()], &values[span]]
+        };
         for (kv_head, ((query, out), running)) in heads.zip(running.chunks_exact_mut(group)).enumerate() {
-            for (index, cell) in cells.iter().enumerate().take(context.end.div_ceil(block)).skip(context.start / block) {
-                let (first, last) = (context.start.saturating_sub(index * block), (context.end - index * block).min(block));
-                let cell = bytemuck::cast_slice::<u8, T>(cell);
-                let values = if shape.latent.is_some() { cell } else { &cell[shape.kv_heads * block * vector..] };
-                let (keys, span) = (cell, (kv_head * block + first) * vector..(kv_head * block + last) * vector);
-                group_block::<T, S>(s, shape, query, &keys[span.clone()], &values[span], running, out);
+            for index in first_cell..cells.len() {
+                // Blocks lie anywhere: the processor does not see what comes next.
+                if index + 1 < cells.len() {
+                    of_block(kv_head, index + 1).into_iter().for_each(call_for);
+                } else if kv_head + 1 < shape.kv_heads {
+                    of_block(kv_head + 1, first_cell).into_iter().for_each(call_for);
+                }
+                let [keys, values] = of_block(kv_head, index);
+                group_block::<T, S>(s, shape, query, keys, values, running, out);
             }
         }
     }
@@ -346,6 +358,17 @@ fn group_block<T: Load, S: Simd>(
     }
 }
 
+/// What is added to the scores of a tile: from `n` on, of one that lacks its last `n` tokens.
+static LACKING: [f32; 2 * LANES] = {
+    let mut mask = [0.0; 2 * LANES];
+    let mut i = LANES;
+    while i < 2 * LANES {
+        mask[i] = f32::NEG_INFINITY;
+        i += 1;
+    }
+    mask
+};
+
 /// At most `LANES` tokens of one KV head: a key and a value each.
 struct Tile<'a, T> {
     dim: usize,
@@ -360,51 +383,81 @@ impl<T: Load> Tile<'_, T> {
     /// For `G` query heads: scores, softmax step, weighted sum.
     #[inline(always)]
     fn step<S: Simd, const G: usize>(&self, s: S, query: &[f32], running: &mut [Running], out: &mut [f32]) {
-        let mut weights = self.scores::<S, G>(s, query);
-        let mut shrink = [0.0; G];
+        let scores = self.scores::<S, G>(s, query);
+        let (mut weights, mut shrink) = ([[0.0; LANES]; G], [0.0; LANES]);
         for g in 0..G {
-            let scores = s.load(&weights[g]);
-            let largest = s.largest(scores);
-            let [before, sum] = running[g];
-            let max = if largest > before { largest } else { before };
-            let exponentials = exp(s, s.sub(scores, s.splat(max)));
+            let ([before, _], largest) = (running[g], s.largest(scores[g]));
+            running[g][0] = if largest > before { largest } else { before };
+            shrink[g] = before - running[g][0];
+        }
+        s.store(exp(s, s.load(&shrink)), &mut shrink);
+        for g in 0..G {
+            let exponentials = exp(s, s.sub(scores[g], s.splat(running[g][0])));
             s.store(exponentials, &mut weights[g]);
-            shrink[g] = (before - max).exp();
-            running[g] = [max, sum * shrink[g] + s.sum(exponentials)];
+            running[g][1] = running[g][1] * shrink[g] + s.sum(exponentials);
         }
         self.weigh::<S, G>(s, &weights, &shrink, out);
     }
 
     /// `scale * q . k` for each head and token; minus infinity for the tokens that a short tile lacks.
     #[inline(always)]
-    fn scores<S: Simd, const G: usize>(&self, s: S, query: &[f32]) -> [[f32; LANES]; G] {
-        let dim = self.dim;
-        let mut scores = [[f32::NEG_INFINITY; LANES]; G];
-        let queries: [(&[[f32; LANES]], &[f32]); G] = std::array::from_fn(|g| query[g * dim..][..dim].as_chunks::<LANES>());
-        for (token, key) in self.keys.chunks_exact(T::len(dim)).enumerate().take(LANES) {
-            let mut sums = [s.splat(0.0); G];
+    fn scores<S: Simd, const G: usize>(&self, s: S, query: &[f32]) -> [S::V; G] {
+        let (dim, size) = (self.dim, T::len(self.dim));
+        let queries: [&[[f32; LANES]]; G] = std::array::from_fn(|g| query[g * dim..][..dim].as_chunks().0);
+        let mut folded = [[s.splat(0.0); 2]; G];
+        for (half, keys) in self.keys.chunks(LANES / 2 * size).enumerate().take(2) {
+            let mut sums = [[s.splat(0.0); LANES / 2]; G];
+            // A short half repeats its last token; what comes of that is not read.
+            let last = keys.len() / size - 1;
+            let keys: [&[T]; LANES / 2] = std::array::from_fn(|token| &keys[token.min(last) * size..][..size]);
+            #[allow(clippy::needless_range_loop, reason = "it counts in several slices")]
             for c in 0..dim / LANES {
-                let key = T::lanes(s, key, dim, c);
-                for g in 0..G {
-                    sums[g] = s.fma(s.load(&queries[g].0[c]), key, sums[g]);
+                for token in 0..LANES / 2 {
+                    let key = T::lanes(s, keys[token], dim, c);
+                    for g in 0..G {
+                        sums[g][token] = s.fma(s.load(&queries[g][c]), key, sums[g][token]);
+                    }
                 }
             }
             for g in 0..G {
-                let tail = queries[g].1.iter().zip(dim / LANES * LANES..);
-                scores[g][token] = tail.fold(s.sum(sums[g]), |sum, (q, at)| sum + q * T::widen(key, dim, at)) * self.scale;
+                folded[g][half] = s.fold(sums[g]);
             }
+        }
+        let lacking = LANES - (self.keys.len() / size).min(LANES);
+        let mask = s.load(LACKING[lacking..].first_chunk().expect("no tile lacks more than it has"));
+        let mut scores = [mask; G];
+        for g in 0..G {
+            let mut sums = s.join(folded[g][0], folded[g][1]);
+            if !dim.is_multiple_of(LANES) {
+                sums = s.add(sums, self.rest(s, &query[g * dim..][..dim]));
+            }
+            scores[g] = s.fma(sums, s.splat(self.scale), mask);
         }
         scores
     }
 
+    /// What the elements of a head beyond whole registers add to the scores.
+    #[inline(always)]
+    fn rest<S: Simd>(&self, s: S, query: &[f32]) -> S::V {
+        let whole = self.dim / LANES * LANES;
+        let mut sums = [0.0; LANES];
+        for (sum, key) in sums.iter_mut().zip(self.keys.chunks_exact(T::len(self.dim))) {
+            *sum = query[whole..].iter().zip(whole..).fold(0.0, |sum, (q, at)| sum + q * T::widen(key, self.dim, at));
+        }
+        s.load(&sums)
+    }
+
     /// `out = out * shrink + sum over tokens of weight * v`, for each head.
     #[inline(always)]
-    fn weigh<S: Simd, const G: usize>(&self, s: S, weights: &[[f32; LANES]; G], shrink: &[f32; G], out: &mut [f32]) {
+    fn weigh<S: Simd, const G: usize>(&self, s: S, weights: &[[f32; LANES]; G], shrink: &[f32; LANES], out: &mut [f32]) {
         let (dim, value_dim) = (self.dim, self.value_dim);
+        let mut outs = out.chunks_exact_mut(value_dim);
+        let outs: [&mut [[f32; LANES]]; G] = std::array::from_fn(|_| outs.next().unwrap_or_default().as_chunks_mut().0);
+        #[allow(clippy::needless_range_loop, reason = "it counts in several slices")]
         for c in 0..value_dim / LANES {
             let mut sums = [s.splat(0.0); G];
             for g in 0..G {
-                sums[g] = s.mul(s.load(&out[g * value_dim..][..value_dim].as_chunks().0[c]), s.splat(shrink[g]));
+                sums[g] = s.mul(s.load(&outs[g][c]), s.splat(shrink[g]));
             }
             for (token, value) in self.values.chunks_exact(T::len(dim)).enumerate().take(LANES) {
                 let value = T::lanes(s, value, dim, c);
@@ -413,7 +466,7 @@ impl<T: Load> Tile<'_, T> {
                 }
             }
             for g in 0..G {
-                s.store(sums[g], &mut out[g * value_dim..][..value_dim].as_chunks_mut().0[c]);
+                s.store(sums[g], &mut outs[g][c]);
             }
         }
         for g in 0..G {

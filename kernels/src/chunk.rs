@@ -8,19 +8,23 @@
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
+use std::f32::consts::LOG2_E;
 use std::ops::Deref;
 
 use crate::attention::{AttentionError, DecodeShape};
 use crate::buffer::Line;
 use crate::element::{Element, int8_halves};
 use crate::isa::Isa;
-use crate::lanes::{Kernel, LANES, Simd, exp, run};
+use crate::lanes::{Kernel, LANES, Simd, exp2_rough, run};
 use crate::team::{Parts, Team};
 
 /// Tokens of context between two steps of the softmax.
 const SPAN: usize = 128;
 /// Query tokens of one item of work: two tiles.
 const QUERIES: usize = 2 * LANES;
+/// By how much, in powers of two, a score may exceed what weights are relative to, before all sums are made relative to it: most spans change no sum, and a
+/// weight of 256 is as good as one of 1.
+const SLACK: f32 = 8.0;
 /// Tokens of one step of a tile product.
 const STEP: usize = 2 * LANES;
 const NOTHING: Line = Line([0; LANES]);
@@ -188,8 +192,8 @@ type Block = [[[Line; LANES]; 2]; 2];
 struct Scratch {
     /// `[group, 2 halves of the queries, dim_steps, 16 pairs of elements]` of 16 queries.
     queries: Vec<Line>,
-    /// Weighted sums of V, `[group, dim_tiles, 16 elements, 2]` of 16 queries in f32.
-    sums: Vec<[[Line; 2]; LANES]>,
+    /// Weighted sums of V, `[group, pairs of dim_tiles]`.
+    sums: Vec<Block>,
     /// `[group]`.
     running: Vec<Running>,
     /// Of one head and span, `K Q^T`.
@@ -198,10 +202,10 @@ struct Scratch {
     weights: Box<[[Line; SPAN / 2]; 2]>,
 }
 
-/// The running softmax of one head: largest score so far, and the sum of exponentials relative to it, of each query.
+/// The running softmax of one head, of each query: the score that weights are relative to, as a power of two, and the sum of weights.
 #[derive(Clone, Copy)]
 struct Running {
-    largest: [[f32; LANES]; 2],
+    base: [[f32; LANES]; 2],
     total: [[f32; LANES]; 2],
 }
 
@@ -250,9 +254,9 @@ impl Kernel for Item<'_> {
         let count = (self.chunk.tokens - self.first).min(QUERIES);
         self.place_queries(s, group, count);
         self.scratch.sums.clear();
-        self.scratch.sums.resize(group * self.packed.dim_tiles, [[NOTHING; 2]; LANES]);
+        self.scratch.sums.resize(group * self.packed.dim_tiles.div_ceil(2), NO_BLOCK);
         self.scratch.running.clear();
-        self.scratch.running.resize(group, Running { largest: [[f32::NEG_INFINITY; LANES]; 2], total: [[0.0; LANES]; 2] });
+        self.scratch.running.resize(group, Running { base: [[f32::NEG_INFINITY; LANES]; 2], total: [[0.0; LANES]; 2] });
         let multiply = Multiply::new(self.isa);
         let begin = self.chunk.start + self.first;
         for first in (0..begin + count).step_by(SPAN) {
@@ -308,24 +312,21 @@ impl Item<'_> {
         for (step, scores) in scores.iter_mut().enumerate().take(steps) {
             multiply.product(s, [tile(2 * step), tile(2 * step + 1)], [panel(0), panel(1)], scores);
         }
-        let (scale, running, scores) = (self.shape.scale, &mut running[head], &mut scores[..steps]);
-        let [one, other] = &mut **weights;
-        let shrink = [softmax(s, (scale, 0), scores, span, running, one), softmax(s, (scale, 1), scores, span, running, other)];
-        let weights = [&weights[0][..steps * LANES], &weights[1][..steps * LANES]];
-        let tile = |tile: usize| &values[tile * (SPAN / STEP) * LANES..][..steps * LANES];
-        let sums = &mut sums[head * dim_tiles..][..dim_tiles];
-        let mut product = NO_BLOCK;
-        for (pair, sums) in sums.chunks_mut(2).enumerate() {
-            let (one, other) = (tile(2 * pair), tile(2 * pair + sums.len() - 1));
-            multiply.product(s, [one, other], weights, &mut product);
-            for (sums, product) in sums.iter_mut().zip(&product) {
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    for half in 0..2 {
-                        let sum = s.fma(load(s, &sums[half]), shrink[half], load(s, &product[half][row]));
-                        s.store(sum, bytemuck::cast_mut(&mut sums[half].0));
+        let (scale, running, scores) = (self.shape.scale * LOG2_E, &mut running[head], &mut scores[..steps]);
+        let sums = &mut sums[head * dim_tiles.div_ceil(2)..][..dim_tiles.div_ceil(2)];
+        for (half, weights) in weights.iter_mut().enumerate() {
+            if let Some(shrink) = softmax(s, (scale, half), scores, span, running, weights) {
+                for tile in sums.as_flattened_mut() {
+                    for line in &mut tile[half] {
+                        s.store(s.mul(load(s, line), shrink), bytemuck::cast_mut(&mut line.0));
                     }
                 }
             }
+        }
+        let weights = [&weights[0][..steps * LANES], &weights[1][..steps * LANES]];
+        let tile = |tile: usize| &values[tile * (SPAN / STEP) * LANES..][..steps * LANES];
+        for (pair, sums) in sums.iter_mut().enumerate() {
+            multiply.add_product(s, [tile(2 * pair), tile((2 * pair + 1).min(dim_tiles - 1))], weights, sums);
         }
     }
 
@@ -338,14 +339,16 @@ impl Item<'_> {
         for half in 0..2 {
             s.store(s.div(s.splat(1.0), s.load(&totals[half])), &mut inverse[half]);
         }
-        let sums = self.scratch.sums[head * tiles..][..tiles].as_flattened();
+        let sums = self.scratch.sums[head * tiles.div_ceil(2)..][..tiles.div_ceil(2)].as_flattened();
         for lane in 0..count {
             let at = ((self.first + lane) * heads + self.kv_head * (heads / kv_heads) + head) * head_dim;
             // SAFETY: one head of one token, which belongs to this item alone, and each item comes once.
             let out = unsafe { self.out.part(at..at + head_dim) };
             let (half, lane) = (lane / LANES, lane % LANES);
-            for (out, sums) in out.iter_mut().zip(sums) {
-                *out = f32::from_bits(sums[half].0[lane]) * inverse[half][lane];
+            for (out, sums) in out.chunks_mut(LANES).zip(sums) {
+                for (out, sums) in out.iter_mut().zip(&sums[half]) {
+                    *out = f32::from_bits(sums.0[lane]) * inverse[half][lane];
+                }
             }
         }
     }
@@ -368,7 +371,8 @@ static MASK: [f32; 2 * QUERIES] = {
     mask
 };
 
-/// One step of the softmax of one head for one half of the queries: fills `weights`, and gives by what the sums so far shrink.
+/// One step of the softmax of one head for one half of the queries: fills `weights`, and gives by what the sums so far shrink, if they do. `scale` makes
+/// scores powers of two.
 #[inline(always)]
 fn softmax<S: Simd>(
     s: S,
@@ -377,34 +381,55 @@ fn softmax<S: Simd>(
     span: Span,
     running: &mut Running,
     weights: &mut [Line; SPAN / 2],
-) -> S::V {
-    let mut largest = s.splat(f32::NEG_INFINITY);
-    for (tile, scores) in scores.as_flattened_mut().iter_mut().enumerate() {
-        for (row, line) in scores[half].iter_mut().enumerate() {
-            let hidden = (span.first + tile * LANES + row).saturating_sub(span.begin).min(QUERIES);
-            let mut score = load(s, line);
-            if hidden > 0 {
-                let mask = MASK[QUERIES - hidden + half * LANES..].first_chunk().expect("the mask is 64 long");
-                score = s.add(score, s.load(mask));
-                s.store(score, bytemuck::cast_mut(&mut line.0));
+) -> Option<S::V> {
+    let scores = scores.as_flattened_mut();
+    if span.first + scores.len() * LANES > span.begin {
+        hide(s, half, scores, span);
+    }
+    let mut largest = [s.splat(f32::NEG_INFINITY); 4];
+    for scores in scores.iter() {
+        for rows in scores[half].as_chunks::<4>().0 {
+            for (largest, row) in largest.iter_mut().zip(rows) {
+                *largest = s.max(*largest, load(s, row));
             }
-            largest = s.max(largest, score);
         }
     }
-    let (scale, before) = (s.splat(scale), s.load(&running.largest[half]));
-    let now = s.max(before, s.mul(largest, scale));
-    s.store(now, &mut running.largest[half]);
-    let (less, shrink) = (s.sub(s.splat(0.0), now), exp(s, s.sub(before, now)));
-    let mut total = s.mul(s.load(&running.total[half]), shrink);
-    let rows = scores.as_flattened().iter().flat_map(|scores| scores[half].as_chunks::<2>().0);
-    for (rows, weights) in rows.zip(weights) {
-        let low = exp(s, s.fma(load(s, &rows[0]), scale, less));
-        let high = exp(s, s.fma(load(s, &rows[1]), scale, less));
-        total = s.add(total, s.add(low, high));
-        s.store_words(s.halves(low, high), &mut weights.0);
+    let [a, b, c, d] = largest;
+    let scale = s.splat(scale);
+    let (largest, mut base) = (s.mul(s.max(s.max(a, b), s.max(c, d)), scale), s.load(&running.base[half]));
+    let (mut total, mut shrink) = (s.load(&running.total[half]), None);
+    if s.largest(s.sub(largest, base)) > SLACK {
+        let now = s.max(base, largest);
+        let by = exp2_rough(s, s.sub(base, now));
+        (base, total, shrink) = (now, s.mul(total, by), Some(by));
+        s.store(base, &mut running.base[half]);
+    }
+    let less = s.sub(s.splat(0.0), base);
+    for (scores, weights) in scores.iter().zip(weights.as_chunks_mut::<{ LANES / 2 }>().0) {
+        for ([low, high], weights) in scores[half].as_chunks().0.iter().zip(weights) {
+            let low = exp2_rough(s, s.fma(load(s, low), scale, less));
+            let high = exp2_rough(s, s.fma(load(s, high), scale, less));
+            total = s.add(total, s.add(low, high));
+            s.store_words(s.halves(low, high), &mut weights.0);
+        }
     }
     s.store(total, &mut running.total[half]);
     shrink
+}
+
+/// Makes scores of tokens that a query does not see minus infinity.
+#[inline(always)]
+fn hide<S: Simd>(s: S, half: usize, scores: &mut [[[Line; LANES]; 2]], span: Span) {
+    let seen_by_all = span.begin.saturating_sub(span.first) / LANES;
+    for (tile, scores) in scores.iter_mut().enumerate().skip(seen_by_all) {
+        for (row, line) in scores[half].iter_mut().enumerate() {
+            let hidden = (span.first + tile * LANES + row).saturating_sub(span.begin).min(QUERIES);
+            if hidden > 0 {
+                let mask = MASK[QUERIES - hidden + half * LANES..].first_chunk().expect("the mask is 64 long");
+                s.store(s.add(load(s, line), s.load(mask)), bytemuck::cast_mut(&mut line.0));
+            }
+        }
+    }
 }
 
 /// Multiplies tiles of bfloat16, with AMX or lane by lane.
@@ -424,24 +449,40 @@ impl Multiply {
         Self {}
     }
 
-    /// As `Tiles::product`; where `a` is twice the same the second results are left as they are.
+    /// As `Tiles::product`.
     #[inline(always)]
     fn product<S: Simd>(&self, s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
         #[cfg(target_arch = "x86_64")]
         if let Some(tiles) = &self.tiles {
-            return tiles.product(a, b, c);
+            return tiles.product(a, b, crate::tiles::Fetch::Nothing, c);
         }
-        for i in 0..2 {
-            for j in 0..2 {
-                for row in 0..LANES {
-                    let mut sum = s.splat(0.0);
-                    for (a, b) in a[i].as_chunks::<LANES>().0.iter().zip(b[j].as_chunks::<LANES>().0) {
-                        for (b, a) in b.iter().zip(a[row].0) {
-                            sum = s.dot_halves(sum, s.words(&b.0), a);
-                        }
+        *c = NO_BLOCK;
+        by_lanes(s, a, b, c);
+    }
+
+    /// As `Tiles::add_product`.
+    #[inline(always)]
+    fn add_product<S: Simd>(&self, s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &self.tiles {
+            return tiles.add_product(a, b, c);
+        }
+        by_lanes(s, a, b, c);
+    }
+}
+
+#[inline(always)]
+fn by_lanes<S: Simd>(s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
+    for i in 0..2 {
+        for j in 0..2 {
+            for row in 0..LANES {
+                let mut sum = load(s, &c[i][j][row]);
+                for (a, b) in a[i].as_chunks::<LANES>().0.iter().zip(b[j].as_chunks::<LANES>().0) {
+                    for (b, a) in b.iter().zip(a[row].0) {
+                        sum = s.dot_halves(sum, s.words(&b.0), a);
                     }
-                    s.store(sum, bytemuck::cast_mut(&mut c[i][j][row].0));
                 }
+                s.store(sum, bytemuck::cast_mut(&mut c[i][j][row].0));
             }
         }
     }

@@ -12,6 +12,7 @@ pub mod convert;
 pub mod cuda;
 pub mod element;
 pub mod elementwise;
+mod gated;
 pub mod heap;
 pub mod isa;
 mod lanes;

@@ -10,6 +10,7 @@
 //! | quantised | f32 on dequantised panels | up to `bytes_rows_max` rows 8-bit dot products (VNNI); above, dequantised panels in bf16 |
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use crate::buffer::Line;
 use crate::isa::Isa;
@@ -17,9 +18,11 @@ use crate::lanes::{Kernel, LANES, Simd, run, silu};
 use crate::matrix::{BLOCK, Format, InF32, InHalves, Matrix, Part};
 use crate::rows::{Forms, Norm, Rows, TILE_ROWS};
 use crate::team::{Parts, Team};
+#[cfg(target_arch = "x86_64")]
+use crate::tiles::{Fetch, LATER_LINES};
 
 /// Rows that one item of work has at most: of 2,048 columns they are half of a second-level cache of 2 MiB.
-const ROWS_BLOCK: usize = 256;
+pub(crate) const ROWS_BLOCK: usize = 256;
 /// Items that a thread should get at least, so that all end together.
 const ITEMS_EACH: usize = 8;
 
@@ -46,10 +49,12 @@ pub enum Into<'a> {
 
 /// What computes products: threads, instruction set, rounding, and room for activations.
 pub struct Products {
-    team: Team,
-    isa: Isa,
-    precision: Precision,
-    rows: Rows,
+    pub(crate) team: Team,
+    pub(crate) isa: Isa,
+    pub(crate) precision: Precision,
+    pub(crate) rows: Rows,
+    /// What is between two products, as the second reads it.
+    pub(crate) between: Rows,
 }
 
 impl Products {
@@ -57,7 +62,7 @@ impl Products {
     #[must_use]
     pub fn new(threads: usize, isa: Isa, precision: Precision) -> Self {
         let isa = if isa.is_available() { isa } else { Isa::Portable };
-        Self { team: Team::new(threads), isa, precision, rows: Rows::default() }
+        Self { team: Team::new(threads), isa, precision, rows: Rows::default(), between: Rows::default() }
     }
 
     /// The threads.
@@ -93,27 +98,43 @@ impl Products {
         let mixed = kind == Kind::SwiGlu && matrix.parts[0].format != matrix.parts[1].format;
         let forms = forms(matrix, count, self.precision, mixed);
         self.rows.fill(&self.team, self.isa, x, matrix.columns(), norm, forms);
-        let Self { team, isa, rows, precision } = self;
         let width = if kind == Kind::SwiGlu { matrix.rows() / 2 } else { matrix.rows() };
         assert_eq!(data.len(), count * width, "{count} rows of {width} outputs");
+        let Self { team, isa, rows, precision, .. } = self;
         let (isa, precision, out) = (*isa, *precision, &Parts::new(data));
-        let call = Call { isa, rows, matrix, precision, mixed, kind, width, out };
-        let items = pairs * count.div_ceil(ROWS_BLOCK);
-        let grain = (items / (team.threads() * ITEMS_EACH)).max(1);
-        team.each(items, grain, |item| call.item(item % pairs, item / pairs * ROWS_BLOCK));
+        Call { isa, rows, matrix, precision, mixed, kind, width, out }.run(team, pairs);
     }
+
+    /// `out += rows W^T`, rows in bfloat16.
+    pub(crate) fn add_halves(&mut self, matrix: &Matrix, out: &mut [f32]) {
+        let Self { team, isa, between: rows, precision, .. } = self;
+        assert_eq!(out.len(), rows.count() * matrix.rows());
+        let (kind, width, out) = (Kind::Add, matrix.rows(), &Parts::new(out));
+        let call = Call { isa: *isa, rows, matrix, precision: *precision, mixed: false, kind, width, out };
+        call.run(team, kind.pairs(matrix));
+    }
+}
+
+/// How many neighbouring items a thread takes at a time.
+pub(crate) fn grain(team: &Team, items: usize) -> usize {
+    (items / (team.threads() * ITEMS_EACH)).max(1)
+}
+
+/// The item that the thread that has `item` has next, if threads take turns.
+pub(crate) fn next(team: &Team, grain: usize, item: usize) -> usize {
+    if (item + 1).is_multiple_of(grain) { item + 1 + grain * (team.threads() - 1) } else { item + 1 }
 }
 
 /// How a part is multiplied.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Path {
+pub(crate) enum Path {
     Plain,
     Halves,
     Bytes,
 }
 
 /// `mixed`: two formats meet in one pair of panels and must be multiplied alike.
-fn path(format: Format, count: usize, precision: Precision, mixed: bool) -> Path {
+pub(crate) fn path(format: Format, count: usize, precision: Precision, mixed: bool) -> Path {
     match format {
         _ if precision.exact => Path::Plain,
         _ if mixed => Path::Halves,
@@ -168,6 +189,13 @@ struct Pair<'a> {
 }
 
 impl Call<'_> {
+    /// All of it, in items of a pair of panels and a block of rows.
+    fn run(&self, team: &Team, pairs: usize) {
+        let items = pairs * self.rows.count().div_ceil(ROWS_BLOCK);
+        let grain = grain(team, items);
+        team.each(items, grain, |item| self.item(item % pairs, item / pairs * ROWS_BLOCK, next(team, grain, item) % pairs));
+    }
+
     fn pair(&self, mut index: usize) -> Pair<'_> {
         let parts = &self.matrix.parts;
         if self.kind == Kind::SwiGlu {
@@ -184,10 +212,14 @@ impl Call<'_> {
         unreachable!("an item of a product is one of its pairs")
     }
 
-    /// One pair of panels for up to [`ROWS_BLOCK`] rows from `first` on.
-    fn item(&self, pair: usize, first: usize) {
+    /// One pair of panels for up to [`ROWS_BLOCK`] rows from `first` on; the pair that this thread probably has next.
+    fn item(&self, pair: usize, first: usize, next: usize) {
         let last = self.rows.count().min(first + ROWS_BLOCK);
-        let item = Item { call: self, pair: self.pair(pair), first, last };
+        let (pair, next) = (self.pair(pair), self.pair(next));
+        let start = |index: usize| pair.parts[index].first + pair.panels[index] * LANES;
+        let width = |index: usize| LANES.min(pair.parts[index].rows - pair.panels[index] * LANES);
+        let second = if self.kind == Kind::SwiGlu || pair.alone { 0 } else { width(1) };
+        let item = Item { call: self, pair, next, first, last, outputs: start(0)..start(0) + width(0) + second };
         PANELS.with_borrow_mut(|scratch| run(self.isa, Compute { item, scratch }));
     }
 }
@@ -201,8 +233,12 @@ thread_local! {
 struct Item<'a> {
     call: &'a Call<'a>,
     pair: Pair<'a>,
+    /// What comes after it.
+    next: Pair<'a>,
     first: usize,
     last: usize,
+    /// Outputs of a row that it computes, at most two panels.
+    outputs: Range<usize>,
 }
 
 struct Compute<'a> {
@@ -223,7 +259,8 @@ impl Kernel for Compute<'_> {
             }
             Path::Halves => {
                 let [a, b] = scratch;
-                item.halves(s, [halves(s, &pair, 0, a), halves(s, &pair, 1, b)]);
+                let [first, second] = pair.panels;
+                item.halves(s, [halves(s, pair.parts[0], first, a), halves(s, pair.parts[1], second, b)]);
             }
             Path::Bytes => match pair.parts[0].format {
                 Format::Q8_0 => item.sweep(s, Bytes::<8, false> { rows: call.rows, pair }),
@@ -248,8 +285,7 @@ fn plain<'a, S: Simd>(s: S, pair: &Pair<'a>, index: usize, scratch: &'a mut Vec<
 
 /// A panel in bfloat16, as it stands or dequantised.
 #[inline(always)]
-fn halves<'a, S: Simd>(s: S, pair: &Pair<'a>, index: usize, scratch: &'a mut Vec<Line>) -> &'a [Line] {
-    let (part, panel) = (pair.parts[index], pair.panels[index]);
+pub(crate) fn halves<'a, S: Simd>(s: S, part: &'a Part, panel: usize, scratch: &'a mut Vec<Line>) -> &'a [Line] {
     if part.format == Format::Bf16 {
         return part.panel(panel);
     }
@@ -311,7 +347,7 @@ impl Item<'_> {
         for first in (self.first..self.last).step_by(2 * TILE_ROWS) {
             let tile = first / TILE_ROWS;
             let next = if first + TILE_ROWS < self.last { tile + 1 } else { tile };
-            tiles.product([self.call.rows.tile(tile), self.call.rows.tile(next)], panels, &mut sums);
+            tiles.product([self.call.rows.tile(tile), self.call.rows.tile(next)], panels, self.fetch(first), &mut sums);
             for row in first..self.last.min(first + 2 * TILE_ROWS) {
                 let sums = &sums[(row - first) / TILE_ROWS];
                 let [first, second] = [&sums[0][row % TILE_ROWS].0, &sums[1][row % TILE_ROWS].0];
@@ -320,35 +356,56 @@ impl Item<'_> {
         }
     }
 
-    /// One row of the result.
-    #[inline(always)]
-    fn finish<S: Simd>(&self, s: S, row: usize, sums: [S::V; 2]) {
-        if self.call.kind == Kind::SwiGlu {
-            return self.put(s, row, 0, s.mul(silu(s, sums[0]), sums[1]));
-        }
-        self.put(s, row, 0, sums[0]);
-        if !self.pair.alone {
-            self.put(s, row, 1, sums[1]);
-        }
+    /// The first rows call for the panels they read, later ones for a part of the next item's.
+    #[cfg(target_arch = "x86_64")]
+    fn fetch(&self, row: usize) -> Fetch<'_> {
+        let later = |index: usize| (self.next.parts[index], self.next.panels[index]);
+        fetch((row - self.first) / (2 * TILE_ROWS), [later(0), later(1)])
     }
 
+    /// One row of the result.
     #[inline(always)]
     #[allow(unsafe_code)]
-    fn put<S: Simd>(&self, s: S, row: usize, index: usize, value: S::V) {
-        let (part, panel) = (self.pair.parts[index], self.pair.panels[index]);
-        let count = LANES.min(part.rows - panel * LANES);
-        let start = row * self.call.width + part.first + panel * LANES;
-        // SAFETY: outputs of this row and panel; each pair of panels and block of rows is one item, and each item comes once.
-        let out = unsafe { self.call.out.part(start..start + count) };
-        if let Some(out) = out.as_mut_array::<LANES>() {
-            let value = if self.call.kind == Kind::Add { s.add(s.load(out), value) } else { value };
-            return s.store(value, out);
+    fn finish<S: Simd>(&self, s: S, row: usize, sums: [S::V; 2]) {
+        let start = row * self.call.width;
+        // SAFETY: outputs of this row and item; each pair of panels and block of rows is one item, and each item comes once.
+        let out = unsafe { self.call.out.part(start + self.outputs.start..start + self.outputs.end) };
+        if self.call.kind == Kind::SwiGlu {
+            return put(s, false, s.mul(silu(s, sums[0]), sums[1]), out);
         }
-        let mut lanes = [0.0; LANES];
-        s.store(value, &mut lanes);
+        let (first, second) = out.split_at_mut(LANES.min(out.len()));
         let add = self.call.kind == Kind::Add;
-        out.iter_mut().zip(lanes).for_each(|(out, value)| *out = if add { *out + value } else { value });
+        put(s, add, sums[0], first);
+        if !second.is_empty() {
+            put(s, add, sums[1], second);
+        }
     }
+}
+
+/// What the two tiles of rows `turn` of an item call for: the first for the panels they read, later ones for a part of those that come next. Panels that
+/// are dequantised on the way are near already.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn fetch<'a>(turn: usize, next: [(&'a Part, usize); 2]) -> Fetch<'a> {
+    if next.iter().any(|(part, _)| part.format != Format::Bf16) {
+        return Fetch::Nothing;
+    }
+    let Some(turn) = turn.checked_sub(1) else { return Fetch::Own };
+    match next.map(|(part, panel)| part.panel(panel).get(turn * part.steps * LATER_LINES..)) {
+        [Some(first), Some(second)] => Fetch::Later([first, second]),
+        _ => Fetch::Nothing,
+    }
+}
+
+/// Up to [`LANES`] results.
+#[inline(always)]
+fn put<S: Simd>(s: S, add: bool, value: S::V, out: &mut [f32]) {
+    if let Some(out) = out.as_mut_array::<LANES>() {
+        let value = if add { s.add(s.load(out), value) } else { value };
+        return s.store(value, out);
+    }
+    let mut lanes = [0.0; LANES];
+    s.store(value, &mut lanes);
+    out.iter_mut().zip(lanes).for_each(|(out, value)| *out = if add { *out + value } else { value });
 }
 
 /// f32 by f32.

@@ -93,6 +93,14 @@ impl Rows {
         });
     }
 
+    /// Room for `count` rows of `columns` in bfloat16: `[tiles of 16 rows, steps, 16 rows]` lines, which stand as they stood.
+    pub(crate) fn room(&mut self, count: usize, columns: usize) -> &mut [Line] {
+        *self = Self { count, columns, ..std::mem::take(self) };
+        let lines = count.next_multiple_of(TILE_ROWS) * self.steps();
+        grow(&mut self.halves, lines, Line([0; 16]));
+        &mut self.halves[..lines]
+    }
+
     pub(crate) fn plain(&self, row: usize) -> &[f32] {
         let width = self.steps() * BLOCK;
         &self.plain[row * width..][..width]

@@ -67,6 +67,109 @@ fn granted() -> bool {
     false
 }
 
+/// What stands between the instructions of a step. On a processor whose other hyperthread is busy, tiles that are loaded one right after another
+/// take four times as long as they do apart; a few instructions that do nothing keep them apart. Alone on its core a step takes as long with
+/// them as without. Twice as many, or half, gain less, and so does calling for lines that are to come.
+macro_rules! apart {
+    ($($instruction:literal),+ $(,)?) => { concat!($($instruction, "\n.rept 8\nnop\n.endr\n"),+) };
+}
+
+/// Calls for two panels four steps ahead: they come from memory, and the processor does not see so far.
+macro_rules! OWN {
+    () => {
+        ".irp at, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960\n\
+         prefetcht0 [{b0} + 3072 + \\at]\n\
+         prefetcht0 [{b1} + 3072 + \\at]\n\
+         .endr"
+    };
+}
+
+/// As [`LATER_LINES`] says.
+macro_rules! LATER {
+    () => {
+        "prefetcht1 [{l0}]\nprefetcht1 [{l0} + 64]\nadd {l0}, 128\n\
+         prefetcht1 [{l1}]\nprefetcht1 [{l1} + 64]\nadd {l1}, 128"
+    };
+}
+
+/// Sums begin at nothing.
+macro_rules! ZERO {
+    () => {
+        "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3"
+    };
+}
+
+/// Sums begin at what stands there.
+macro_rules! LOAD {
+    () => {
+        "tileloadd tmm0, [{c} + {stride}*1]\ntileloadd tmm1, [{c} + {stride}*1 + 1024]\n\
+         tileloadd tmm2, [{c} + {stride}*1 + 2048]\ntileloadd tmm3, [{c} + {stride}*1 + 3072]"
+    };
+}
+
+/// Two tiles of rows by two panels; what sums begin at, what is called for after a step. The comment at its end names what only some of those
+/// name: each operand must be named. Safety: as in [`Tiles::product`].
+macro_rules! four {
+    ($steps:expr, $a:expr, $b:expr, $later:expr, $c:expr, $begin:expr, $fetch:expr) => {
+        asm!(
+            $begin,
+            "2:",
+            apart!(
+                "tileloadd tmm6, [{b0} + {stride}*1]",
+                "tileloadd tmm4, [{a0} + {stride}*1]",
+                "tileloadd tmm7, [{b1} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{a1} + {stride}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+            ),
+            "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
+            $fetch,
+            "dec {steps}",
+            "jnz 2b",
+            "tilestored [{c} + {stride}*1], tmm0",
+            "tilestored [{c} + {stride}*1 + 1024], tmm1",
+            "tilestored [{c} + {stride}*1 + 2048], tmm2",
+            "tilestored [{c} + {stride}*1 + 3072], tmm3",
+            "/* {l0} {l1} */",
+            a0 = inout(reg) $a[0].as_ptr() => _, a1 = inout(reg) $a[1].as_ptr() => _,
+            b0 = inout(reg) $b[0].as_ptr() => _, b1 = inout(reg) $b[1].as_ptr() => _,
+            l0 = inout(reg) $later[0].as_ptr() => _, l1 = inout(reg) $later[1].as_ptr() => _,
+            c = in(reg) $c.as_mut_ptr(), stride = in(reg) 64usize, steps = inout(reg) $steps => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
+/// One tile of rows by two panels (or twice the same); what sums begin at. Safety: as in [`Tiles::product`].
+macro_rules! wide {
+    ($steps:expr, $a:expr, $b:expr, $c:expr, $begin:expr) => {
+        asm!(
+            $begin,
+            "2:",
+            apart!(
+                "tileloadd tmm4, [{a0} + {stride}*1]",
+                "tileloadd tmm6, [{b0} + {stride}*1]",
+                "tileloadd tmm7, [{b1} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+            ),
+            "add {a0}, 1024", "add {b0}, 1024", "add {b1}, 1024",
+            OWN!(),
+            "dec {steps}",
+            "jnz 2b",
+            "tilestored [{c} + {stride}*1], tmm0",
+            "tilestored [{c} + {stride}*1 + 1024], tmm1",
+            a0 = inout(reg) $a.as_ptr() => _, b0 = inout(reg) $b[0].as_ptr() => _, b1 = inout(reg) $b[1].as_ptr() => _,
+            c = in(reg) $c.as_mut_ptr(), stride = in(reg) 64usize, steps = inout(reg) $steps => _,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
 /// The tiles of this thread are set up: all eight of 16 rows of 64 bytes. Given back when dropped.
 pub(crate) struct Tiles(());
 
@@ -97,70 +200,61 @@ impl Tiles {
     /// # Panics
     /// When the lengths differ or are not whole steps.
     #[inline]
-    pub(crate) fn product(&self, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut [[[Line; TILE]; 2]; 2]) {
+    pub(crate) fn product(&self, a: [&[Line]; 2], b: [&[Line]; 2], fetch: Fetch<'_>, c: &mut [[[Line; TILE]; 2]; 2]) {
         let lines = a[0].len();
         assert!(lines.is_multiple_of(TILE) && lines > 0 && [a[1], b[0], b[1]].iter().all(|x| x.len() == lines));
         let twice = [!std::ptr::eq(a[0], a[1]), !std::ptr::eq(b[0], b[1])];
+        let steps = lines / TILE;
         // SAFETY: `self` proves that the tiles are set up; each loop reads `lines` lines from each operand, all of which are that long, and
-        // each `tilestored` writes the 16 lines of one block of `c`.
+        // each `tilestored` writes the 16 lines of one block of `c`. A prefetch reads nothing: what it calls for need not be there.
         unsafe {
-            match twice {
-                [true, true] => four(lines / TILE, a, b, c),
-                [true, false] => tall(lines / TILE, a, b[0], c),
-                [false, _] => wide(lines / TILE, a[0], b, c),
+            match (twice, fetch) {
+                ([true, true], Fetch::Nothing) => four!(steps, a, b, b, c, ZERO!(), ""),
+                ([true, true], Fetch::Own) => four!(steps, a, b, b, c, ZERO!(), OWN!()),
+                ([true, true], Fetch::Later(later)) => four!(steps, a, b, later, c, ZERO!(), LATER!()),
+                ([true, false], _) => tall(steps, a, b[0], c),
+                ([false, _], _) => wide!(steps, a[0], b, c, "tilezero tmm0\ntilezero tmm1"),
+            }
+        }
+    }
+
+    /// `c[i][j] += a[i] b[j]`, for one tile or two of `a` and two of `b`; else as [`Self::product`].
+    ///
+    /// # Panics
+    /// When the lengths differ or are not whole steps.
+    #[inline]
+    pub(crate) fn add_product(&self, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut [[[Line; TILE]; 2]; 2]) {
+        let lines = a[0].len();
+        assert!(lines.is_multiple_of(TILE) && lines > 0 && [a[1], b[0], b[1]].iter().all(|x| x.len() == lines));
+        let steps = lines / TILE;
+        // SAFETY: as in `product`; each `tileloadd` of results reads the 16 lines of one block of `c`.
+        unsafe {
+            match std::ptr::eq(a[0], a[1]) {
+                false => four!(steps, a, b, b, c, LOAD!(), ""),
+                true => wide!(steps, a[0], b, c, "tileloadd tmm0, [{c} + {stride}*1]\ntileloadd tmm1, [{c} + {stride}*1 + 1024]"),
             }
         }
     }
 }
 
+/// What a product calls for on its way, besides what it reads.
+#[derive(Clone, Copy)]
+pub(crate) enum Fetch<'a> {
+    /// Nothing: all it reads is near.
+    Nothing,
+    /// Its own panels, some steps before it reads them.
+    Own,
+    /// What a later product reads, into the second-level cache: [`LATER_LINES`] of each for every step.
+    Later([&'a [Line]; 2]),
+}
+
+/// Lines of a panel that a step calls for.
+pub(crate) const LATER_LINES: usize = 2;
+
 impl Drop for Tiles {
     fn drop(&mut self) {
         // SAFETY: the tiles were taken by this value; nothing stands in them that is used later.
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
-    }
-}
-
-/// Calls for the rows of the next step: they come from the second-level cache, and sixteen lines for each `tileloadd` are too many for the
-/// processor to look ahead by itself. In a loop of its own, 512 rows, that is 12 to 25 %.
-macro_rules! fetch_rows {
-    () => {
-        ".irp at, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960\n\
-         prefetcht0 [{a0} + \\at]\n\
-         prefetcht0 [{a1} + \\at]\n\
-         .endr"
-    };
-}
-
-/// Two tiles of rows by two panels. Safety: as in [`Tiles::product`].
-#[inline(always)]
-unsafe fn four(steps: usize, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut [[[Line; TILE]; 2]; 2]) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            "2:",
-            "tileloadd tmm6, [{b0} + {stride}*1]",
-            "tileloadd tmm4, [{a0} + {stride}*1]",
-            "tileloadd tmm7, [{b1} + {stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{a1} + {stride}*1]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
-            fetch_rows!(),
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{c} + {stride}*1], tmm0",
-            "tilestored [{c} + {stride}*1 + 1024], tmm1",
-            "tilestored [{c} + {stride}*1 + 2048], tmm2",
-            "tilestored [{c} + {stride}*1 + 3072], tmm3",
-            a0 = inout(reg) a[0].as_ptr() => _, a1 = inout(reg) a[1].as_ptr() => _,
-            b0 = inout(reg) b[0].as_ptr() => _, b1 = inout(reg) b[1].as_ptr() => _,
-            c = in(reg) c.as_mut_ptr(), stride = in(reg) 64usize, steps = inout(reg) steps => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
     }
 }
 
@@ -172,13 +266,14 @@ unsafe fn tall(steps: usize, a: [&[Line]; 2], b: &[Line], c: &mut [[[Line; TILE]
         asm!(
             "tilezero tmm0", "tilezero tmm2",
             "2:",
-            "tileloadd tmm6, [{b0} + {stride}*1]",
-            "tileloadd tmm4, [{a0} + {stride}*1]",
-            "tileloadd tmm5, [{a1} + {stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm2, tmm5, tmm6",
+            apart!(
+                "tileloadd tmm6, [{b0} + {stride}*1]",
+                "tileloadd tmm4, [{a0} + {stride}*1]",
+                "tileloadd tmm5, [{a1} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+            ),
             "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024",
-            fetch_rows!(),
             "dec {steps}",
             "jnz 2b",
             "tilestored [{c} + {stride}*1], tmm0",
@@ -186,32 +281,6 @@ unsafe fn tall(steps: usize, a: [&[Line]; 2], b: &[Line], c: &mut [[[Line; TILE]
             a0 = inout(reg) a[0].as_ptr() => _, a1 = inout(reg) a[1].as_ptr() => _, b0 = inout(reg) b.as_ptr() => _,
             c = in(reg) c.as_mut_ptr(), stride = in(reg) 64usize, steps = inout(reg) steps => _,
             out("tmm0") _, out("tmm2") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
-            options(nostack),
-        );
-    }
-}
-
-/// One tile of rows by two panels (or twice the same). Safety: as in [`Tiles::product`].
-#[inline(always)]
-unsafe fn wide(steps: usize, a: &[Line], b: [&[Line]; 2], c: &mut [[[Line; TILE]; 2]; 2]) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilezero tmm0", "tilezero tmm1",
-            "2:",
-            "tileloadd tmm4, [{a0} + {stride}*1]",
-            "tileloadd tmm6, [{b0} + {stride}*1]",
-            "tileloadd tmm7, [{b1} + {stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {a0}, 1024", "add {b0}, 1024", "add {b1}, 1024",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{c} + {stride}*1], tmm0",
-            "tilestored [{c} + {stride}*1 + 1024], tmm1",
-            a0 = inout(reg) a.as_ptr() => _, b0 = inout(reg) b[0].as_ptr() => _, b1 = inout(reg) b[1].as_ptr() => _,
-            c = in(reg) c.as_mut_ptr(), stride = in(reg) 64usize, steps = inout(reg) steps => _,
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
     }

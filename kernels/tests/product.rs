@@ -254,3 +254,33 @@ fn what_is_not_a_number_is_not_lost() {
         }
     }
 }
+
+/// What is between the products is rounded as the second product would round it: not a bit differs from two products.
+#[test]
+fn a_gated_layer_is_its_two_products() {
+    let mut noise = Noise(77);
+    for (format, columns, width, counts) in
+        [(Format::Bf16, 50, 90, [1, 16, 33, 70]), (Format::Q8_0, 64, 96, [2, 17, 40, 530]), (Format::F32, 20, 33, [1, 5, 32, 64])]
+    {
+        let [gate, up] = [0, 1].map(|_| noise.weights(format, width, columns));
+        let down_bytes = noise.weights(format, columns, width);
+        let source = |bytes| Source { format, bytes };
+        let gate_up = Matrix::new(columns, &[source(&gate), source(&up)]).unwrap();
+        let down = Matrix::new(width, &[source(&down_bytes)]).unwrap();
+        let weight = noise.vector(columns);
+        let norm = Norm { weight: &weight, bias: None, eps: 1e-5 };
+        for (count, (isa, precision)) in counts
+            .into_iter()
+            .flat_map(|count| Isa::available().into_iter().flat_map(move |isa| [EXACT, HALVES, BYTES].map(|p| (count, (isa, p)))))
+        {
+            let hidden = noise.vector(count * columns);
+            let mut products = Products::new(2, isa, precision);
+            let (mut together, mut apart, mut gated) = (hidden.clone(), hidden.clone(), vec![f32::NAN; count * width]);
+            products.add_gated(&mut together, norm, &gate_up, &down, &mut Vec::new());
+            products.multiply(&hidden, Some(norm), &gate_up, Into::SwiGlu(&mut gated));
+            products.multiply(&gated, None, &down, Into::Add(&mut apart));
+            assert!(together.iter().all(|x| x.is_finite()) && together != hidden);
+            assert_eq!(together, apart, "{format:?} {isa:?} {precision:?} {count}");
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use millrace_checkpoint::Rope;
 use millrace_core::engine::Step;
-use millrace_kernels::rope;
+use millrace_kernels::{Isa, rope};
 
 /// How much a position turns.
 pub(crate) struct Turn {
@@ -43,6 +43,6 @@ impl Angles {
     /// Turns whole heads of token `token` in place.
     pub(crate) fn turn(&self, token: usize, heads: &mut [f32]) {
         let at = token * self.half..(token + 1) * self.half;
-        rope::rotate(heads, &self.cos[at.clone()], &self.sin[at]);
+        rope::rotate(Isa::best(), heads, &self.cos[at.clone()], &self.sin[at]);
     }
 }

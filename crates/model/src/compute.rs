@@ -23,7 +23,7 @@ const MEASURED_MAX: Duration = Duration::from_millis(1500);
 /// LibTorch must be so much faster to be worth its copy of the weights.
 const WORTH: f64 = 0.95;
 /// With quantised weights up to so many rows activations are rounded to 8 bits; above, weights and activations to bfloat16.
-const BYTES_ROWS_MAX: usize = 32;
+const BYTES_ROWS_MAX: usize = 16;
 
 /// From how many rows on LibTorch multiplies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,7 +91,7 @@ pub(crate) enum Choice {
 }
 
 impl Choice {
-    fn libtorch(self, rows: usize) -> bool {
+    pub(crate) fn libtorch(self, rows: usize) -> bool {
         match self {
             Self::Own => false,
             Self::Above(max) => rows > max,
@@ -241,7 +241,7 @@ impl Multiplier {
     fn product(&mut self, x: &[f32], norm: Option<Norm<'_>>, linear: &Linear, out: Into<'_>) -> Result<(), ModelError> {
         let columns = linear.matrix.columns();
         match &linear.torch {
-            Some(weights) if linear.choice.libtorch(x.len() / columns) => self.in_libtorch(x, norm, columns, weights, out),
+            Some(weights) if !linear.own(x.len() / columns) => self.in_libtorch(x, norm, columns, weights, out),
             _ => {
                 self.products.multiply(x, norm, &linear.matrix, out);
                 Ok(())

@@ -97,6 +97,11 @@ impl SwiGlu {
         multiplier: &mut Multiplier,
         gated: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
+        let rows = hidden.len() / self.gate_up.matrix.columns();
+        if [&self.gate_up, &self.down].iter().all(|linear| linear.own(rows)) {
+            multiplier.products.add_gated(hidden, norm, &self.gate_up.matrix, &self.down.matrix, gated);
+            return Ok(());
+        }
         self.gate(hidden, norm, multiplier, gated)?;
         multiplier.multiply(gated, None, &self.down, Into::Add(hidden))
     }

@@ -24,6 +24,13 @@ pub(crate) struct Linear {
     pub(crate) names: Vec<String>,
 }
 
+impl Linear {
+    /// Whether the own kernels multiply `rows` rows.
+    pub(crate) fn own(&self, rows: usize) -> bool {
+        self.torch.is_none() || !self.choice.libtorch(rows)
+    }
+}
+
 /// A norm's weights.
 pub(crate) struct NormWeights {
     weight: Vec<f32>,

@@ -52,6 +52,25 @@ pub(crate) trait Simd: Copy {
     fn largest(self, x: Self::V) -> f32;
     /// The sum of the lanes, in an order that is fixed for each set.
     fn sum(self, x: Self::V) -> f32;
+    /// Begins the sums of the lanes of eight registers; [`Self::join`] ends them.
+    #[inline(always)]
+    fn fold(self, x: [Self::V; LANES / 2]) -> Self::V {
+        let mut sums = [0.0; LANES];
+        for (sum, x) in sums.iter_mut().zip(x) {
+            *sum = self.sum(x);
+        }
+        self.load(&sums)
+    }
+    /// The sums of the lanes of sixteen registers, each in its lane, from those of the first eight and the last; in an order that is fixed for each set.
+    #[inline(always)]
+    fn join(self, first: Self::V, last: Self::V) -> Self::V {
+        let mut sums = [[0.0; LANES]; 2];
+        self.store(first, &mut sums[0]);
+        self.store(last, &mut sums[1]);
+        let [mut first, last] = sums;
+        first[LANES / 2..].copy_from_slice(&last[..LANES / 2]);
+        self.load(&first)
+    }
     /// `2^n`, where `x` is `n + 1.5 * 2^23` with a whole `n` in -126..=127.
     fn power_of_two(self, x: Self::V) -> Self::V;
     /// IEEE half precision from memory, widened.
@@ -150,7 +169,20 @@ pub(crate) fn run<K: Kernel>(_isa: Isa, kernel: K) {
     kernel.run(Portable);
 }
 
-/// `e^x` for `x <= 0`, relative error below 3e-7; `e^-87`, about 1.6e-38, for all that is smaller. NaN stays NaN.
+/// Asks the processor to bring `what` near, where it can be asked. Changes nothing else.
+#[inline(always)]
+pub(crate) fn call_for<T>(what: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..size_of_val(what)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: SSE is in every x86-64; a prefetch reads nothing, and the address is inside of `what`.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(what.as_ptr().cast::<i8>().add(at)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = what;
+}
+
+/// `e^x` for `x <= 87`, relative error below 3e-7; `e^-87`, about 1.6e-38, for all that is smaller. NaN stays NaN.
 /// Cody and Waite's reduction by ln 2 in two parts, then the polynomial of Cephes `expf`.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
@@ -167,20 +199,32 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.mul(value, s.power_of_two(shifted))
 }
 
+/// `2^x` for `x <= 127`, relative error below 8e-5, for what is rounded to bfloat16; `2^-126` for all that is smaller. NaN stays NaN.
+/// A polynomial of the third degree whose largest relative error over [-1/2, 1/2] is as small as can be (Remez).
+#[inline(always)]
+pub(crate) fn exp2_rough<S: Simd>(s: S, x: S::V) -> S::V {
+    let round = s.splat(12_582_912.0); // as in `exp`
+    let clamped = s.max(s.splat(-126.0), x);
+    let shifted = s.add(clamped, round);
+    let rest = s.sub(clamped, s.sub(shifted, round));
+    let mut poly = s.splat(0.055_171_67);
+    for coefficient in [0.242_611_13, 0.693_260_97, 0.999_928_06] {
+        poly = s.fma(poly, rest, s.splat(coefficient));
+    }
+    s.mul(poly, s.power_of_two(shifted))
+}
+
 /// `x / (1 + e^-x)`.
 #[inline(always)]
 pub(crate) fn silu<S: Simd>(s: S, x: S::V) -> S::V {
     s.mul(x, sigmoid(s, x))
 }
 
-/// `1 / (1 + e^-x)`, with exponents that cannot overflow: `e^min(x, 0) / (1 + e^-|x|)`.
+/// `1 / (1 + e^-x)`; below -87 what it is there, 1.6e-38.
 #[inline(always)]
 pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
-    let zero = s.splat(0.0);
-    let minus = s.sub(zero, x);
-    let above = exp(s, s.sub(zero, s.max(minus, zero)));
-    let below = s.add(s.splat(1.0), exp(s, s.sub(zero, s.max(minus, x))));
-    s.div(above, below)
+    let minus = s.sub(s.splat(0.0), s.max(s.splat(-87.0), x));
+    s.div(s.splat(1.0), s.add(s.splat(1.0), exp(s, minus)))
 }
 
 #[cfg(test)]
@@ -198,16 +242,38 @@ mod tests {
                 assert!((f64::from(*got) - want).abs() <= 3e-7 * want, "exp({x}) = {got}, not {want}");
             }
         }
-        for (x, low, high) in [(0.0, 1.0, 1.0), (f32::NEG_INFINITY, 0.0, 2e-38), (-1e9, 0.0, 2e-38)] {
+        for (x, low, high) in [(0.0, 1.0, 1.0), (87.0, 6.07e37, 6.08e37), (f32::NEG_INFINITY, 0.0, 2e-38), (-1e9, 0.0, 2e-38)] {
             let got = s.largest(exp(s, s.splat(x)));
             assert!((low..=high).contains(&got), "exp({x}) = {got}");
         }
         assert!(s.sum(exp(s, s.splat(f32::NAN))).is_nan());
     }
 
+    fn exp2_is_close<S: Simd>(s: S) {
+        for i in 0..20_000u16 {
+            let x: [f32; LANES] = each(|lane| 20.0 - f32::from(i) * 0.007 - lane as f32 * 4e-4);
+            let mut got = [0.0; LANES];
+            s.store(exp2_rough(s, s.load(&x)), &mut got);
+            for (got, x) in got.iter().zip(x) {
+                let want = f64::from(x).exp2();
+                assert!((f64::from(*got) - want).abs() <= 8e-5 * want, "2^{x} = {got}, not {want}");
+            }
+        }
+        for (x, low, high) in [(127.0, 1.7e38, 1.71e38), (f32::NEG_INFINITY, 0.0, 2e-38), (-1e9, 0.0, 2e-38)] {
+            let got = s.largest(exp2_rough(s, s.splat(x)));
+            assert!((low..=high).contains(&got), "2^{x} = {got}");
+        }
+        assert!(s.sum(exp2_rough(s, s.splat(f32::NAN))).is_nan());
+    }
+
     fn lanes_are_all_there<S: Simd>(s: S) {
         let powers = s.load(&each(|i| (1u32 << i) as f32));
         assert_eq!((s.sum(powers), s.largest(powers)), (65_535.0, 32_768.0));
+        let ramp = |from: f32| s.load(&each(|i| from * 100.0 + i as f32));
+        let eight = |from: u8| s.fold(std::array::from_fn(|i| ramp(f32::from(from) + i as f32)));
+        let mut sums = [0.0; LANES];
+        s.store(s.join(eight(0), eight(8)), &mut sums);
+        assert_eq!(sums, each(|i| 1600.0 * i as f32 + 120.0));
         let halves: [u16; LANES] = std::array::from_fn(|i| (((1u32 << i) as f32).to_bits() >> 16) as u16);
         assert_eq!(s.sum(s.sub(s.load_bf16(&halves), powers)), 0.0);
         let mut floats = [0.0; LANES];
@@ -261,6 +327,7 @@ mod tests {
 
     fn all<S: Simd>(s: S) {
         exp_is_close(s);
+        exp2_is_close(s);
         lanes_are_all_there(s);
         words_are_what_they_say(s);
     }

@@ -103,6 +103,31 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         unsafe { _mm512_reduce_max_ps(x) }
     }
 
+    /// Pairs of lanes, then pairs of those, until each group of four holds the sums of four registers over a quarter of their lanes; then halves.
+    #[inline(always)]
+    fn fold(self, x: [__m512; 8]) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let mut fours = [_mm512_setzero_ps(); 2];
+            for (four, x) in fours.iter_mut().zip(x.as_chunks::<4>().0) {
+                let one = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1])));
+                let other = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3])));
+                let (low, high) = (_mm512_unpacklo_pd(one, other), _mm512_unpackhi_pd(one, other));
+                *four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+            }
+            self.join(fours[0], fours[1])
+        }
+    }
+
+    #[inline(always)]
+    fn join(self, first: __m512, last: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(first, last);
+            _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(first, last))
+        }
+    }
+
     #[inline(always)]
     fn sum(self, x: __m512) -> f32 {
         // SAFETY: `self` proves AVX-512.
