@@ -110,7 +110,9 @@ impl Products {
         let Self { team, isa, between: rows, precision, .. } = self;
         assert_eq!(out.len(), rows.count() * matrix.rows());
         let (kind, width, out) = (Kind::Add, matrix.rows(), &Parts::new(out));
-        let call = Call { isa: *isa, rows, matrix, precision: *precision, mixed: false, kind, width, out };
+        // Whoever filled the rows has decided, maybe for more rows than these.
+        let precision = Precision { bytes_rows_max: 0, ..*precision };
+        let call = Call { isa: *isa, rows, matrix, precision, mixed: false, kind, width, out };
         call.run(team, kind.pairs(matrix));
     }
 }
