@@ -16,6 +16,7 @@ use crate::buffer::Line;
 use crate::element::{Element, int8_halves};
 use crate::isa::Isa;
 use crate::lanes::{Kernel, LANES, Simd, exp2_rough, run};
+use crate::multiply::{Block, Fetch, Multiply, NO_BLOCK, load};
 use crate::team::{Parts, Team};
 
 /// Tokens of context between two steps of the softmax.
@@ -185,9 +186,6 @@ fn halves_of<'a>((shape, isa): (&DecodeShape, Isa), cell: &'a [u8], kv_head: usi
     room.each_ref().map(Vec::as_slice)
 }
 
-/// Results of one product: two tiles of rows by two of queries.
-type Block = [[[Line; LANES]; 2]; 2];
-
 /// What one item of work keeps; each thread has its own.
 struct Scratch {
     /// `[group, 2 halves of the queries, dim_steps, 16 pairs of elements]` of 16 queries.
@@ -208,8 +206,6 @@ struct Running {
     base: [[f32; LANES]; 2],
     total: [[f32; LANES]; 2],
 }
-
-const NO_BLOCK: Block = [[[NOTHING; LANES]; 2]; 2];
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
@@ -310,7 +306,7 @@ impl Item<'_> {
         let panel = |half: usize| &queries[(2 * head + half) * dim_steps * LANES..][..dim_steps * LANES];
         let tile = |tile: usize| &keys[tile * dim_steps * LANES..][..dim_steps * LANES];
         for (step, scores) in scores.iter_mut().enumerate().take(steps) {
-            multiply.product(s, [tile(2 * step), tile(2 * step + 1)], [panel(0), panel(1)], scores);
+            multiply.product(s, [tile(2 * step), tile(2 * step + 1)], [panel(0), panel(1)], Fetch::Nothing, scores);
         }
         let (scale, running, scores) = (self.shape.scale * LOG2_E, &mut running[head], &mut scores[..steps]);
         let sums = &mut sums[head * dim_tiles.div_ceil(2)..][..dim_tiles.div_ceil(2)];
@@ -352,11 +348,6 @@ impl Item<'_> {
             }
         }
     }
-}
-
-#[inline(always)]
-fn load<S: Simd>(s: S, line: &Line) -> S::V {
-    s.load(bytemuck::cast_ref(&line.0))
 }
 
 /// What is added to scores: minus infinity for 32 queries, nothing for 32 more. Of a token that the first `n` queries of an item do not see, it
@@ -427,62 +418,6 @@ fn hide<S: Simd>(s: S, half: usize, scores: &mut [[[Line; LANES]; 2]], span: Spa
             if hidden > 0 {
                 let mask = MASK[QUERIES - hidden + half * LANES..].first_chunk().expect("the mask is 64 long");
                 s.store(s.add(load(s, line), s.load(mask)), bytemuck::cast_mut(&mut line.0));
-            }
-        }
-    }
-}
-
-/// Multiplies tiles of bfloat16, with AMX or lane by lane.
-struct Multiply {
-    #[cfg(target_arch = "x86_64")]
-    tiles: Option<crate::tiles::Tiles>,
-}
-
-impl Multiply {
-    #[cfg(target_arch = "x86_64")]
-    fn new(isa: Isa) -> Self {
-        Self { tiles: if isa == Isa::Amx { crate::tiles::Tiles::take() } else { None } }
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    fn new(_isa: Isa) -> Self {
-        Self {}
-    }
-
-    /// As `Tiles::product`.
-    #[inline(always)]
-    fn product<S: Simd>(&self, s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(tiles) = &self.tiles {
-            return tiles.product(a, b, crate::tiles::Fetch::Nothing, c);
-        }
-        *c = NO_BLOCK;
-        by_lanes(s, a, b, c);
-    }
-
-    /// As `Tiles::add_product`.
-    #[inline(always)]
-    fn add_product<S: Simd>(&self, s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(tiles) = &self.tiles {
-            return tiles.add_product(a, b, c);
-        }
-        by_lanes(s, a, b, c);
-    }
-}
-
-#[inline(always)]
-fn by_lanes<S: Simd>(s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
-    for i in 0..2 {
-        for j in 0..2 {
-            for row in 0..LANES {
-                let mut sum = load(s, &c[i][j][row]);
-                for (a, b) in a[i].as_chunks::<LANES>().0.iter().zip(b[j].as_chunks::<LANES>().0) {
-                    for (b, a) in b.iter().zip(a[row].0) {
-                        sum = s.dot_halves(sum, s.words(&b.0), a);
-                    }
-                }
-                s.store(sum, bytemuck::cast_mut(&mut c[i][j][row].0));
             }
         }
     }

@@ -18,6 +18,7 @@ pub mod isa;
 mod lanes;
 pub mod logits;
 pub mod matrix;
+mod multiply;
 mod piece;
 pub mod product;
 pub mod rope;

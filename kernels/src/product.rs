@@ -16,13 +16,14 @@ use crate::buffer::Line;
 use crate::isa::Isa;
 use crate::lanes::{Kernel, LANES, Simd, run, silu};
 use crate::matrix::{BLOCK, Format, InF32, InHalves, Matrix, Part};
+use crate::multiply::{Fetch, LATER_LINES, Multiply, NO_BLOCK, load, rows_by_lanes};
 use crate::rows::{Forms, Norm, Rows, TILE_ROWS};
 use crate::team::{Parts, Team};
-#[cfg(target_arch = "x86_64")]
-use crate::tiles::{Fetch, LATER_LINES};
 
 /// Rows that one item of work has at most: of 2,048 columns they are half of a second-level cache of 2 MiB.
 pub(crate) const ROWS_BLOCK: usize = 256;
+/// Up to so many rows items without tiles call for panels of the next.
+const LATER_ROWS_MAX: usize = 64;
 /// Items that a thread should get at least, so that all end together.
 const ITEMS_EACH: usize = 8;
 
@@ -333,33 +334,28 @@ impl Item<'_> {
     /// bfloat16: in tiles where there are some.
     #[inline(always)]
     fn halves<S: Simd>(&self, s: S, panels: [&[Line]; 2]) {
-        #[cfg(target_arch = "x86_64")]
-        if self.call.isa == Isa::Amx
-            && let Some(tiles) = crate::tiles::Tiles::take()
-        {
-            return self.in_tiles(s, &tiles, panels);
+        match self.call.isa {
+            Isa::Amx => self.in_tiles(s, panels),
+            _ => self.sweep(s, Halves { rows: self.call.rows, panels, item: self }),
         }
-        self.sweep(s, Halves { rows: self.call.rows, panels });
     }
 
-    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn in_tiles<S: Simd>(&self, s: S, tiles: &crate::tiles::Tiles, panels: [&[Line]; 2]) {
-        let mut sums = [[[Line([0; 16]); TILE_ROWS]; 2]; 2];
+    fn in_tiles<S: Simd>(&self, s: S, panels: [&[Line]; 2]) {
+        let (multiply, mut sums) = (Multiply::new(self.call.isa), NO_BLOCK);
         for first in (self.first..self.last).step_by(2 * TILE_ROWS) {
             let tile = first / TILE_ROWS;
             let next = if first + TILE_ROWS < self.last { tile + 1 } else { tile };
-            tiles.product([self.call.rows.tile(tile), self.call.rows.tile(next)], panels, self.fetch(first), &mut sums);
+            let rows = [self.call.rows.tile(tile), self.call.rows.tile(next)];
+            multiply.product(s, rows, panels, self.fetch(first), &mut sums);
             for row in first..self.last.min(first + 2 * TILE_ROWS) {
-                let sums = &sums[(row - first) / TILE_ROWS];
-                let [first, second] = [&sums[0][row % TILE_ROWS].0, &sums[1][row % TILE_ROWS].0];
-                self.finish(s, row, [s.load(bytemuck::cast_ref(first)), s.load(bytemuck::cast_ref(second))]);
+                let [left, right] = &sums[(row - first) / TILE_ROWS];
+                self.finish(s, row, [load(s, &left[row % TILE_ROWS]), load(s, &right[row % TILE_ROWS])]);
             }
         }
     }
 
     /// The first rows call for the panels they read, later ones for a part of the next item's.
-    #[cfg(target_arch = "x86_64")]
     fn fetch(&self, row: usize) -> Fetch<'_> {
         let later = |index: usize| (self.next.parts[index], self.next.panels[index]);
         fetch((row - self.first) / (2 * TILE_ROWS), [later(0), later(1)])
@@ -386,7 +382,6 @@ impl Item<'_> {
 
 /// What the two tiles of rows `turn` of an item call for: the first for the panels they read, later ones for a part of those that come next. Panels that
 /// are dequantised on the way are near already.
-#[cfg(target_arch = "x86_64")]
 pub(crate) fn fetch<'a>(turn: usize, next: [(&'a Part, usize); 2]) -> Fetch<'a> {
     if next.iter().any(|(part, _)| part.format != Format::Bf16) {
         return Fetch::Nothing;
@@ -442,28 +437,29 @@ impl Inner for Plain<'_> {
 struct Halves<'a> {
     rows: &'a Rows,
     panels: [&'a [Line]; 2],
+    item: &'a Item<'a>,
+}
+
+impl<'a> Halves<'a> {
+    /// What `R` rows from `row` on call for: their share of the next item's panels. Nothing where they are all of the item, which waits for its own
+    /// panels, or where there are so many rows that the next item's wait does not count.
+    #[inline(always)]
+    fn later<const R: usize>(&self, row: usize) -> [&'a [Line]; 2] {
+        let Item { next, first, last, .. } = *self.item;
+        if !(R + 1..=LATER_ROWS_MAX).contains(&(last - first)) || next.parts.iter().any(|part| part.format != Format::Bf16) {
+            return [&[], &[]];
+        }
+        let share = |row: usize| (row - first) * self.panels[0].len() / (last - first);
+        [0, 1].map(|index| next.parts[index].panel(next.panels[index]).get(share(row)..share(row + R)).unwrap_or_default())
+    }
 }
 
 impl Inner for Halves<'_> {
+    /// Rows that are computed together stand in one tile: both begin at a multiple of their number.
     #[inline(always)]
     fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R] {
-        let steps = self.rows.steps();
-        let panels: [&[[Line; 16]]; 2] = std::array::from_fn(|p| &self.panels[p].as_chunks::<16>().0[..steps]);
-        let x: [&[[Line; 16]]; R] =
-            std::array::from_fn(|r| &self.rows.tile((row + r) / TILE_ROWS).as_chunks::<TILE_ROWS>().0[..steps]);
-        let mut sums = [[s.splat(0.0); 2]; R];
-        for step in 0..steps {
-            for (i, (first, second)) in panels[0][step].iter().zip(&panels[1][step]).enumerate() {
-                let weights = [s.words(&first.0), s.words(&second.0)];
-                for r in 0..R {
-                    let x = x[r][step][(row + r) % TILE_ROWS].0[i];
-                    for p in 0..2 {
-                        sums[r][p] = s.dot_halves(sums[r][p], weights[p], x);
-                    }
-                }
-            }
-        }
-        sums
+        let nothing = [[s.splat(0.0); 2]; R];
+        rows_by_lanes(s, self.rows.tile(row / TILE_ROWS), self.panels, row % TILE_ROWS, self.later::<R>(row), nothing)
     }
 }
 

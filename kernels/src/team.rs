@@ -40,6 +40,8 @@ struct Shared {
 struct Job {
     work: *const (dyn Fn(usize) + Sync),
     caller: Thread,
+    /// The processor that the caller runs on.
+    processor: Option<usize>,
 }
 
 // SAFETY: `job` is written by the caller while no member reads it (`left` is 0) and read by members only between the increase of `call` and
@@ -53,7 +55,7 @@ impl Team {
     /// more threads the team is smaller.
     #[must_use]
     pub fn new(threads: usize) -> Self {
-        let job = UnsafeCell::new(Job { work: &|_| (), caller: thread::current() });
+        let job = UnsafeCell::new(Job { work: &|_| (), caller: thread::current(), processor: None });
         let (call, left) = (AtomicU32::new(0), AtomicUsize::new(0));
         let shared = Arc::new(Shared { call, left, job, failed: AtomicBool::new(false), stop: AtomicBool::new(false) });
         let start = |member: usize| {
@@ -84,7 +86,7 @@ impl Team {
         // panics; so the erased lifetime is not outlived.
         let work_ptr = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync), *const (dyn Fn(usize) + Sync)>(work) };
         // SAFETY: `busy` is held and `left` is 0, so nobody else reads or writes the job.
-        unsafe { *self.shared.job.get() = Job { work: work_ptr, caller: thread::current() } };
+        unsafe { *self.shared.job.get() = Job { work: work_ptr, caller: thread::current(), processor: processor() } };
         self.shared.left.store(self.members.len(), Ordering::Relaxed);
         self.shared.call.fetch_add(1, Ordering::Release);
         self.members.iter().for_each(|member| member.thread().unpark());
@@ -144,7 +146,7 @@ impl Shared {
     fn serve(&self, member: usize) {
         let mut seen = 0;
         loop {
-            wait(|| self.call.load(Ordering::Acquire) != seen);
+            let parked = wait(|| self.call.load(Ordering::Acquire) != seen);
             seen = seen.wrapping_add(1);
             if self.stop.load(Ordering::Relaxed) {
                 return;
@@ -152,6 +154,9 @@ impl Shared {
             // SAFETY: the call counter has moved and this member has not decreased `left`: the job stands still.
             let job = unsafe { &*self.job.get() };
             let caller = job.caller.clone();
+            if parked && let Some(callers) = job.processor {
+                leave(callers);
+            }
             // SAFETY: the caller waits for `left` to be 0 before the work goes away.
             if catch_unwind(AssertUnwindSafe(|| unsafe { (*job.work)(member) })).is_err() {
                 self.failed.store(true, Ordering::Relaxed);
@@ -163,8 +168,8 @@ impl Shared {
     }
 }
 
-/// Spins, then parks, until `done`. Whoever makes it true unparks this thread.
-fn wait(done: impl Fn() -> bool) {
+/// Spins, then parks, until `done`. Whoever makes it true unparks this thread. Gives whether it parked.
+fn wait(done: impl Fn() -> bool) -> bool {
     let mut spins = 0;
     while !done() {
         if spins < SPINS {
@@ -174,7 +179,41 @@ fn wait(done: impl Fn() -> bool) {
             thread::park();
         }
     }
+    spins == SPINS
 }
+
+/// The processor that this thread runs on.
+#[cfg(target_os = "linux")]
+fn processor() -> Option<usize> {
+    Some(rustix::thread::sched_getcpu())
+}
+
+/// Has this thread go on elsewhere if it runs on `processor`, and come back there only if the system wants. In a virtual machine Linux takes an idle
+/// processor for one that the host has taken away, and wakes a thread on its waker's: caller and member would take turns there, half as fast as one
+/// alone, until the system balances its load some ten milliseconds later.
+#[cfg(target_os = "linux")]
+fn leave(processor: usize) {
+    use rustix::thread::{sched_getaffinity, sched_getcpu, sched_setaffinity};
+    if sched_getcpu() != processor {
+        return;
+    }
+    let Ok(allowed) = sched_getaffinity(None) else { return };
+    let mut others = allowed;
+    others.unset(processor);
+    // Where there are no others the system refuses.
+    if sched_setaffinity(None, &others).is_ok() {
+        let _ = sched_setaffinity(None, &allowed); // what it was before
+    }
+}
+
+/// Elsewhere nobody asks.
+#[cfg(not(target_os = "linux"))]
+fn processor() -> Option<usize> {
+    None
+}
+
+#[cfg(not(target_os = "linux"))]
+fn leave(_processor: usize) {}
 
 /// A slice that several members write, each its own parts.
 pub(crate) struct Parts<'a, T> {
@@ -224,6 +263,32 @@ mod tests {
             }
             assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1000));
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn who_leaves_a_processor_runs_on_another_and_may_come_back() {
+        use rustix::thread::{sched_getaffinity, sched_getcpu, sched_setaffinity};
+        let allowed = sched_getaffinity(None).unwrap();
+        let here = sched_getcpu();
+        let mut only = allowed;
+        only.clear();
+        only.set(here);
+        sched_setaffinity(None, &only).unwrap();
+        leave(here);
+        assert_eq!(sched_getcpu(), here, "there is no other");
+        assert!(sched_getaffinity(None).unwrap() == only);
+        sched_setaffinity(None, &allowed).unwrap();
+        if allowed.count() > 1 {
+            // Only who is there leaves; the system may move this thread at any time, but not a hundred times in a row.
+            let left = (0..100).any(|_| {
+                let before = sched_getcpu();
+                leave(before);
+                sched_getcpu() != before
+            });
+            assert!(left);
+        }
+        assert!(sched_getaffinity(None).unwrap() == allowed);
     }
 
     #[test]

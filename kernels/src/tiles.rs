@@ -10,6 +10,7 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _xgetbv};
 
 use crate::buffer::Line;
+use crate::multiply::{Block, Fetch};
 
 /// Rows of a tile, and columns of a block of results.
 pub(crate) const TILE: usize = 16;
@@ -84,7 +85,7 @@ macro_rules! OWN {
     };
 }
 
-/// As [`LATER_LINES`] says.
+/// As [`crate::multiply::LATER_LINES`] says.
 macro_rules! LATER {
     () => {
         "prefetcht1 [{l0}]\nprefetcht1 [{l0} + 64]\nadd {l0}, 128\n\
@@ -200,7 +201,7 @@ impl Tiles {
     /// # Panics
     /// When the lengths differ or are not whole steps.
     #[inline]
-    pub(crate) fn product(&self, a: [&[Line]; 2], b: [&[Line]; 2], fetch: Fetch<'_>, c: &mut [[[Line; TILE]; 2]; 2]) {
+    pub(crate) fn product(&self, a: [&[Line]; 2], b: [&[Line]; 2], fetch: Fetch<'_>, c: &mut Block) {
         let lines = a[0].len();
         assert!(lines.is_multiple_of(TILE) && lines > 0 && [a[1], b[0], b[1]].iter().all(|x| x.len() == lines));
         let twice = [!std::ptr::eq(a[0], a[1]), !std::ptr::eq(b[0], b[1])];
@@ -223,7 +224,7 @@ impl Tiles {
     /// # Panics
     /// When the lengths differ or are not whole steps.
     #[inline]
-    pub(crate) fn add_product(&self, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut [[[Line; TILE]; 2]; 2]) {
+    pub(crate) fn add_product(&self, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
         let lines = a[0].len();
         assert!(lines.is_multiple_of(TILE) && lines > 0 && [a[1], b[0], b[1]].iter().all(|x| x.len() == lines));
         let steps = lines / TILE;
@@ -237,20 +238,6 @@ impl Tiles {
     }
 }
 
-/// What a product calls for on its way, besides what it reads.
-#[derive(Clone, Copy)]
-pub(crate) enum Fetch<'a> {
-    /// Nothing: all it reads is near.
-    Nothing,
-    /// Its own panels, some steps before it reads them.
-    Own,
-    /// What a later product reads, into the second-level cache: [`LATER_LINES`] of each for every step.
-    Later([&'a [Line]; 2]),
-}
-
-/// Lines of a panel that a step calls for.
-pub(crate) const LATER_LINES: usize = 2;
-
 impl Drop for Tiles {
     fn drop(&mut self) {
         // SAFETY: the tiles were taken by this value; nothing stands in them that is used later.
@@ -260,7 +247,7 @@ impl Drop for Tiles {
 
 /// Two tiles of rows by one panel. Safety: as in [`Tiles::product`].
 #[inline(always)]
-unsafe fn tall(steps: usize, a: [&[Line]; 2], b: &[Line], c: &mut [[[Line; TILE]; 2]; 2]) {
+unsafe fn tall(steps: usize, a: [&[Line]; 2], b: &[Line], c: &mut Block) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(

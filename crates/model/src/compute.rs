@@ -22,8 +22,9 @@ const MEASURED_RUNS: usize = 3;
 const MEASURED_MAX: Duration = Duration::from_millis(1500);
 /// LibTorch must be so much faster to be worth its copy of the weights.
 const WORTH: f64 = 0.95;
-/// With quantised weights up to so many rows activations are rounded to 8 bits; above, weights and activations to bfloat16.
-const BYTES_ROWS_MAX: usize = 16;
+/// With quantised weights and AMX up to so many rows activations are rounded to 8 bits; above, weights and activations to bfloat16. Without tiles dot products
+/// of bytes are the faster ones for any number of rows.
+const AMX_BYTES_ROWS_MAX: usize = 16;
 
 /// From how many rows on LibTorch multiplies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -118,9 +119,10 @@ pub(crate) struct Multiplier {
 
 impl Multiplier {
     pub(crate) fn new(compute: Compute, dtype: Dtype, device: Device) -> Self {
-        let bytes_rows_max = if compute.batch_invariant { usize::MAX } else { BYTES_ROWS_MAX };
+        let isa = Isa::best();
+        let bytes_rows_max = if isa == Isa::Amx && !compute.batch_invariant { AMX_BYTES_ROWS_MAX } else { usize::MAX };
         let precision = Precision { exact: dtype == Dtype::F32, bytes_rows_max };
-        let products = Products::new(compute.threads.max(1), Isa::best(), precision);
+        let products = Products::new(compute.threads.max(1), isa, precision);
         Self { products, kind: tensors::kind(dtype), device }
     }
 

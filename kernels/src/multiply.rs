@@ -1,0 +1,150 @@
+//! Blocks of a bfloat16 product: two tiles of 16 rows by two panels of 16 columns, in AMX tiles where there are some, else in vector registers.
+//! Each sum is over the pairs of columns in their order, so a row's bits depend on the instruction set alone.
+
+use crate::buffer::Line;
+use crate::isa::Isa;
+use crate::lanes::{LANES, Simd, call_for};
+
+/// Results of one product, `[2 tiles, 2 panels, 16 rows, 16 columns]` in f32.
+pub(crate) type Block = [[[Line; LANES]; 2]; 2];
+
+/// All zeroes.
+pub(crate) const NO_BLOCK: Block = [[[Line([0; LANES]); LANES]; 2]; 2];
+
+/// A line of results.
+#[inline(always)]
+pub(crate) fn load<S: Simd>(s: S, line: &Line) -> S::V {
+    s.load(bytemuck::cast_ref(&line.0))
+}
+
+/// What a product in tiles calls for on its way, besides what it reads.
+#[derive(Clone, Copy)]
+pub(crate) enum Fetch<'a> {
+    /// Nothing: all it reads is near.
+    Nothing,
+    /// Its own panels, some steps before it reads them.
+    Own,
+    /// What a later product reads, into the second-level cache: [`LATER_LINES`] of each for every step.
+    Later([&'a [Line]; 2]),
+}
+
+/// Lines of a panel that a step calls for.
+pub(crate) const LATER_LINES: usize = 2;
+
+/// Multiplies blocks.
+pub(crate) struct Multiply {
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<crate::tiles::Tiles>,
+}
+
+impl Multiply {
+    /// With tiles where `isa` has them.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn new(isa: Isa) -> Self {
+        Self { tiles: if isa == Isa::Amx { crate::tiles::Tiles::take() } else { None } }
+    }
+
+    /// Without tiles: they are not known here.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn new(_isa: Isa) -> Self {
+        Self {}
+    }
+
+    /// `c[i][j] = a[i] b[j]`. `a[i]`: `[steps, 16 rows, 32 bf16]`; `b[j]`: `[steps, 16 pairs, 16 columns, 2 bf16]`. Where the second of `a` or `b` is
+    /// the first again, what is computed of it means nothing.
+    ///
+    /// # Panics
+    /// When the lengths differ or are not whole steps.
+    #[inline(always)]
+    pub(crate) fn product<S: Simd>(&self, s: S, a: [&[Line]; 2], b: [&[Line]; 2], fetch: Fetch<'_>, c: &mut Block) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &self.tiles {
+            return tiles.product(a, b, fetch, c);
+        }
+        let _ = fetch;
+        *c = NO_BLOCK;
+        by_lanes(s, a, b, c);
+    }
+
+    /// `c[i][j] += a[i] b[j]`, else as [`Self::product`].
+    ///
+    /// # Panics
+    /// When the lengths differ or are not whole steps.
+    #[inline(always)]
+    pub(crate) fn add_product<S: Simd>(&self, s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &self.tiles {
+            return tiles.add_product(a, b, c);
+        }
+        by_lanes(s, a, b, c);
+    }
+}
+
+/// As tiles would, with as many rows at a time as keep their sums in registers.
+#[inline(always)]
+fn by_lanes<S: Simd>(s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
+    let lines = a[0].len();
+    assert!(lines.is_multiple_of(LANES) && [a[1], b[0], b[1]].iter().all(|x| x.len() == lines));
+    let tiles = if std::ptr::eq(a[0], a[1]) { 1 } else { 2 };
+    for (a, c) in a.into_iter().zip(c).take(tiles) {
+        for first in (0..LANES).step_by(S::ROWS) {
+            match S::ROWS {
+                8 => add_rows::<S, 8>(s, a, b, c, first),
+                4 => add_rows::<S, 4>(s, a, b, c, first),
+                2 => add_rows::<S, 2>(s, a, b, c, first),
+                _ => add_rows::<S, 1>(s, a, b, c, first),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add_rows<S: Simd, const R: usize>(s: S, a: &[Line], b: [&[Line]; 2], c: &mut [[Line; LANES]; 2], first: usize) {
+    let mut sums = [[s.splat(0.0); 2]; R];
+    for r in 0..R {
+        sums[r] = [load(s, &c[0][first + r]), load(s, &c[1][first + r])];
+    }
+    let sums = rows_by_lanes(s, a, b, first, [&[], &[]], sums);
+    for r in 0..R {
+        s.store(sums[r][0], bytemuck::cast_mut(&mut c[0][first + r].0));
+        s.store(sums[r][1], bytemuck::cast_mut(&mut c[1][first + r].0));
+    }
+}
+
+/// `sums` and the products of `R` rows of a tile, from `first` on, with two panels. Calls for `later`, some of it with each step.
+#[inline(always)]
+pub(crate) fn rows_by_lanes<S: Simd, const R: usize>(
+    s: S,
+    a: &[Line],
+    b: [&[Line]; 2],
+    first: usize,
+    later: [&[Line]; 2],
+    mut sums: [[S::V; 2]; R],
+) -> [[S::V; 2]; R] {
+    let (a, left, right) = (a.as_chunks().0, b[0].as_chunks().0, b[1].as_chunks().0);
+    let steps = a.iter().zip(left).zip(right);
+    if later[0].is_empty() {
+        for ((a, left), right) in steps {
+            add_step(s, a, [left, right], first, &mut sums);
+        }
+    } else {
+        let mut later = later.map(|lines| lines.chunks(lines.len().div_ceil(a.len())));
+        for ((a, left), right) in steps {
+            later.iter_mut().filter_map(Iterator::next).for_each(call_for);
+            add_step(s, a, [left, right], first, &mut sums);
+        }
+    }
+    sums
+}
+
+/// One step of [`rows_by_lanes`].
+#[inline(always)]
+fn add_step<S: Simd, const R: usize>(s: S, a: &[Line; LANES], b: [&[Line; LANES]; 2], first: usize, sums: &mut [[S::V; 2]; R]) {
+    for (i, (left, right)) in b[0].iter().zip(b[1]).enumerate() {
+        let columns = [s.words(&left.0), s.words(&right.0)];
+        for r in 0..R {
+            let row = a[first + r].0[i];
+            sums[r] = [s.dot_halves(sums[r][0], columns[0], row), s.dot_halves(sums[r][1], columns[1], row)];
+        }
+    }
+}
