@@ -98,6 +98,7 @@ fn by_lanes<S: Simd>(s: S, a: [&[Line]; 2], b: [&[Line]; 2], c: &mut Block) {
     }
 }
 
+/// `R` rows of a tile, from `first` on, times two panels, added to what stands in `c`.
 #[inline(always)]
 fn add_rows<S: Simd, const R: usize>(s: S, a: &[Line], b: [&[Line]; 2], c: &mut [[Line; LANES]; 2], first: usize) {
     let mut sums = [[s.splat(0.0); 2]; R];
@@ -140,8 +141,9 @@ pub(crate) fn rows_by_lanes<S: Simd, const R: usize>(
 /// One step of [`rows_by_lanes`].
 #[inline(always)]
 fn add_step<S: Simd, const R: usize>(s: S, a: &[Line; LANES], b: [&[Line; LANES]; 2], first: usize, sums: &mut [[S::V; 2]; R]) {
-    for (i, (left, right)) in b[0].iter().zip(b[1]).enumerate() {
-        let columns = [s.words(&left.0), s.words(&right.0)];
+    #[allow(clippy::needless_range_loop, reason = "iterators over both panels become twice as many instructions")]
+    for i in 0..LANES {
+        let columns = [s.words(&b[0][i].0), s.words(&b[1][i].0)];
         for r in 0..R {
             let row = a[first + r].0[i];
             sums[r] = [s.dot_halves(sums[r][0], columns[0], row), s.dot_halves(sums[r][1], columns[1], row)];
