@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use millrace_load::millload::client::body::{Api, Writer};
-use millrace_load::millload::client::pool::Target;
+use millrace_load::millload::client::pool::{IDLE_MAX, Target};
 use millrace_load::millload::live::Live;
 use millrace_load::millload::plan::Plan;
 use millrace_load::millload::record::{Outcome, Record};
@@ -54,7 +54,8 @@ fn options(url: &str) -> Options {
         headers: vec![],
         extensions: true,
     };
-    Options { writer, threads: 1, part: (0, 1), speed: 1.0, timeout: Duration::from_secs(120), in_flight_max: 1000, begin: None }
+    let (timeout, idle_max) = (Duration::from_secs(120), IDLE_MAX);
+    Options { writer, threads: 1, part: (0, 1), speed: 1.0, timeout, in_flight_max: 1000, idle_max, begin: None }
 }
 
 fn ran(plan: &Arc<Plan>, options: &Options) -> Ran {

@@ -50,6 +50,8 @@ pub struct Options {
     pub timeout: Duration,
     /// Requests under way at a time; one more is dropped.
     pub in_flight_max: usize,
+    /// Idle connections that are kept for later requests.
+    pub idle_max: usize,
     /// When to begin; several generators agree on it. At once when absent.
     pub begin: Option<Instant>,
 }
@@ -101,7 +103,7 @@ pub fn run(
                 started: started.clone(),
                 under_way: AtomicUsize::new(0),
                 keep_gaps: output <= GAPS_MAX,
-                pool: Pool::new(&options.writer.target),
+                pool: Pool::new(&options.writer.target, options.idle_max),
             };
             let barrier = barrier.clone();
             scope.spawn(move || thread(Arc::new(shared), units, &barrier))

@@ -15,8 +15,8 @@ use tokio::net::TcpStream;
 /// A connection that can take requests.
 pub type Sender = SendRequest<Full<Bytes>>;
 
-/// Idle connections that are kept; more are closed.
-const IDLE_MAX: usize = 16_384;
+/// Idle connections that are kept where some are; more are closed.
+pub const IDLE_MAX: usize = 16_384;
 
 /// Where requests go.
 #[derive(Clone, Debug)]
@@ -50,14 +50,15 @@ impl Target {
 #[derive(Clone, Debug)]
 pub struct Pool {
     address: SocketAddr,
+    idle_max: usize,
     idle: Arc<Mutex<Vec<Sender>>>,
 }
 
 impl Pool {
-    /// With no connections yet.
+    /// With no connections yet; keeps at most `idle_max` that are idle.
     #[must_use]
-    pub fn new(target: &Target) -> Self {
-        Self { address: target.address, idle: Arc::default() }
+    pub fn new(target: &Target, idle_max: usize) -> Self {
+        Self { address: target.address, idle_max, idle: Arc::default() }
     }
 
     /// An idle connection, the one used last, or a new one.
@@ -105,7 +106,7 @@ impl Pool {
 
     fn keep(&self, sender: Sender) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < IDLE_MAX {
+        if idle.len() < self.idle_max {
             idle.push(sender);
         }
     }
@@ -122,5 +123,24 @@ mod tests {
         assert_eq!(Target::parse("http://127.0.0.1:1/a/b").unwrap().prefix, "/a/b");
         assert!(Target::parse("https://127.0.0.1:1").is_err());
         assert!(Target::parse("127.0.0.1:1").is_err());
+    }
+
+    #[tokio::test]
+    async fn idle_connections_are_kept_or_not() {
+        for (idle_max, connections) in [(IDLE_MAX, 1), (0, 3)] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let target = Target::parse(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
+            let pool = Pool::new(&target, idle_max);
+            for _ in 0..3 {
+                let mut sender = pool.take().await.unwrap();
+                sender.ready().await.unwrap();
+                pool.give(sender);
+            }
+            let mut taken = Vec::new();
+            while let Ok(accepted) = tokio::time::timeout(std::time::Duration::from_millis(200), listener.accept()).await {
+                taken.push(accepted.unwrap());
+            }
+            assert_eq!(taken.len(), connections);
+        }
     }
 }

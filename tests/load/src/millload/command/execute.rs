@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
 use crate::millload::client::body::{Api, Writer};
-use crate::millload::client::pool::{Pool, Target};
+use crate::millload::client::pool::{IDLE_MAX, Pool, Target};
 use crate::millload::faults::{self, Site};
 use crate::millload::live::Live;
 use crate::millload::plan::{Plan, Slo};
@@ -57,6 +57,9 @@ pub struct SendArgs {
     /// Requests under way at a time; one more is not sent and counts as failed
     #[arg(long, default_value_t = 10_000)]
     pub in_flight_max: usize,
+    /// Ask each request on a connection of its own: for servers that close a connection after an answer without saying so
+    #[arg(long)]
+    pub fresh_connections: bool,
     /// What users expect, for classes without an objective of their own: ttft=500ms,tpot=50ms
     #[arg(long, value_parser = Slo::parse, default_value = "")]
     pub slo: Slo,
@@ -146,6 +149,7 @@ async fn watched(plan: &Arc<Plan>, send: &SendArgs, once: &Once, golden: Option<
         speed: once.speed,
         timeout: Duration::from_secs_f64(send.timeout.clamp(0.001, 1e6)),
         in_flight_max: send.in_flight_max,
+        idle_max: if send.fresh_connections { 0 } else { IDLE_MAX },
         begin: once.begin_unix_s.map(instant_of).transpose()?,
     };
     let (ran, performed, partial) = generate(plan, options, send, once).await?;
@@ -245,7 +249,7 @@ fn unix_s(started: Instant) -> u64 {
 
 /// The first model that the server names.
 async fn first_model(target: &Target) -> Result<String> {
-    let mut sender = Pool::new(target).connect().await.with_context(|| target.address.to_string())?;
+    let mut sender = Pool::new(target, 0).connect().await.with_context(|| target.address.to_string())?;
     let request = Request::get(format!("{}/v1/models", target.prefix)).header(header::HOST, &target.authority);
     let response = sender.send_request(request.body(Full::<Bytes>::default())?).await?;
     let status = response.status();
