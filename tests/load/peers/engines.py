@@ -108,7 +108,7 @@ def vllm(args, port):
 def llama(model):
     def command(args, port):
         # 32 slots share the context; `--repack 0`: the repacked Q4_1 path dies at an AMX instruction on some virtual machines
-        size = ["-c", 36_864, "-np", 32, "-t", os.cpu_count(), "-tb", os.cpu_count(), "--no-repack"]
+        size = ["-c", 32 * 2304, "-np", 32, "-t", os.cpu_count(), "-tb", os.cpu_count(), "--no-repack"]
         path = args.cache / model if model else args.model
         return [args.cache / "llama" / "llama-server", "-m", path, *size, "--port", port], {}
 
