@@ -51,7 +51,7 @@ impl Multiply {
     }
 
     /// `c[i][j] = a[i] b[j]`. `a[i]`: `[steps, 16 rows, 32 bf16]`; `b[j]`: `[steps, 16 pairs, 16 columns, 2 bf16]`. Where the second of `a` or `b` is
-    /// the first again, what is computed of it means nothing.
+    /// the first again, what then stands for it in `c` means nothing.
     ///
     /// # Panics
     /// When the lengths differ or are not whole steps.

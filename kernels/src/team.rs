@@ -188,8 +188,8 @@ fn processor() -> Option<usize> {
     Some(rustix::thread::sched_getcpu())
 }
 
-/// Has this thread go on elsewhere if it runs on `processor`, and come back there only if the system wants. In a virtual machine Linux takes an idle
-/// processor for one that the host has taken away, and wakes a thread on its waker's: caller and member would take turns there, half as fast as one
+/// Has this thread go on elsewhere if it runs on `processor`, and come back there only if the system wants. In a virtual machine Linux may wake a thread
+/// on its waker's processor though another is idle (decision 76): caller and member would take turns there, half as fast as one
 /// alone, until the system balances its load some ten milliseconds later.
 #[cfg(target_os = "linux")]
 fn leave(processor: usize) {

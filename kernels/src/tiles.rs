@@ -196,7 +196,7 @@ impl Tiles {
     /// `c[i][j] = a[i] b[j]`, for up to two tiles of 16 rows of activations and two panels of 16 columns of weights.
     ///
     /// `a[i]`: `[steps, 16 rows, 32 bf16]`; `b[j]`: `[steps, 16 pairs, 16 columns, 2 bf16]`; `c[i][j]`: `[16 rows, 16 columns]` in f32.
-    /// Where the second of `a` or `b` is the first again its results are the first's again.
+    /// Where the second of `a` or `b` is the first again its results are left as they are.
     ///
     /// # Panics
     /// When the lengths differ or are not whole steps.
