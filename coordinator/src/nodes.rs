@@ -193,14 +193,20 @@ impl Nodes {
         Some(Seen { load: process.load, load_age, silent, deaf, link_age, linked: process.link.is_some() })
     }
 
-    /// Sends to incarnation `epoch` of `name`; `false` when it has no link here or takes no more.
+    /// Sends to incarnation `epoch` of `name`; `false` when it has no link here or takes no more. A link that takes no more has ended,
+    /// though what it brought before may still wait to be read: from now on it is none.
     pub fn send(&self, name: &str, epoch: Epoch, message: Message) -> bool {
-        let outbox = {
+        let link = {
             let table = self.table.read();
             let mut processes = table.by_name.get(name).into_iter().flatten();
-            processes.find(|p| p.epoch == epoch).and_then(|p| p.link.as_ref()).map(|(_, outbox)| outbox.clone())
+            processes.find(|p| p.epoch == epoch).and_then(|p| p.link.clone())
         };
-        outbox.is_some_and(|outbox| outbox(message))
+        let Some((id, outbox)) = link else { return false };
+        let sent = outbox(message);
+        if !sent {
+            self.detach(name, id);
+        }
+        sent
     }
 
     /// Who is on this link, once it joined.
@@ -323,6 +329,17 @@ mod tests {
         assert!(nodes.send("p", MEMBER.1, Message::WantSnapshot { epoch: MEMBER.1 }));
         nodes.detach("p", new);
         assert!(!nodes.send("p", MEMBER.1, Message::WantSnapshot { epoch: MEMBER.1 }));
+    }
+
+    #[test]
+    fn a_link_that_takes_no_more_is_none_whatever_it_still_brings() {
+        let (nodes, t) = (Nodes::default(), Instant::now());
+        let link = nodes.attach(t, "p", 1, Arc::new(|_| false));
+        nodes.heartbeat(t, "p", link, MEMBER, Load::default());
+        assert!(nodes.seen(t, "p", MEMBER.1).unwrap().usable());
+        assert!(!nodes.send("p", MEMBER.1, Message::Ping));
+        nodes.heartbeat(t, "p", link, MEMBER, Load::default());
+        assert!(!nodes.seen(t, "p", MEMBER.1).unwrap().usable(), "a heartbeat that came before the end");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! From the applied state, the nodes' loads and what was just sent, to a ticket on its way.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use millrace_core::cluster::{Cluster, Config as Settings};
@@ -27,6 +28,18 @@ pub(super) enum NotPlaced {
     NoTenant(String),
     /// The router found none.
     NoPlace(NoPlace),
+    /// The link of the node that was chosen takes no more: nothing was sent.
+    Unsent,
+}
+
+impl fmt::Display for NotPlaced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoTenant(name) => write!(f, "tenant {name:?} is not known here"),
+            Self::NoPlace(error) => error.fmt(f),
+            Self::Unsent => f.write_str("the node that was chosen cannot be reached"),
+        }
+    }
 }
 
 impl Inner {
@@ -36,11 +49,12 @@ impl Inner {
         let _ = request.poll();
         match self.place(now, request) {
             Ok(()) => Ok(()),
-            Err(NotPlaced::NoTenant(name)) => Err(SubmitError::NotReady(format!("tenant {name:?} is not known here"))),
-            Err(NotPlaced::NoPlace(NoPlace::NoNodes)) if self.any_linked(now) => {
-                request.unplaced(now, false, NoPlace::NoNodes.to_string());
+            Err(error @ NotPlaced::NoTenant(_)) => Err(SubmitError::NotReady(error.to_string())),
+            Err(error @ (NotPlaced::NoPlace(NoPlace::NoNodes) | NotPlaced::Unsent)) if self.any_linked(now) => {
+                request.unplaced(now, false, error.to_string());
                 Ok(())
             }
+            Err(NotPlaced::Unsent) => Err(self.refusal(request, NoPlace::NoNodes)),
             Err(NotPlaced::NoPlace(error)) => Err(self.refusal(request, error)),
         }
     }
@@ -102,12 +116,11 @@ impl Inner {
             cached_blocks = decision.prefill_cached_blocks, cost_us = decision.cost.total_us(), "placed"
         );
         self.watch(now, no, &question, decision, (&prefill, decode.as_ref().unwrap_or(&prefill)));
-        let (name, epoch) = (prefill.name.clone(), prefill.epoch);
+        if !self.nodes.send(&prefill.name, prefill.epoch, Message::Assign(ticket)) {
+            return Err(NotPlaced::Unsent);
+        }
         request.placed(now, prefill, decode);
         request.leaves(Instant::now());
-        if !self.nodes.send(&name, epoch, Message::Assign(ticket)) {
-            request.unsent(now);
-        }
         Ok(())
     }
 

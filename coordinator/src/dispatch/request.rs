@@ -437,13 +437,6 @@ impl Request {
         self.ask_for_place();
     }
 
-    /// The ticket could not be handed to its node: it had no effect.
-    pub fn unsent(&mut self, now: Instant) {
-        if let Some(node) = self.running.as_ref().map(|r| r.prefill.node) {
-            self.broken(now, Some(node), "the node cannot be reached");
-        }
-    }
-
     /// The client is gone, or the replica stops: nothing more is delivered but this.
     pub fn cancel(&mut self, kind: FailureKind, detail: &str) {
         if !self.ended {

@@ -200,11 +200,11 @@ fn one_that_comes_back_to_a_drained_node_stays() {
 fn attempts_are_bounded() {
     let (mut request, t) = started();
     for _ in 1..ATTEMPTS_MAX {
-        request.unsent(t);
+        request.lost(t, P);
         assert_eq!(drain(&mut request).last(), Some(&Effect::Place));
         request.placed(t, peer(P), None);
     }
-    request.unsent(t);
+    request.lost(t, P);
     assert_eq!(failure(&drain(&mut request)), Some(FailureKind::Attempts));
 }
 

@@ -111,7 +111,8 @@ impl Inner {
             }
             Err(NotPlaced::NoTenant(name)) => request.cancel(FailureKind::TenantGone, &tenant_gone(&name)),
             Err(NotPlaced::NoPlace(NoPlace::Overloaded { .. })) => request.unplaced(now, true, "the cluster is full".into()),
-            Err(NotPlaced::NoPlace(error)) => request.unplaced(now, false, error.to_string()),
+            // A ticket that never left is no failed attempt: a replica that stood still finds all its links ended at once.
+            Err(error @ (NotPlaced::NoPlace(_) | NotPlaced::Unsent)) => request.unplaced(now, false, error.to_string()),
         }
     }
 

@@ -11,12 +11,13 @@ use millrace_core::sampling::Sampling;
 
 use super::decisions::Outcome;
 use super::*;
-use crate::nodes::LinkId;
+use crate::nodes::{LinkId, Outbox};
 
 /// A node whose process is the test.
 struct Fake {
     who: (NodeId, Epoch),
     name: String,
+    instance: u128,
     link: LinkId,
     sent: mpsc::UnboundedReceiver<Message>,
 }
@@ -77,13 +78,24 @@ impl World {
         let join = Join { name: name.into(), role, address, instance, pid: 1, model: model(), slots: 100 };
         let Answer::Joined { node, epoch } = self.apply(&Command::Join(join)) else { panic!("joined") };
         let (sender, sent) = mpsc::unbounded_channel();
-        let link = self.nodes.attach(Instant::now(), name, instance, Arc::new(move |m| sender.send(m).is_ok()));
+        let outbox: Outbox = Arc::new(move |m| sender.send(m).is_ok());
+        let link = self.link(name, instance, (node, epoch), outbox);
+        Fake { who: (node, epoch), name: name.into(), instance, link, sent }
+    }
+
+    fn link(&self, name: &str, instance: u128, who: (NodeId, Epoch), outbox: Outbox) -> LinkId {
+        let link = self.nodes.attach(Instant::now(), name, instance, outbox);
         let load = Load { free_blocks: 100, total_blocks: 100, ..Load::default() };
-        self.nodes.heartbeat(Instant::now(), name, link, (node, epoch), load);
+        self.nodes.heartbeat(Instant::now(), name, link, who, load);
         // Heard from in an hour: no pause of the test makes it silent.
         self.nodes.heard(Instant::now() + Duration::from_secs(3600), name, link);
         self.nodes.answered(Instant::now() + Duration::from_secs(3600), name, link);
-        Fake { who: (node, epoch), name: name.into(), link, sent }
+        link
+    }
+
+    /// The node's process has another link.
+    fn relink(&self, fake: &mut Fake, outbox: Outbox) {
+        fake.link = self.link(&fake.name, fake.instance, fake.who, outbox);
     }
 }
 
@@ -170,6 +182,27 @@ async fn a_lost_link_moves_the_request_to_another_node() {
         world.dispatcher.token(fakes[other].who.0, out(ticket.attempt, index, index == 3));
     }
     assert_eq!(tokens(&mut running).await, [2, 3]);
+}
+
+#[tokio::test]
+async fn tickets_that_cannot_be_sent_are_no_failed_attempts() {
+    let mut world = World::new();
+    let mut fakes: Vec<Fake> = (0..8).map(|n| world.join(&format!("decode-{n}"), Role::Decode, n)).collect();
+    // A replica that stood still: its nodes have ended their links, and it has not read that yet.
+    fakes.iter_mut().for_each(|fake| world.relink(fake, Arc::new(|_| false)));
+    let mut running = world.dispatcher.submit(prompt(20)).unwrap();
+    let linked = |world: &World, fake: &Fake| world.nodes.seen(Instant::now(), &fake.name, fake.who.1).unwrap().linked;
+    while fakes.iter().filter(|fake| linked(&world, fake)).count() > 1 {
+        world.dispatcher.submit(prompt(20)).unwrap();
+    }
+    assert!(matches!(world.dispatcher.submit(prompt(20)), Err(SubmitError::NoNodes { .. })), "that was the last");
+    let (sender, sent) = mpsc::unbounded_channel();
+    fakes[0].sent = sent;
+    world.relink(&mut fakes[0], Arc::new(move |m| sender.send(m).is_ok()));
+    let attempt = AttemptId { request: running.id(), attempt: 0 };
+    while fakes[0].ticket().await.attempt != attempt {}
+    (0..4).for_each(|index| world.dispatcher.token(fakes[0].who.0, out(attempt, index, index == 3)));
+    assert_eq!(tokens(&mut running).await, [0, 1, 2, 3]);
 }
 
 #[tokio::test]
