@@ -1,21 +1,24 @@
 //! Paged attention for one query token: the decode half of attention. Decides the order of the sums, nothing else.
 //!
-//! Online softmax (Milakov, Gimelshein 2018) over tiles of 16 tokens, block by block, the way of FlashAttention (Dao et al. 2022):
-//! each byte of K and V is read from memory once for all query heads that share it. A row is computed by itself and in a fixed
-//! order, so its bits do not depend on what else is in the batch. A long context is cut into parts of a fixed length, whoever computes
-//! them, and the parts are merged in order.
+//! Online softmax (Milakov, Gimelshein 2018) over spans of a few tiles of 16 tokens, block by block, the way of FlashAttention (Dao et
+//! al. 2022): each byte of K and V is read from memory once for all query heads that share it (`row`). What stands in cells is widened to
+//! f32, or taken in pairs where the processor has products of such (`numbers`). A row is computed by itself and in a fixed order, so its bits
+//! do not depend on what else is in the batch. A long context is cut into parts of a fixed length, whoever computes them, and the
+//! parts are merged in order.
 
-use std::marker::PhantomData;
+mod numbers;
+mod row;
+
+use std::cell::RefCell;
 use std::ops::{Deref, Range};
 
-use bytemuck::Pod;
-
-use crate::element::{Element, GROUP as INT8_GROUP, int8_scale};
+use self::numbers::{Pairs, Round};
+use self::row::Row;
+use crate::element::Element;
 use crate::isa::Isa;
-use crate::lanes::{Kernel, LANES, Simd, call_for, exp, run};
+use crate::lanes::{Kernel, Simd, run};
+use crate::slab::Place;
 
-/// Query heads computed together, so that their sums stay in registers.
-const GROUP: usize = 4;
 /// Tokens of one part of a context: short enough that two threads share a short one, long enough that merging costs little.
 pub const PART_TOKENS: usize = 64;
 
@@ -130,36 +133,55 @@ pub fn paged_decode<C: Deref<Target = [u8]>>(
     if out.len() != shape.heads * shape.value_dim() {
         return Err(AttentionError::Query { got: out.len(), expected: shape.heads * shape.value_dim() });
     }
-    let mut part = vec![0.0; shape.part_numbers()];
-    paged_part(isa, shape, query, cells, 0..context, &mut part)?;
-    merge_parts(isa, shape, &part, out)
+    let mut sums = vec![0.0; shape.part_numbers()];
+    paged_part(isa, shape, &RowPart { query, cells, context: 0..context, ahead: &[] }, &mut sums)?;
+    merge_parts(isa, shape, &sums, out)
 }
 
-/// As [`paged_decode`], for the part of a context that lies in `cells`: their tokens `context`, the first of which may lie within a cell where
-/// a window begins there. `part` is [`DecodeShape::part_numbers`] long.
+/// A part of the context of one token.
+#[derive(Clone, Debug)]
+pub struct RowPart<'a, C> {
+    /// `[heads, head_dim]`.
+    pub query: &'a [f32],
+    /// The blocks of the part in order; longer than needed is fine.
+    pub cells: &'a [C],
+    /// Tokens to read, counted from the first of `cells`, where a window may begin within.
+    pub context: Range<usize>,
+    /// The cells that this thread attends to next, called for meanwhile.
+    pub ahead: &'a [Place],
+}
+
+/// As [`paged_decode`], for a part of a context. `sums` is [`DecodeShape::part_numbers`] long.
 ///
 /// # Errors
-/// [`AttentionError`] when the arguments do not fit; `part` is then untouched.
+/// [`AttentionError`] when the arguments do not fit; `sums` is then untouched.
 pub fn paged_part<C: Deref<Target = [u8]>>(
     isa: Isa,
     shape: &DecodeShape,
-    query: &[f32],
-    cells: &[C],
-    context: Range<usize>,
-    part: &mut [f32],
+    part: &RowPart<'_, C>,
+    sums: &mut [f32],
 ) -> Result<(), AttentionError> {
-    check(shape, query, cells, &context)?;
-    if part.len() != shape.part_numbers() {
-        return Err(AttentionError::Query { got: part.len(), expected: shape.part_numbers() });
+    let query = part.query;
+    check(shape, query, part.cells, &part.context)?;
+    if sums.len() != shape.part_numbers() {
+        return Err(AttentionError::Query { got: sums.len(), expected: shape.part_numbers() });
     }
-    let (out, running) = part.split_at_mut(shape.heads * shape.value_dim());
-    let running = running.as_chunks_mut().0;
     match shape.element {
-        Element::F32 => run(isa, Row { shape, query, cells, context, out, running, element: PhantomData::<f32> }),
-        Element::Bf16 => run(isa, Row { shape, query, cells, context, out, running, element: PhantomData::<u16> }),
-        Element::Int8 => run(isa, Row { shape, query, cells, context, out, running, element: PhantomData::<u8> }),
+        Element::F32 => run(isa, Row::<f32, C>::new(shape, part, query, sums)),
+        Element::Bf16 if isa.has_bf16() && Pairs::fit(shape) => ROUNDED.with_borrow_mut(|rounded| {
+            rounded.resize(query.len() / 2, 0);
+            run(isa, Round { query, rounded });
+            run(isa, Row::<Pairs, C>::new(shape, part, rounded, sums));
+        }),
+        Element::Bf16 => run(isa, Row::<u16, C>::new(shape, part, query, sums)),
+        Element::Int8 => run(isa, Row::<u8, C>::new(shape, part, query, sums)),
     }
     Ok(())
+}
+
+thread_local! {
+    /// A query in pairs of bfloat16.
+    static ROUNDED: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The attention of one token from the parts of its context, one after the other. `out`: `[heads, value_dim]`.
@@ -225,256 +247,5 @@ fn check<C: Deref<Target = [u8]>>(
     match cells.iter().find(|cell| cell.len() != expected || cell.as_ptr().align_offset(shape.element.align()) != 0) {
         Some(cell) => Err(AttentionError::Cell { got: cell.len(), expected }),
         None => Ok(()),
-    }
-}
-
-/// One row, checked.
-struct Row<'a, C, T> {
-    shape: &'a DecodeShape,
-    query: &'a [f32],
-    cells: &'a [C],
-    context: Range<usize>,
-    /// Weighted sums of V.
-    out: &'a mut [f32],
-    running: &'a mut [Running],
-    element: PhantomData<T>,
-}
-
-/// What vectors are made of; numbers are read from them as f32.
-trait Load: Pod {
-    /// How many of it a vector of `dim` numbers takes.
-    fn len(dim: usize) -> usize {
-        dim
-    }
-    /// Numbers `LANES * c` and on of a vector, in registers.
-    fn lanes<S: Simd>(s: S, vector: &[Self], dim: usize, c: usize) -> S::V;
-    /// Number `at` of a vector.
-    fn widen(vector: &[Self], dim: usize, at: usize) -> f32;
-}
-
-impl Load for f32 {
-    #[inline(always)]
-    fn lanes<S: Simd>(s: S, vector: &[Self], _dim: usize, c: usize) -> S::V {
-        s.load(&vector.as_chunks().0[c])
-    }
-
-    #[inline(always)]
-    fn widen(vector: &[Self], _dim: usize, at: usize) -> f32 {
-        vector[at]
-    }
-}
-
-/// The bits of a bfloat16.
-impl Load for u16 {
-    #[inline(always)]
-    fn lanes<S: Simd>(s: S, vector: &[Self], _dim: usize, c: usize) -> S::V {
-        s.load_bf16(&vector.as_chunks().0[c])
-    }
-
-    #[inline(always)]
-    fn widen(vector: &[Self], _dim: usize, at: usize) -> f32 {
-        f32::from_bits(u32::from(vector[at]) << 16)
-    }
-}
-
-/// Signed bytes, then their scales.
-impl Load for u8 {
-    #[inline(always)]
-    fn len(dim: usize) -> usize {
-        Element::Int8.vector_bytes(dim)
-    }
-
-    #[inline(always)]
-    fn lanes<S: Simd>(s: S, vector: &[Self], dim: usize, c: usize) -> S::V {
-        s.mul(s.load_bytes(&vector.as_chunks().0[c]), s.splat(int8_scale(vector, dim, c * LANES / INT8_GROUP)))
-    }
-
-    #[inline(always)]
-    fn widen(vector: &[Self], dim: usize, at: usize) -> f32 {
-        f32::from(vector[at] as i8) * int8_scale(vector, dim, at / INT8_GROUP)
-    }
-}
-
-/// The running softmax of one query head: largest score so far, sum of the exponentials relative to it.
-type Running = [f32; 2];
-
-impl<T: Load, C: Deref<Target = [u8]>> Kernel for Row<'_, C, T> {
-    /// KV heads, then blocks, then the query heads of the group.
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Row { shape, query, cells, context, out, running, .. } = self;
-        let (dim, block, vector) = (shape.head_dim, shape.block_tokens, T::len(shape.head_dim));
-        let group = shape.heads / shape.kv_heads;
-        out.fill(0.0);
-        running.fill([f32::NEG_INFINITY, 0.0]);
-        let heads = query.chunks_exact(group * dim).zip(out.chunks_exact_mut(group * shape.value_dim()));
-        let (first_cell, cells) = (context.start / block, &cells[..context.end.div_ceil(block)]);
-        // Keys and values of what a block holds of the context.
-        let of_block = |kv_head: usize, index: usize| {
-            let (first, last) = (context.start.saturating_sub(index * block), (context.end - index * block).min(block));
-            let cell = bytemuck::cast_slice::<u8, T>(&cells[index]);
-            let values = if shape.latent.is_some() { cell } else { &cell[shape.kv_heads * block * vector..] };
-            let span = (kv_head * block + first) * vector..(kv_head * block + last) * vector;
-            [&cell[span.clone()], &values[span]]
-        };
-        for (kv_head, ((query, out), running)) in heads.zip(running.chunks_exact_mut(group)).enumerate() {
-            for index in first_cell..cells.len() {
-                // Blocks lie anywhere: the processor does not see what comes next.
-                if index + 1 < cells.len() {
-                    of_block(kv_head, index + 1).into_iter().for_each(call_for);
-                } else if kv_head + 1 < shape.kv_heads {
-                    of_block(kv_head + 1, first_cell).into_iter().for_each(call_for);
-                }
-                let [keys, values] = of_block(kv_head, index);
-                group_block::<T, S>(s, shape, query, keys, values, running, out);
-            }
-        }
-    }
-}
-
-/// One block of one KV head for all its query heads, `GROUP` at a time, in tiles of `LANES` tokens.
-#[inline(always)]
-fn group_block<T: Load, S: Simd>(
-    s: S,
-    shape: &DecodeShape,
-    query: &[f32],
-    keys: &[T],
-    values: &[T],
-    running: &mut [Running],
-    out: &mut [f32],
-) {
-    let (dim, value_dim, span) = (shape.head_dim, shape.value_dim(), LANES * T::len(shape.head_dim));
-    for (keys, values) in keys.chunks(span).zip(values.chunks(span)) {
-        let tile = Tile { dim, value_dim, scale: shape.scale, keys, values };
-        let parts = query.chunks(GROUP * dim).zip(running.chunks_mut(GROUP)).zip(out.chunks_mut(GROUP * value_dim));
-        for ((query, running), out) in parts {
-            match running.len() {
-                1 => tile.step::<S, 1>(s, query, running, out),
-                2 => tile.step::<S, 2>(s, query, running, out),
-                3 => tile.step::<S, 3>(s, query, running, out),
-                _ => tile.step::<S, GROUP>(s, query, running, out),
-            }
-        }
-    }
-}
-
-/// What is added to the scores of a tile: from `n` on, of one that lacks its last `n` tokens.
-static LACKING: [f32; 2 * LANES] = {
-    let mut mask = [0.0; 2 * LANES];
-    let mut i = LANES;
-    while i < 2 * LANES {
-        mask[i] = f32::NEG_INFINITY;
-        i += 1;
-    }
-    mask
-};
-
-/// At most `LANES` tokens of one KV head: a key and a value each.
-struct Tile<'a, T> {
-    dim: usize,
-    /// Numbers of each value that count.
-    value_dim: usize,
-    scale: f32,
-    keys: &'a [T],
-    values: &'a [T],
-}
-
-impl<T: Load> Tile<'_, T> {
-    /// For `G` query heads: scores, softmax step, weighted sum.
-    #[inline(always)]
-    fn step<S: Simd, const G: usize>(&self, s: S, query: &[f32], running: &mut [Running], out: &mut [f32]) {
-        let scores = self.scores::<S, G>(s, query);
-        let (mut weights, mut shrink) = ([[0.0; LANES]; G], [0.0; LANES]);
-        for g in 0..G {
-            let ([before, _], largest) = (running[g], s.largest(scores[g]));
-            running[g][0] = if largest > before { largest } else { before };
-            shrink[g] = before - running[g][0];
-        }
-        s.store(exp(s, s.load(&shrink)), &mut shrink);
-        for g in 0..G {
-            let exponentials = exp(s, s.sub(scores[g], s.splat(running[g][0])));
-            s.store(exponentials, &mut weights[g]);
-            running[g][1] = running[g][1] * shrink[g] + s.sum(exponentials);
-        }
-        self.weigh::<S, G>(s, &weights, &shrink, out);
-    }
-
-    /// `scale * q . k` for each head and token; minus infinity for the tokens that a short tile lacks.
-    #[inline(always)]
-    fn scores<S: Simd, const G: usize>(&self, s: S, query: &[f32]) -> [S::V; G] {
-        let (dim, size) = (self.dim, T::len(self.dim));
-        let queries: [&[[f32; LANES]]; G] = std::array::from_fn(|g| query[g * dim..][..dim].as_chunks().0);
-        let mut folded = [[s.splat(0.0); 2]; G];
-        for (half, keys) in self.keys.chunks(LANES / 2 * size).enumerate().take(2) {
-            let mut sums = [[s.splat(0.0); LANES / 2]; G];
-            // A short half repeats its last token; what comes of that is not read.
-            let last = keys.len() / size - 1;
-            let keys: [&[T]; LANES / 2] = std::array::from_fn(|token| &keys[token.min(last) * size..][..size]);
-            #[allow(clippy::needless_range_loop, reason = "it counts in several slices")]
-            for c in 0..dim / LANES {
-                for token in 0..LANES / 2 {
-                    let key = T::lanes(s, keys[token], dim, c);
-                    for g in 0..G {
-                        sums[g][token] = s.fma(s.load(&queries[g][c]), key, sums[g][token]);
-                    }
-                }
-            }
-            for g in 0..G {
-                folded[g][half] = s.fold(sums[g]);
-            }
-        }
-        let lacking = LANES - (self.keys.len() / size).min(LANES);
-        let mask = s.load(LACKING[lacking..].first_chunk().expect("no tile lacks more than it has"));
-        let mut scores = [mask; G];
-        for g in 0..G {
-            let mut sums = s.join(folded[g][0], folded[g][1]);
-            if !dim.is_multiple_of(LANES) {
-                sums = s.add(sums, self.rest(s, &query[g * dim..][..dim]));
-            }
-            scores[g] = s.fma(sums, s.splat(self.scale), mask);
-        }
-        scores
-    }
-
-    /// What the elements of a head beyond whole registers add to the scores.
-    #[inline(always)]
-    fn rest<S: Simd>(&self, s: S, query: &[f32]) -> S::V {
-        let whole = self.dim / LANES * LANES;
-        let mut sums = [0.0; LANES];
-        for (sum, key) in sums.iter_mut().zip(self.keys.chunks_exact(T::len(self.dim))) {
-            *sum = query[whole..].iter().zip(whole..).fold(0.0, |sum, (q, at)| sum + q * T::widen(key, self.dim, at));
-        }
-        s.load(&sums)
-    }
-
-    /// `out = out * shrink + sum over tokens of weight * v`, for each head.
-    #[inline(always)]
-    fn weigh<S: Simd, const G: usize>(&self, s: S, weights: &[[f32; LANES]; G], shrink: &[f32; LANES], out: &mut [f32]) {
-        let (dim, value_dim) = (self.dim, self.value_dim);
-        let mut outs = out.chunks_exact_mut(value_dim);
-        let outs: [&mut [[f32; LANES]]; G] = std::array::from_fn(|_| outs.next().unwrap_or_default().as_chunks_mut().0);
-        #[allow(clippy::needless_range_loop, reason = "it counts in several slices")]
-        for c in 0..value_dim / LANES {
-            let mut sums = [s.splat(0.0); G];
-            for g in 0..G {
-                sums[g] = s.mul(s.load(&outs[g][c]), s.splat(shrink[g]));
-            }
-            for (token, value) in self.values.chunks_exact(T::len(dim)).enumerate().take(LANES) {
-                let value = T::lanes(s, value, dim, c);
-                for g in 0..G {
-                    sums[g] = s.fma(s.splat(weights[g][token]), value, sums[g]);
-                }
-            }
-            for g in 0..G {
-                s.store(sums[g], &mut outs[g][c]);
-            }
-        }
-        for g in 0..G {
-            for c in value_dim - value_dim % LANES..value_dim {
-                let products = self.values.chunks_exact(T::len(dim)).zip(&weights[g]);
-                let start = out[g * value_dim + c] * shrink[g];
-                out[g * value_dim + c] = products.fold(start, |sum, (value, weight)| sum + weight * T::widen(value, dim, c));
-            }
-        }
     }
 }

@@ -19,8 +19,8 @@ unsafe impl Zeroable for Line {}
 // SAFETY: as above; it is `Copy` and holds no pointer.
 unsafe impl Pod for Line {}
 
-/// From this size on a buffer begins on a huge page.
-const HUGE_BYTES: usize = 2 << 20;
+/// A huge page: from this size on memory begins on one.
+pub(crate) const HUGE_BYTES: usize = 2 << 20;
 
 /// Owned lines that do not move.
 pub(crate) struct Buffer {
@@ -85,17 +85,12 @@ impl Drop for Buffer {
     }
 }
 
-/// Asks the system for huge pages; a refusal changes nothing but speed.
-fn advise_huge(memory: *mut u8, bytes: usize) {
+/// Asks the system for huge pages under a range of our own; a refusal changes nothing but speed.
+pub(crate) fn advise_huge(memory: *mut u8, bytes: usize) {
     #[cfg(target_os = "linux")]
     {
-        /// `MADV_HUGEPAGE` of `mman.h`.
-        const HUGE_PAGE: i32 = 14;
-        unsafe extern "C" {
-            fn madvise(memory: *mut u8, bytes: usize, advice: i32) -> i32;
-        }
-        // SAFETY: madvise(2) with this advice changes how a range of our own memory is backed, never what stands in it.
-        unsafe { madvise(memory, bytes, HUGE_PAGE) };
+        // SAFETY: this advice changes how a range of our own memory is backed, never what stands in it.
+        let _ = unsafe { rustix::mm::madvise(memory.cast(), bytes, rustix::mm::Advice::LinuxHugepage) };
     }
     #[cfg(not(target_os = "linux"))]
     let _ = (memory, bytes);

@@ -28,12 +28,12 @@ pub mod team;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-pub use attention::{AttentionError, DecodeShape, merge_parts, paged_decode, paged_part};
+pub use attention::{AttentionError, DecodeShape, RowPart, merge_parts, paged_decode, paged_part};
 pub use chunk::{Chunk, ChunkAttention};
 pub use element::Element;
 pub use isa::Isa;
 pub use matrix::{Format, Matrix, MatrixError, Source};
 pub use product::{Into, Precision, Products};
 pub use rows::Norm;
-pub use slab::{KvSlab, SlabError};
+pub use slab::{KvSlab, Place, SlabError};
 pub use team::Team;

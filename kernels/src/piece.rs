@@ -1,21 +1,27 @@
-//! One run of memory cut into equal parts that are lent apart: what a slab in one piece stands on.
+//! One run of memory cut into equal parts that are lent apart: what a slab stands on.
 //!
+//! It is mapped, not allocated: the system gives pages, all zero, as they are first touched, and huge ones where it has them.
 //! A device may read and write the whole run by its address; whoever lets it holds the locks of the parts that are meant.
 
 #![allow(unsafe_code)]
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ffi::c_void;
+use std::io;
 use std::ops::{Deref, DerefMut};
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
-/// Page-locking works on whole pages: the run begins on one of its own.
-const PAGE_BYTES: usize = 4096;
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+use crate::buffer::{HUGE_BYTES, advise_huge};
 
 /// The run.
 pub(crate) struct Piece {
+    /// What is mapped: the run, and what is skipped before it so that it begins on a huge page.
+    mapped: NonNull<c_void>,
+    mapped_bytes: usize,
     start: NonNull<u8>,
-    layout: Layout,
+    bytes: usize,
 }
 
 // SAFETY: the piece itself gives no access to its bytes; parts do, each to its own.
@@ -39,19 +45,30 @@ unsafe impl Sync for Part {}
 impl Piece {
     /// `count` parts of `bytes` bytes each, all zero, one after the other.
     ///
+    /// # Errors
+    /// When the system does not map so much.
+    ///
     /// # Panics
     /// When there are none, or they are more than the address space.
-    pub(crate) fn zeroed(bytes: usize, count: usize) -> (Arc<Self>, impl Iterator<Item = Part>) {
+    pub(crate) fn zeroed(bytes: usize, count: usize) -> io::Result<(Arc<Self>, impl Iterator<Item = Part>)> {
         let whole = bytes.checked_mul(count).filter(|&whole| whole > 0).expect("a slab's size is checked");
-        let layout = Layout::from_size_align(whole, PAGE_BYTES).expect("a slab is smaller than the address space");
-        // SAFETY: the layout is not empty.
-        let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
-        let piece = Arc::new(Self { start, layout });
+        let mapped_bytes = whole.checked_add(HUGE_BYTES).expect("a slab is smaller than the address space");
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at a place that the system picks touches nothing of ours.
+        let mapped = unsafe { mmap_anonymous(null_mut(), mapped_bytes, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+        let mapped = NonNull::new(mapped).expect("a mapping is nowhere near zero");
+        let skipped = mapped.cast::<u8>().align_offset(HUGE_BYTES);
+        // SAFETY: less than a huge page is skipped, and so much more than the run was mapped.
+        let start = unsafe { mapped.cast::<u8>().add(skipped) };
+        if whole >= HUGE_BYTES {
+            advise_huge(start.as_ptr(), whole);
+        }
+        let piece = Arc::new(Self { mapped, mapped_bytes, start, bytes: whole });
         let parts = (0..count).scan(piece.clone(), move |piece, index| {
-            // SAFETY: part `index` of `count` lies within the allocation.
+            // SAFETY: part `index` of `count` lies within the run.
             Some(Part { start: unsafe { piece.start.add(index * bytes) }, bytes, _piece: piece.clone() })
         });
-        (piece, parts)
+        Ok((piece, parts))
     }
 
     /// Where it begins.
@@ -61,14 +78,15 @@ impl Piece {
 
     /// Its length.
     pub(crate) fn bytes(&self) -> usize {
-        self.layout.size()
+        self.bytes
     }
 }
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        // SAFETY: the memory came from `alloc_zeroed` with this very layout, and every part that pointed into it is gone.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+        // SAFETY: this is what was mapped, and every part that pointed into it is gone.
+        let unmapped = unsafe { munmap(self.mapped.as_ptr(), self.mapped_bytes) };
+        debug_assert!(unmapped.is_ok(), "a mapping of our own: {unmapped:?}");
     }
 }
 

@@ -2,17 +2,17 @@
 //!
 //! Each cell has its own lock, so a cell in flight to another node cannot be overwritten, and a cell being received cannot be read
 //! half. Which slot belongs to which sequence is decided by `core::pool`; the slab only refuses what would tear bytes.
-//! Memory is taken at a cell's first write: a large pool costs nothing until it is used. A slab in one piece has all its memory from the start,
-//! for a device that reads and writes it by itself ([`crate::cuda`]).
+//! Its memory is one piece, slot by slot, in huge pages where the system has them: attention reads it all at each step, and 4 KiB pages cost a
+//! walk of the page table for each few vectors. It is taken as it is first touched: a large pool costs nothing until it is used.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytemuck::{Pod, Zeroable};
 use parking_lot::lock_api::{ArcRwLockReadGuard, ArcRwLockWriteGuard};
 use parking_lot::{RawRwLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use crate::lanes::call_near;
 use crate::piece::{Part, Piece};
 
 /// Most cells of one slab.
@@ -45,90 +45,44 @@ pub enum SlabError {
         /// Slots.
         slots: usize,
     },
-}
-
-/// One aligned run of bytes: the unit of allocation.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; CELL_ALIGN]);
-
-// SAFETY: `Line` is a `repr(C)` array of bytes of size 64 and alignment 64: no padding, any bit pattern valid, all zeroes included.
-#[allow(unsafe_code)]
-unsafe impl Zeroable for Line {}
-// SAFETY: as above; it is `Copy` and holds no pointer.
-#[allow(unsafe_code)]
-unsafe impl Pod for Line {}
-
-/// The bytes of a cell.
-enum Store {
-    /// Not touched yet.
-    None,
-    Own(Box<[Line]>),
-    Part(Part),
-}
-
-impl Store {
-    fn is_none(&self) -> bool {
-        matches!(self, Self::None)
-    }
-
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::None => &[],
-            Self::Own(lines) => bytemuck::cast_slice(lines),
-            Self::Part(part) => part,
-        }
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        match self {
-            Self::None => &mut [],
-            Self::Own(lines) => bytemuck::cast_slice_mut(lines),
-            Self::Part(part) => part,
-        }
-    }
+    /// The system does not map so much.
+    #[error("no room for a KV slab of {bytes} bytes: {error}")]
+    NoMemory {
+        /// Bytes of all cells.
+        bytes: usize,
+        /// What it says.
+        error: String,
+    },
 }
 
 /// The cells of a node. See the module text.
 pub struct KvSlab {
-    cells: Vec<Arc<RwLock<Store>>>,
+    cells: Vec<Arc<RwLock<Part>>>,
     /// Of each slot how often one of its cells was borrowed for writing.
     writes: Vec<AtomicU64>,
     cell_bytes: usize,
     layers: usize,
-    piece: Option<Arc<Piece>>,
+    piece: Arc<Piece>,
 }
 
 impl KvSlab {
-    /// A slab of `slots x layers` cells of `cell_bytes` bytes, all zero. The memory is not taken yet.
+    /// A slab of `slots x layers` cells of `cell_bytes` bytes, all zero: the cell of `(slot, layer)` begins at
+    /// `(slot * layers + layer) * cell_bytes`, where `cell_bytes` is rounded up to [`CELL_ALIGN`].
     ///
     /// # Errors
-    /// [`SlabError`] when a size is zero or the whole is over the limits.
+    /// [`SlabError`] when a size is zero, the whole is over the limits, or the system has no room for it.
     pub fn new(cell_bytes: usize, layers: usize, slots: usize) -> Result<Arc<Self>, SlabError> {
         check(cell_bytes, layers, slots)?;
-        Ok(Self::of((0..layers * slots).map(|_| Store::None), cell_bytes, layers, None))
+        let (piece, parts) = Piece::zeroed(cell_bytes.next_multiple_of(CELL_ALIGN), layers * slots)
+            .map_err(|error| SlabError::NoMemory { bytes: cell_bytes * layers * slots, error: error.to_string() })?;
+        let cells = parts.map(|part| Arc::new(RwLock::new(part))).collect();
+        let writes = (0..slots).map(|_| AtomicU64::new(0)).collect();
+        Ok(Arc::new(Self { cells, writes, cell_bytes, layers, piece }))
     }
 
-    /// As [`KvSlab::new`] with all memory taken, in one piece: the cell of `(slot, layer)` begins at `(slot * layers + layer) * cell_bytes`, where
-    /// `cell_bytes` is rounded up to [`CELL_ALIGN`].
-    ///
-    /// # Errors
-    /// As [`KvSlab::new`].
-    pub fn in_one_piece(cell_bytes: usize, layers: usize, slots: usize) -> Result<Arc<Self>, SlabError> {
-        check(cell_bytes, layers, slots)?;
-        let (piece, parts) = Piece::zeroed(cell_bytes.next_multiple_of(CELL_ALIGN), layers * slots);
-        Ok(Self::of(parts.map(Store::Part), cell_bytes, layers, Some(piece)))
-    }
-
-    fn of(stores: impl Iterator<Item = Store>, cell_bytes: usize, layers: usize, piece: Option<Arc<Piece>>) -> Arc<Self> {
-        let cells: Vec<_> = stores.map(|store| Arc::new(RwLock::new(store))).collect();
-        let writes = (0..cells.len() / layers).map(|_| AtomicU64::new(0)).collect();
-        Arc::new(Self { cells, writes, cell_bytes, layers, piece })
-    }
-
-    /// The memory of a slab in one piece.
-    pub(crate) fn piece(&self) -> Option<&Arc<Piece>> {
-        self.piece.as_ref()
+    /// Its memory.
+    pub(crate) fn piece(&self) -> &Arc<Piece> {
+        &self.piece
     }
 
     /// Bytes of one cell.
@@ -156,14 +110,7 @@ impl KvSlab {
     /// When `slot` or `layer` is out of range.
     #[must_use]
     pub fn read(&self, slot: usize, layer: usize) -> CellRef<'_> {
-        let cell = self.cell(slot, layer);
-        let guard = cell.read_recursive();
-        if !guard.is_none() {
-            return CellRef { guard, bytes: self.cell_bytes };
-        }
-        drop(guard);
-        self.touch(&mut cell.write());
-        CellRef { guard: cell.read_recursive(), bytes: self.cell_bytes }
+        CellRef { guard: self.cell(slot, layer).read_recursive(), bytes: self.cell_bytes }
     }
 
     /// Borrows a cell for writing; waits until no reader and no share is left.
@@ -172,8 +119,7 @@ impl KvSlab {
     /// When `slot` or `layer` is out of range.
     #[must_use]
     pub fn write(&self, slot: usize, layer: usize) -> CellMut<'_> {
-        let mut guard = self.cell(slot, layer).write();
-        self.touch(&mut guard);
+        let guard = self.cell(slot, layer).write();
         self.writes[slot].fetch_add(1, Ordering::Release);
         CellMut { guard, bytes: self.cell_bytes }
     }
@@ -184,8 +130,7 @@ impl KvSlab {
     /// When `slot` or `layer` is out of range.
     #[must_use]
     pub fn try_write(&self, slot: usize, layer: usize) -> Option<CellMut<'_>> {
-        let mut guard = self.cell(slot, layer).try_write()?;
-        self.touch(&mut guard);
+        let guard = self.cell(slot, layer).try_write()?;
         self.writes[slot].fetch_add(1, Ordering::Release);
         Some(CellMut { guard, bytes: self.cell_bytes })
     }
@@ -196,14 +141,7 @@ impl KvSlab {
     /// When `slot` or `layer` is out of range.
     #[must_use]
     pub fn share(&self, slot: usize, layer: usize) -> SharedCell {
-        let cell = self.cell(slot, layer);
-        let guard = cell.read_arc_recursive();
-        if !guard.is_none() {
-            return SharedCell { guard, bytes: self.cell_bytes };
-        }
-        drop(guard);
-        self.touch(&mut cell.write());
-        SharedCell { guard: cell.read_arc_recursive(), bytes: self.cell_bytes }
+        SharedCell { guard: self.cell(slot, layer).read_arc_recursive(), bytes: self.cell_bytes }
     }
 
     /// An owned write guard, for an engine that brings a cell up to what it holds itself: not counted by [`KvSlab::writes`].
@@ -213,9 +151,7 @@ impl KvSlab {
     /// When `slot` or `layer` is out of range.
     #[must_use]
     pub fn seize(&self, slot: usize, layer: usize) -> SeizedCell {
-        let mut guard = self.cell(slot, layer).write_arc();
-        self.touch(&mut guard);
-        SeizedCell { guard, bytes: self.cell_bytes }
+        SeizedCell { guard: self.cell(slot, layer).write_arc(), bytes: self.cell_bytes }
     }
 
     /// As [`KvSlab::seize`], but `None` instead of waiting.
@@ -224,9 +160,7 @@ impl KvSlab {
     /// When `slot` or `layer` is out of range.
     #[must_use]
     pub fn try_seize(&self, slot: usize, layer: usize) -> Option<SeizedCell> {
-        let mut guard = self.cell(slot, layer).try_write_arc()?;
-        self.touch(&mut guard);
-        Some(SeizedCell { guard, bytes: self.cell_bytes })
+        Some(SeizedCell { guard: self.cell(slot, layer).try_write_arc()?, bytes: self.cell_bytes })
     }
 
     /// How often a cell of this slot was borrowed by [`KvSlab::write`] and [`KvSlab::try_write`]. An engine that keeps a copy of its own reads this
@@ -239,17 +173,23 @@ impl KvSlab {
         self.writes[slot].load(Ordering::Acquire)
     }
 
-    /// The cell's lock.
-    fn cell(&self, slot: usize, layer: usize) -> &Arc<RwLock<Store>> {
-        assert!(layer < self.layers && slot < self.slots(), "cell ({slot}, {layer}) of {} x {}", self.slots(), self.layers);
-        &self.cells[slot * self.layers + layer]
+    /// Where a cell stands, whoever holds it.
+    ///
+    /// # Panics
+    /// When `slot` or `layer` is out of range.
+    #[must_use]
+    pub fn place(&self, slot: usize, layer: usize) -> Place {
+        Place(self.piece.start().as_ptr().wrapping_add(self.index(slot, layer) * self.cell_bytes.next_multiple_of(CELL_ALIGN)))
     }
 
-    /// Takes the memory of a cell that has none yet.
-    fn touch(&self, store: &mut Store) {
-        if store.is_none() {
-            *store = Store::Own(vec![Line::zeroed(); self.cell_bytes.div_ceil(CELL_ALIGN)].into_boxed_slice());
-        }
+    /// The cell's lock.
+    fn cell(&self, slot: usize, layer: usize) -> &Arc<RwLock<Part>> {
+        &self.cells[self.index(slot, layer)]
+    }
+
+    fn index(&self, slot: usize, layer: usize) -> usize {
+        assert!(layer < self.layers && slot < self.slots(), "cell ({slot}, {layer}) of {} x {}", self.slots(), self.layers);
+        slot * self.layers + layer
     }
 }
 
@@ -265,9 +205,21 @@ fn check(cell_bytes: usize, layers: usize, slots: usize) -> Result<(), SlabError
     Ok(())
 }
 
+/// Where a cell stands: only to be called for, nobody's to read or write.
+#[derive(Clone, Copy, Debug)]
+pub struct Place(*const u8);
+
+impl Place {
+    /// Asks the processor to bring the line at byte `at` of the cell near, where it can be asked. Changes nothing else.
+    #[inline(always)]
+    pub(crate) fn call_for(self, at: usize) {
+        call_near(self.0.wrapping_add(at));
+    }
+}
+
 /// A cell borrowed for reading.
 pub struct CellRef<'a> {
-    guard: RwLockReadGuard<'a, Store>,
+    guard: RwLockReadGuard<'a, Part>,
     bytes: usize,
 }
 
@@ -275,13 +227,13 @@ impl Deref for CellRef<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.guard.bytes()[..self.bytes]
+        &self.guard[..self.bytes]
     }
 }
 
 /// A cell borrowed for writing.
 pub struct CellMut<'a> {
-    guard: RwLockWriteGuard<'a, Store>,
+    guard: RwLockWriteGuard<'a, Part>,
     bytes: usize,
 }
 
@@ -289,31 +241,31 @@ impl Deref for CellMut<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.guard.bytes()[..self.bytes]
+        &self.guard[..self.bytes]
     }
 }
 
 impl DerefMut for CellMut<'_> {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.guard.bytes_mut()[..self.bytes]
+        &mut self.guard[..self.bytes]
     }
 }
 
 /// A cell that stays readable and unwritten until this is dropped, on whichever thread.
 pub struct SharedCell {
-    guard: ArcRwLockReadGuard<RawRwLock, Store>,
+    guard: ArcRwLockReadGuard<RawRwLock, Part>,
     bytes: usize,
 }
 
 impl AsRef<[u8]> for SharedCell {
     fn as_ref(&self) -> &[u8] {
-        &self.guard.bytes()[..self.bytes]
+        &self.guard[..self.bytes]
     }
 }
 
 /// A cell that nobody else reads or writes until this is dropped, on whichever thread.
 pub struct SeizedCell {
-    guard: ArcRwLockWriteGuard<RawRwLock, Store>,
+    guard: ArcRwLockWriteGuard<RawRwLock, Part>,
     bytes: usize,
 }
 
@@ -321,13 +273,13 @@ impl Deref for SeizedCell {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.guard.bytes()[..self.bytes]
+        &self.guard[..self.bytes]
     }
 }
 
 impl DerefMut for SeizedCell {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.guard.bytes_mut()[..self.bytes]
+        &mut self.guard[..self.bytes]
     }
 }
 
@@ -345,12 +297,7 @@ mod tests {
 
     #[test]
     fn cells_are_apart_aligned_and_zero_at_first() {
-        for slab in [KvSlab::new(100, 3, 5).unwrap(), KvSlab::in_one_piece(100, 3, 5).unwrap()] {
-            check_cells(&slab);
-        }
-    }
-
-    fn check_cells(slab: &KvSlab) {
+        let slab = KvSlab::new(100, 3, 5).unwrap();
         assert_eq!((slab.cell_bytes(), slab.layers(), slab.slots()), (100, 3, 5));
         for slot in 0..5 {
             for layer in 0..3 {
@@ -380,9 +327,9 @@ mod tests {
     }
 
     #[test]
-    fn a_slab_in_one_piece_lies_slot_by_slot() {
-        let slab = KvSlab::in_one_piece(100, 3, 5).unwrap();
-        let start = slab.piece().unwrap().start().as_ptr() as usize;
+    fn a_slab_lies_slot_by_slot() {
+        let slab = KvSlab::new(100, 3, 5).unwrap();
+        let start = slab.piece().start().as_ptr() as usize;
         for (slot, layer) in [(0, 0), (0, 2), (4, 1)] {
             assert_eq!(slab.read(slot, layer).as_ptr() as usize - start, (slot * 3 + layer) * 128);
         }

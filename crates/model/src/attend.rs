@@ -14,13 +14,17 @@ use std::sync::OnceLock;
 use millrace_checkpoint::{AttentionKind, ModelConfig};
 use millrace_core::engine::{Row, Step};
 use millrace_core::layout::{KvDtype, KvLayout};
-use millrace_kernels::{AttentionError, Chunk, ChunkAttention, DecodeShape, Element, Isa, KvSlab, Team, merge_parts, paged_part};
+use millrace_kernels::{
+    AttentionError, Chunk, ChunkAttention, DecodeShape, Element, Isa, KvSlab, RowPart, Team, merge_parts, paged_part,
+};
 use tch::{Device, Tensor};
 
 use crate::{Dtype, ModelError, tensors};
 
 /// Tokens of a step whose keys and values one thread stores alone.
 const STORED_ALONE_MAX: usize = 64;
+/// How often a thread takes parts of contexts, if all threads are as fast: it knows what comes next for all but the last of what it takes.
+const GRAINS: usize = 2;
 
 /// The attention of one model.
 pub(crate) struct Attention {
@@ -302,16 +306,24 @@ impl Attention {
         let (numbers, blocks) = (shape.part_numbers(), shape.part_blocks());
         let failed: OnceLock<AttentionError> = OnceLock::new();
         let note = |result: Result<(), AttentionError>| result.unwrap_or_else(|error| drop(failed.set(error)));
-        let mut parts = vec![0.0; batch.parts.len() * numbers];
-        team.chunks(&mut parts, numbers, 1, |index, part| {
+        let slots = |index: usize| {
             let (single, first) = batch.parts[index];
             let single = &batch.singles[single];
             let last = self.layout.blocks(single.context.end).min(first + blocks);
-            let cells: Vec<_> = single.row.table[first..last].iter().map(|slot| slab.read(slot.0 as usize, layer)).collect();
+            (single, first, single.row.table[first..last].iter().map(|slot| slot.0 as usize))
+        };
+        let mut parts = vec![0.0; batch.parts.len() * numbers];
+        let grain = batch.parts.len().div_ceil(GRAINS * team.threads());
+        team.chunks(&mut parts, numbers, grain, |index, part| {
+            let (single, first, own) = slots(index);
+            let cells: Vec<_> = own.map(|slot| slab.read(slot, layer)).collect();
+            let more = (index + 1 < batch.parts.len() && !(index + 1).is_multiple_of(grain)).then(|| slots(index + 1).2);
+            let ahead: Vec<_> = more.into_iter().flatten().map(|slot| slab.place(slot, layer)).collect();
             let of_part =
                 |position: usize| position.saturating_sub(first * shape.block_tokens).min(cells.len() * shape.block_tokens);
             let context = of_part(single.context.start)..of_part(single.context.end);
-            note(paged_part(isa, shape, &qkv[single.token * width..][..query_width], &cells, context, part));
+            let query = &qkv[single.token * width..][..query_width];
+            note(paged_part(isa, shape, &RowPart { query, cells: &cells, context, ahead: &ahead }, part));
         });
         for single in &batch.singles {
             let out = &mut out[single.token * self.out_width()..][..self.out_width()];

@@ -23,11 +23,13 @@ use crate::{Compute, Dtype, ModelEngine, ModelError, Switch};
 const DECODE_CONTEXT: usize = 128;
 /// Sequences that decode together.
 const BATCHES: [usize; 3] = [1, 8, 32];
+/// Sequences of long contexts that decode together, and how long each is at the start, in tokens: most of what is read is KV.
+const LONG: (usize, usize) = (4, 1_792);
 /// Tokens of prompts.
 const PROMPTS: [usize; 2] = [512, 2048];
 /// Tokens of one block.
 const BLOCK_TOKENS: u16 = 16;
-/// Slots: [`BATCHES`]' largest, or the longest of [`PROMPTS`].
+/// Slots: [`BATCHES`]' largest, [`LONG`]'s, or the longest of [`PROMPTS`].
 const SLOTS: usize = 512;
 /// Turns that prompts and LibTorch's products of as many tokens take in a round.
 const TURNS: usize = 4;
@@ -71,6 +73,10 @@ fn decode_figure(batch: usize, engine: &str) -> String {
     format!("decode, batch {batch}, weights {engine}, tokens/s")
 }
 
+fn long_figure(engine: &str) -> String {
+    format!("decode, batch {} of {} tokens, weights {engine}, tokens/s", LONG.0, LONG.1)
+}
+
 fn prefill_figure(tokens: usize, engine: &str) -> String {
     format!("prefill, {tokens} tokens, weights {engine}, tokens/s")
 }
@@ -87,8 +93,8 @@ pub fn measure(model: &Path, plan: &Plan, out: &mut Out<'_>) -> Result<(), Model
     let checkpoint = Checkpoint::open(model)?;
     let mut engines = Vec::new();
     for (name, weights, batch_invariant, switch) in ENGINES {
-        let mut figures =
-            BATCHES.map(|batch| decode_figure(batch, name)).into_iter().chain(PROMPTS.map(|p| prefill_figure(p, name)));
+        let decodes = BATCHES.map(|batch| decode_figure(batch, name)).into_iter().chain([long_figure(name)]);
+        let mut figures = decodes.chain(PROMPTS.map(|p| prefill_figure(p, name)));
         if figures.any(|figure| plan.wants(&figure)) {
             let compute = Compute { threads: plan.threads, switch, batch_invariant, weights, kv_dtype: None };
             engines.push((name, ModelEngine::load(&checkpoint, Dtype::Bf16, SLOTS, BLOCK_TOKENS, compute)?.0));
@@ -104,17 +110,28 @@ pub fn measure(model: &Path, plan: &Plan, out: &mut Out<'_>) -> Result<(), Model
 
 /// Everything once.
 fn round(limits: &Limits, engines: &mut [(&str, ModelEngine)], plan: &Plan, out: &mut Out<'_>) -> Result<(), EngineError> {
-    let decodes = |(name, _): &&mut (&str, ModelEngine)| BATCHES.iter().any(|batch| plan.wants(&decode_figure(*batch, name)));
+    let decodes = |(name, _): &&mut (&str, ModelEngine)| {
+        plan.wants(&long_figure(name)) || BATCHES.iter().any(|batch| plan.wants(&decode_figure(*batch, name)))
+    };
     let stream = engines.iter_mut().any(|engine| decodes(&engine)).then(|| limits.stream_bytes_per_s());
     stream.iter().for_each(|stream| out("limit: memory read, GB/s", stream / 1e9));
     for batch in BATCHES {
         for (name, engine) in engines.iter_mut().filter(|(name, _)| plan.wants(&decode_figure(batch, name))) {
-            let rate = decode_tokens_per_s(engine, batch, plan.steps)?;
+            let rate = decode_tokens_per_s(engine, (batch, DECODE_CONTEXT), plan.steps)?;
             out(&decode_figure(batch, name), rate);
             if let (1, Some(stream)) = (batch, stream) {
                 let share = rate * engine.weight_bytes() as f64 / stream;
                 out(&format!("decode, batch 1, weights {name}, of the streaming limit"), share);
             }
+        }
+    }
+    for (name, engine) in engines.iter_mut().filter(|(name, _)| plan.wants(&long_figure(name))) {
+        let rate = decode_tokens_per_s(engine, LONG, plan.steps)?;
+        out(&long_figure(name), rate);
+        if let Some(stream) = stream {
+            let kv = LONG.0 * (LONG.1 + plan.steps / 2) * engine.layout().block_bytes() / usize::from(BLOCK_TOKENS);
+            let share = rate / LONG.0 as f64 * (engine.weight_bytes() + kv) as f64 / stream;
+            out(&format!("decode, batch {} of {} tokens, weights {name}, of the streaming limit", LONG.0, LONG.1), share);
         }
     }
     for batch in &BATCHES[1..] {
@@ -215,9 +232,9 @@ fn prefill_tokens_per_s(engine: &mut ModelEngine, tokens: usize) -> Result<f64, 
     Ok(tokens as f64 / begin.elapsed().as_secs_f64())
 }
 
-/// Tokens a second of `batch` sequences together, each [`DECODE_CONTEXT`] tokens long at the start, over `steps` steps.
-fn decode_tokens_per_s(engine: &mut ModelEngine, batch: usize, steps: usize) -> Result<f64, EngineError> {
-    let mut rows: Vec<Row> = (0..batch).map(|index| prompt(engine, index, DECODE_CONTEXT, steps)).collect();
+/// Tokens a second of `batch` sequences together, each `context` tokens long at the start, over `steps` steps.
+fn decode_tokens_per_s(engine: &mut ModelEngine, (batch, context): (usize, usize), steps: usize) -> Result<f64, EngineError> {
+    let mut rows: Vec<Row> = (0..batch).map(|index| prompt(engine, index, context, steps)).collect();
     let mut begin = Instant::now();
     for count in 0..=steps {
         let sampled = engine.step(&Step { rows: rows.clone() }, &mut |_| ())?;

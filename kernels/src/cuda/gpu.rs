@@ -180,7 +180,7 @@ impl Drop for Landing {
 }
 
 impl Gpu {
-    /// Opens device `ordinal` in the context that LibTorch has there, compiles the kernels of `shape` and maps `slab`, which is in one piece.
+    /// Opens device `ordinal` in the context that LibTorch has there, compiles the kernels of `shape` and maps `slab`.
     ///
     /// # Errors
     /// [`GpuError`]: no driver, no NVRTC, no such device, or the slab cannot be page-locked.
@@ -202,7 +202,7 @@ impl Gpu {
         let functions = Functions::load(&context, &shape)?;
         let compute = context.default_stream();
         let copies = doing("making a stream", context.new_stream())?;
-        let piece = slab.piece().ok_or(GpuError::Shape { what: "pieces of the KV memory", got: slab.slots(), expected: 1 })?;
+        let piece = slab.piece();
         let mapped = Mapped::new(piece, &context)?;
         Ok(Self { shape, pool, compute, copies, functions, mapped })
     }

@@ -106,6 +106,38 @@ pub(crate) trait Simd: Copy {
         let sum = self.fma(self.low_halves(w), self.splat(low), sum);
         self.fma(self.high_halves(w), self.splat(high), sum)
     }
+    /// Bits of bfloat16 from memory, two to a word.
+    #[inline(always)]
+    fn pairs(self, from: &[u16; 2 * LANES]) -> Self::I {
+        let mut words = [0; LANES];
+        for (word, [low, high]) in words.iter_mut().zip(from.as_chunks().0) {
+            *word = u32::from(*low) | u32::from(*high) << 16;
+        }
+        self.words(&words)
+    }
+    /// `sum + a . b` in each lane: the two bfloat16 of a word of `a` with those of `b`.
+    #[inline(always)]
+    fn dot_pairs(self, sum: Self::V, a: Self::I, b: Self::I) -> Self::V {
+        let sum = self.fma(self.low_halves(a), self.low_halves(b), sum);
+        self.fma(self.high_halves(a), self.high_halves(b), sum)
+    }
+    /// Words of a bfloat16 of `a` below that of `b` in the same place: of 32 places, in an order of the set's own, which [`Self::in_order`] undoes.
+    #[inline(always)]
+    fn interleave(self, a: Self::I, b: Self::I) -> [Self::I; 2] {
+        [self.halves(self.low_halves(a), self.low_halves(b)), self.halves(self.high_halves(a), self.high_halves(b))]
+    }
+    /// What stands in [`Self::interleave`]'s order, in its own: 16 places, then 16 more.
+    #[inline(always)]
+    fn in_order(self, x: [Self::V; 2]) -> [Self::V; 2] {
+        let mut from = [[0.0; LANES]; 2];
+        self.store(x[0], &mut from[0]);
+        self.store(x[1], &mut from[1]);
+        let mut to = [[0.0; LANES]; 2];
+        for (place, to) in to.as_flattened_mut().iter_mut().enumerate() {
+            *to = from[place % 2][place / 2];
+        }
+        [self.load(&to[0]), self.load(&to[1])]
+    }
 }
 
 /// Work that is compiled once for each instruction set.
@@ -167,6 +199,19 @@ pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) fn run<K: Kernel>(_isa: Isa, kernel: K) {
     kernel.run(Portable);
+}
+
+/// Asks the processor to bring the line of an address into its second cache, where it can be asked. Changes nothing else, whatever stands there.
+#[inline(always)]
+pub(crate) fn call_near(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: SSE is in every x86-64; a prefetch reads nothing, and one of an address without memory does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// Asks the processor to bring `what` near, where it can be asked. Changes nothing else.
@@ -325,7 +370,24 @@ mod tests {
         }
     }
 
+    /// Pairs from two places at a time, multiplied, and back in order.
+    fn pairs_come_back_in_order<S: Simd>(s: S) {
+        let half = |x: u32| (x as f32).to_bits() >> 16; // whole numbers below 256 are exact
+        let halves = |from: u32| std::array::from_fn(|i| half(from + i as u32) as u16);
+        let (a, b) = (s.pairs(&halves(1)), s.pairs(&halves(100)));
+        let [first, second] = s.interleave(a, b);
+        let weights = half(2) | half(3) << 16;
+        let sums = s.in_order([s.dot_halves(s.splat(1.0), first, weights), s.dot_halves(s.splat(1.0), second, weights)]);
+        let mut got = [[0.0; LANES]; 2];
+        got.iter_mut().zip(sums).for_each(|(got, sums)| s.store(sums, got));
+        let want = |i: usize| 1.0 + 2.0 * (1.0 + i as f32) + 3.0 * (100.0 + i as f32);
+        assert_eq!(got, [each(want), each(|i| want(LANES + i))]);
+        s.store(s.dot_pairs(s.splat(5.0), a, b), &mut got[0]);
+        assert_eq!(got[0], each(|i| (0..2).fold(5.0, |sum, j| sum + (1 + 2 * i + j) as f32 * (100 + 2 * i + j) as f32)));
+    }
+
     fn all<S: Simd>(s: S) {
+        pairs_come_back_in_order(s);
         exp_is_close(s);
         exp2_is_close(s);
         lanes_are_all_there(s);

@@ -260,6 +260,39 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
             _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512i, __m512bh>(w), std::mem::transmute::<__m512i, __m512bh>(x))
         }
     }
+
+    #[inline(always)]
+    fn pairs(self, from: &[u16; 2 * LANES]) -> __m512i {
+        // SAFETY: `self` proves AVX-512; 64 bytes are read from an array of 32 halves.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+        if !DOT {
+            let sum = self.fma(self.low_halves(a), self.low_halves(b), sum);
+            return self.fma(self.high_halves(a), self.high_halves(b), sum);
+        }
+        // SAFETY: `self` proves AVX-512 and, with `DOT`, its BF16 part; both vector types are 64 plain bytes.
+        unsafe { _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b)) }
+    }
+
+    /// Places 0 to 3 of each eight, then 4 to 7.
+    #[inline(always)]
+    fn interleave(self, a: __m512i, b: __m512i) -> [__m512i; 2] {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { [_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)] }
+    }
+
+    #[inline(always)]
+    fn in_order(self, x: [__m512; 2]) -> [__m512; 2] {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let first = _mm512_shuffle_f32x4::<0b01_00_01_00>(x[0], x[1]); // low 0, low 1, high 0, high 1
+            let last = _mm512_shuffle_f32x4::<0b11_10_11_10>(x[0], x[1]);
+            [_mm512_shuffle_f32x4::<0b11_01_10_00>(first, first), _mm512_shuffle_f32x4::<0b11_01_10_00>(last, last)]
+        }
+    }
 }
 
 /// Aligned as a vector is.

@@ -80,7 +80,7 @@ impl TensorEngine {
     ) -> Result<(Self, Arc<KvSlab>, KvLayout), ModelError> {
         refuse(&settings)?;
         let _no_grad = tch::no_grad_guard();
-        let slab = KvSlab::in_one_piece(layout.cell_bytes(), layout.layers.into(), settings.slots)?;
+        let slab = KvSlab::new(layout.cell_bytes(), layout.layers.into(), settings.slots)?;
         let loader = Loader { config, source, dtype: settings.dtype, device: settings.device };
         let decoder = Decoder::load(&loader, layout, &slab)?;
         let limits = Limits { vocab: config.vocab_size, positions: config.max_positions, slots: settings.slots };
