@@ -339,6 +339,14 @@ mod tests {
     }
 
     #[test]
+    fn a_slab_costs_nothing_until_it_is_used() {
+        // More than the memory of most machines, and of every one that this is likely to be tested on.
+        let slab = KvSlab::new(1 << 20, 1, 1 << 18).unwrap();
+        slab.write((1 << 18) - 1, 0)[0] = 5;
+        assert_eq!((slab.read((1 << 18) - 1, 0)[0], slab.read(7, 0)[0]), (5, 0));
+    }
+
+    #[test]
     fn others_writes_are_counted_slot_by_slot() {
         let slab = KvSlab::new(64, 2, 2).unwrap();
         drop(slab.write(1, 0));
