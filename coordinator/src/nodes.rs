@@ -218,14 +218,14 @@ impl Nodes {
         (process.epoch != Epoch(0)).then_some((process.node, process.epoch))
     }
 
-    /// Sends to an incarnation of a node; `false` when it has no link here or takes no more.
+    /// As [`Nodes::send`], to an incarnation of a node by its number.
     pub fn send_to(&self, who: (NodeId, Epoch), message: Message) -> bool {
-        let outbox = {
+        let name = {
             let table = self.table.read();
-            let process = table.by_name.values().flatten().find(|p| (p.node, p.epoch) == who);
-            process.and_then(|p| p.link.as_ref()).map(|(_, outbox)| outbox.clone())
+            let mut names = table.by_name.iter();
+            names.find(|(_, processes)| processes.iter().any(|p| (p.node, p.epoch) == who)).map(|(name, _)| name.clone())
         };
-        outbox.is_some_and(|outbox| outbox(message))
+        name.is_some_and(|name| self.send(&name, who.1, message))
     }
 
     /// Sends to every process that has a link here.

@@ -2,8 +2,8 @@
 //!
 //! Each cell has its own lock, so a cell in flight to another node cannot be overwritten, and a cell being received cannot be read
 //! half. Which slot belongs to which sequence is decided by `core::pool`; the slab only refuses what would tear bytes.
-//! Its memory is one piece, slot by slot, in huge pages where the system has them: attention reads it all at each step, and 4 KiB pages cost a
-//! walk of the page table for each few vectors. It is taken as it is first touched: a large pool costs nothing until it is used.
+//! Its memory is one piece, slot by slot, in huge pages where the system has them, so that a cell's place is known without its lock and may be called
+//! for ahead. It is taken as it is first touched: a large pool costs nothing until it is used.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;

@@ -1,6 +1,5 @@
 //! From the applied state, the nodes' loads and what was just sent, to a ticket on its way.
 
-use std::fmt;
 use std::time::{Duration, Instant};
 
 use millrace_core::cluster::{Cluster, Config as Settings};
@@ -23,23 +22,17 @@ use super::{CachedAt, Explanation, Inner};
 const RETRY_AFTER_S: u32 = 1;
 
 /// Why there is no place.
+#[derive(Debug, thiserror::Error)]
 pub(super) enum NotPlaced {
     /// The tenant has no key.
+    #[error("tenant {0:?} is not known here")]
     NoTenant(String),
     /// The router found none.
+    #[error(transparent)]
     NoPlace(NoPlace),
     /// The link of the node that was chosen takes no more: nothing was sent.
+    #[error("the node that was chosen cannot be reached")]
     Unsent,
-}
-
-impl fmt::Display for NotPlaced {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoTenant(name) => write!(f, "tenant {name:?} is not known here"),
-            Self::NoPlace(error) => error.fmt(f),
-            Self::Unsent => f.write_str("the node that was chosen cannot be reached"),
-        }
-    }
 }
 
 impl Inner {
