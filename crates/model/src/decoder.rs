@@ -18,6 +18,7 @@ use crate::feed::Feed;
 use crate::heads::Heads;
 use crate::latent::Latent;
 use crate::linear::{Linear, Loader, NormWeights};
+use crate::tail::Tail;
 use crate::{Dtype, ModelError};
 
 /// Elements of a step that are not worth waking a second thread for.
@@ -110,19 +111,29 @@ impl Decoder {
     /// Computes a step that has been checked. Logits of the last token of each row with `sample`, `[rows, vocab]` in f32, row order.
     pub(crate) fn forward(&mut self, step: &Step, slab: &KvSlab, on_layer: &mut dyn FnMut(u16)) -> Result<Vec<f32>, ModelError> {
         let _no_grad = tch::no_grad_guard();
+        let tail = Tail::of(step);
         let batches = Batches::new(step, &self.attention);
+        let tail = tail.as_ref().map(|tail| (tail, Batches::new(&tail.step, &self.attention)));
         let angles = self.turn.as_ref().map(|turn| turn.angles(step));
         self.embed(step);
         let Self { layers, multiplier, attention, scratch, .. } = self;
         let Scratch { hidden, qkv, attended, gated } = scratch;
         for (index, layer) in layers.iter().enumerate() {
-            let batch = batches.of(index, attention);
+            let mut batch = batches.of(index, attention);
             layer.project(hidden, multiplier, angles.as_ref(), qkv)?;
-            let of_layer = LayerStep { batch, qkv, slab, layer: index, team: multiplier.products.team() };
-            attention.store(&of_layer);
+            let team = multiplier.products.team();
+            attention.store(&LayerStep { batch, qkv, slab, layer: index, team });
             on_layer(index as u16);
+            if let (true, Some((tail, batches))) = (index + 1 == layers.len(), &tail) {
+                let tokens = batch.tokens();
+                batch = batches.of(index, attention);
+                [&mut *hidden, &mut *qkv].into_iter().for_each(|numbers| tail.keep(numbers, numbers.len() / tokens));
+                if tail.tokens.is_empty() {
+                    return Ok(Vec::new());
+                }
+            }
             attended.resize(batch.tokens() * attention.out_width(), 0.0);
-            attention.attend(&of_layer, attended)?;
+            attention.attend(&LayerStep { batch, qkv, slab, layer: index, team }, attended)?;
             match &layer.source {
                 Source::Heads(_) => multiplier.multiply(attended, None, &layer.output, Into::Add(hidden))?,
                 Source::Latent(latent) => {
@@ -132,7 +143,7 @@ impl Decoder {
             }
             layer.feed.add(hidden, layer.post_norm.get(), multiplier, gated)?;
         }
-        self.logits(step)
+        self.logits()
     }
 
     /// The embeddings of a step's tokens, `[tokens, hidden]`.
@@ -152,21 +163,12 @@ impl Decoder {
         });
     }
 
-    /// The head, for the last token of each row that samples.
-    fn logits(&mut self, step: &Step) -> Result<Vec<f32>, ModelError> {
-        let (mut end, width) = (0, self.embedding.matrix.columns());
-        let mut last = Vec::new();
-        for row in &step.rows {
-            end += row.tokens.len();
-            if row.sample.is_some() {
-                last.extend_from_slice(&self.scratch.hidden[(end - 1) * width..end * width]);
-            }
-        }
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
-        let mut logits = vec![0.0; last.len() / width * head.matrix.rows()];
-        if !last.is_empty() {
-            self.multiplier.multiply(&last, Some(self.norm.get()), head, Into::Set(&mut logits))?;
-        }
+    /// The head, for what the last layer has left: `[tokens, vocab]`.
+    fn logits(&mut self) -> Result<Vec<f32>, ModelError> {
+        let Self { scratch, multiplier, norm, head, embedding, .. } = self;
+        let head = head.as_ref().unwrap_or(embedding);
+        let mut logits = vec![0.0; scratch.hidden.len() / head.matrix.columns() * head.matrix.rows()];
+        multiplier.multiply(&scratch.hidden, Some(norm.get()), head, Into::Set(&mut logits))?;
         Ok(logits)
     }
 

@@ -22,6 +22,7 @@ mod latent;
 mod linear;
 pub mod open;
 pub mod sampler;
+mod tail;
 pub mod tensor;
 mod tensors;
 

@@ -12,9 +12,10 @@ use millrace_kernels::KvSlab;
 use millrace_kernels::cuda::can_attend;
 use tch::{Device, Kind, Tensor};
 
+use crate::tail::Tail;
 use crate::tensor::attention::Attention;
 use crate::tensor::layer::{Angles, Layer};
-use crate::tensor::plan::{Ground, Plan};
+use crate::tensor::plan::{self, Ground, Plan};
 use crate::tensor::pool::Pool;
 use crate::tensor::spills::Spills;
 use crate::tensor::weights::{Linear, Loader, Norm};
@@ -44,6 +45,13 @@ struct Turn {
     /// `[turned / 2]`, in f32.
     inverse_frequencies: Tensor,
     scale: f64,
+}
+
+/// The tokens that the last layer is computed for, where they are fewer than the step's.
+struct End {
+    /// Their indices in the step: `[tokens]`.
+    tokens: Tensor,
+    plan: Plan,
 }
 
 impl Decoder {
@@ -80,6 +88,8 @@ impl Decoder {
         let mut arriving = self.pool.arrive(step)?;
         let ground = Ground { layout: &self.layout, windows: &self.attention.windows, pages: self.pages, device: self.device };
         let plan = Plan::new(step, ground)?;
+        let draws = step.rows.iter().any(|row| row.sample.is_some());
+        let end = Tail::of(step).filter(|_| draws).map(|tail| End::new(&tail, ground)).transpose()?;
         let angles = self.turn.as_ref().map(|turn| turn.angles(&plan.positions)).transpose()?;
         let mut hidden = self.embed(&plan)?;
         let mut spills = Spills::default();
@@ -89,11 +99,20 @@ impl Decoder {
             // Cells that arrive are locked until they are through, and a step may write into one that it reads.
             arriving.drain(..).try_for_each(|landing| landing.wait())?;
             self.pool.spill(index, &plan, &mut spills, on_layer)?;
-            let attended = self.attention.attend(index, &projected.queries, &plan, &self.pool)?;
+            let (mut plan, mut queries) = (&plan, projected.queries);
+            if index + 1 == self.layers.len() {
+                if !draws {
+                    break;
+                }
+                if let Some(End { tokens, plan: of_end }) = &end {
+                    (plan, queries, hidden) = (of_end, queries.f_index_select(0, tokens)?, hidden.f_index_select(0, tokens)?);
+                }
+            }
+            let attended = self.attention.attend(index, &queries, plan, &self.pool)?;
             layer.finish(&attended, &mut hidden)?;
             spills.report(on_layer);
         }
-        let logits = self.launch_logits(&hidden, &plan)?;
+        let logits = draws.then(|| self.launch_logits(&hidden)).transpose()?;
         spills.wait(on_layer)?;
         logits.as_ref().map_or_else(|| Ok(Vec::new()), tensors::to_f32)
     }
@@ -107,19 +126,22 @@ impl Decoder {
         }
     }
 
-    /// The head, for the tokens that are sampled after; `None` where there are none.
-    fn launch_logits(&self, hidden: &Tensor, plan: &Plan) -> Result<Option<Tensor>, ModelError> {
-        if plan.last.is_empty() {
-            return Ok(None);
-        }
-        let index = Tensor::f_from_slice(&plan.last)?.f_to_device(self.device)?;
-        let last = self.norm.apply(&hidden.f_index_select(0, &index)?)?.f_to_kind(self.attention.kind)?;
-        Ok(Some(self.head.as_ref().unwrap_or(&self.embedding).apply(&last)?))
+    /// The head, for what the last layer has left: `[tokens, vocab]`.
+    fn launch_logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        let last = self.norm.apply(hidden)?.f_to_kind(self.attention.kind)?;
+        self.head.as_ref().unwrap_or(&self.embedding).apply(&last)
     }
 
     /// Bytes of weights that a decode step of one row reads.
     pub(super) fn weight_bytes(&self) -> usize {
         self.layers.iter().map(Layer::bytes).sum::<usize>() + self.head.as_ref().unwrap_or(&self.embedding).bytes()
+    }
+}
+
+impl End {
+    fn new(tail: &Tail, ground: Ground<'_>) -> Result<Self, ModelError> {
+        let tokens: Vec<i64> = tail.tokens.iter().map(|token| *token as i64).collect();
+        Ok(Self { tokens: plan::whole(&tokens, ground.device)?, plan: Plan::new(&tail.step, ground)? })
     }
 }
 

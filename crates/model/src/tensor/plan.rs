@@ -23,8 +23,6 @@ pub(super) struct Plan {
     pub(super) spans: Tensor,
     /// For each window that layers have.
     batches: Vec<(Option<usize>, Batch)>,
-    /// Indices of the tokens that are sampled after.
-    pub(super) last: Vec<i64>,
 }
 
 /// Tokens of one cell that a step writes.
@@ -98,7 +96,6 @@ impl Plan {
             spans: small(&spans, ground.device)?,
             written,
             batches: windows.into_iter().map(batch).collect::<Result<_, ModelError>>()?,
-            last: sampled(step),
         })
     }
 
@@ -189,17 +186,7 @@ fn written(row: &Row, block: usize) -> Vec<Written> {
     (start / block..end.div_ceil(block)).map(of_block).collect()
 }
 
-/// Indices of the tokens that are sampled after.
-fn sampled(step: &Step) -> Vec<i64> {
-    let mut end = 0;
-    let ends = step.rows.iter().map(|row| {
-        end += row.tokens.len() as i64;
-        row.sample.is_some().then_some(end - 1)
-    });
-    ends.flatten().collect()
-}
-
-fn whole(numbers: &[i64], device: Device) -> Result<Tensor, ModelError> {
+pub(super) fn whole(numbers: &[i64], device: Device) -> Result<Tensor, ModelError> {
     tensors::from_bytes(bytemuck::cast_slice(numbers), &[numbers.len() as i64], tch::Kind::Int64, device)
 }
 

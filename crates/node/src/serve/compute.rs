@@ -8,6 +8,7 @@ use millrace_core::node::Input;
 use tokio::sync::mpsc;
 
 use super::event::Event;
+use super::{NodeConfig, priority};
 
 /// Hands steps to the engine; at most one is ever in flight.
 pub(super) struct Compute {
@@ -15,10 +16,14 @@ pub(super) struct Compute {
 }
 
 impl Compute {
-    /// Starts the thread, which tells of layers only if `by_layer`. It ends when this handle is dropped.
-    pub(super) fn start(engine: Box<dyn Engine>, events: mpsc::Sender<Event>, by_layer: bool) -> std::io::Result<Self> {
+    /// Starts the thread. It ends when this handle is dropped.
+    pub(super) fn start(engine: Box<dyn Engine>, events: mpsc::Sender<Event>, config: &NodeConfig) -> std::io::Result<Self> {
         let (steps, inbox) = sync_channel(1);
-        std::thread::Builder::new().name("engine".into()).spawn(move || run(engine, &inbox, &events, by_layer))?;
+        let (role, by_layer) = (config.role, config.by_layer);
+        std::thread::Builder::new().name("engine".into()).spawn(move || {
+            priority::lower(role);
+            run(engine, &inbox, &events, by_layer);
+        })?;
         Ok(Self { steps })
     }
 

@@ -10,6 +10,7 @@ mod drive;
 mod event;
 mod links;
 mod peers;
+mod priority;
 pub mod process;
 mod receiving;
 mod replicas;
@@ -29,6 +30,7 @@ use millrace_core::node;
 use millrace_kernels::slab::KvSlab;
 use tokio::sync::{mpsc, watch};
 
+use self::compute::Compute;
 use crate::endpoint::{Endpoint, EndpointConfig};
 use crate::pki::Identity;
 use crate::shutdown::Shutdown;
@@ -124,14 +126,14 @@ impl Node {
         let (first, context) = (self.config.coordinators.clone(), (links.clone(), events_tx.clone()));
         tokio::spawn(links::keep_uplinks(endpoint.clone(), first, told, hellos.clone(), context, shutdown.clone()));
         tokio::spawn(links::accept_links(endpoint.clone(), hellos, links.clone(), events_tx.clone()));
+        let compute = Compute::start(engine, events_tx.clone(), &self.config).context("starting the engine's thread")?;
         let drive = drive::Drive {
             name: self.config.name,
             clock,
             node: node::Node::new(join, self.config.batch),
             events,
             links: HashMap::new(),
-            compute: compute::Compute::start(engine, events_tx.clone(), self.config.by_layer)
-                .context("starting the engine's thread")?,
+            compute,
             spans: sending::Spans::new(Arc::clone(&slab), events_tx.clone()),
             gates,
             slab,

@@ -8,8 +8,8 @@ use millrace_core::engine::Engine;
 use millrace_core::message::{ModelIdentity, Role};
 use millrace_kernels::slab::KvSlab;
 
-use super::Node;
 use super::args::NodeArgs;
+use super::{Node, priority};
 use crate::pki::Identity;
 use crate::renew;
 use crate::shutdown::Shutdown;
@@ -36,7 +36,7 @@ pub(super) fn resident_bytes_max() -> u64 {
 
 /// Runs a node until it is told to stop. When it serves, it prints `ready {…}` on standard output; everything else is log.
 /// The exit code is 0 after a shutdown, 1 after an error, which is printed.
-pub fn run(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened>) -> ExitCode {
+pub fn run(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened> + Send) -> ExitCode {
     if let Err(error) = crate::telemetry::init(args.log) {
         eprintln!("{error}");
         return ExitCode::FAILURE;
@@ -51,9 +51,10 @@ pub fn run(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened>) -
     }
 }
 
-fn run_to_end(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened>) -> Result<()> {
+fn run_to_end(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened> + Send) -> Result<()> {
     let identity = Identity::load(&args.certs).with_context(|| format!("certificates of {}", args.certs.display()))?;
-    let opened = open().with_context(|| format!("model {}", args.model.display()))?;
+    let opened = priority::lowered(role, open).context("a thread for the engine")?;
+    let opened = opened.with_context(|| format!("model {}", args.model.display()))?;
     let config = args.config(role, opened.identity, opened.positions)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     let result = runtime.block_on(async {
