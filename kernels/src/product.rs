@@ -477,22 +477,26 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
         2
     }
 
+    /// Plain loops over indices: iterators over both panels, and arrays made by closures, become calls and jumps in the innermost loop.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop, reason = "said above")]
     fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R] {
-        let (steps, pair) = (self.rows.steps(), &self.pair);
-        let sets = if MIN { 2 } else { 1 };
-        let zero = -pair.parts[0].format.zero();
-        let panels: [&[[Line; LINES]]; 2] =
-            std::array::from_fn(|p| &pair.parts[p].panel(pair.panels[p]).as_chunks::<LINES>().0[..steps]);
-        let scales: [&[[u16; LANES]]; 2] = std::array::from_fn(|p| &pair.parts[p].panel_scales(pair.panels[p])[..steps * sets]);
-        let x: [&[[u32; BLOCK / 4]]; R] = std::array::from_fn(|r| &self.rows.bytes(row + r)[..steps]);
-        let x_scales: [&[[f32; 2]]; R] = std::array::from_fn(|r| &self.rows.scales(row + r)[..steps]);
+        let (rows, parts, sets) = (self.rows, self.pair.parts, if MIN { 2 } else { 1 });
+        let (steps, zero) = (rows.steps(), -parts[0].format.zero());
+        let (first, second) = (parts[0].panel(self.pair.panels[0]), parts[1].panel(self.pair.panels[1]));
+        let panels: [&[[Line; LINES]]; 2] = [&first.as_chunks().0[..steps], &second.as_chunks().0[..steps]];
+        let (first, second) = (parts[0].panel_scales(self.pair.panels[0]), parts[1].panel_scales(self.pair.panels[1]));
+        let scales = [&first[..steps * sets], &second[..steps * sets]];
+        let (mut x, mut x_scales): ([&[_]; R], [&[_]; R]) = ([&[]; R], [&[]; R]);
+        for r in 0..R {
+            (x[r], x_scales[r]) = (&rows.bytes(row + r)[..steps], &rows.scales(row + r)[..steps]);
+        }
         let mut sums = [[s.splat(0.0); 2]; R];
         for step in 0..steps {
             let mut dots = [[s.no_words(); 2]; R];
-            for (i, lines) in panels[0][step].iter().zip(&panels[1][step]).enumerate() {
-                for (p, line) in [lines.0, lines.1].into_iter().enumerate() {
-                    let words = s.words(&line.0);
+            for i in 0..LINES {
+                for p in 0..2 {
+                    let words = s.words(&panels[p][step][i].0);
                     if LINES == 8 {
                         for r in 0..R {
                             dots[r][p] = s.dot_bytes(dots[r][p], words, x[r][step][i]);
@@ -501,6 +505,8 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
                         let (low, high) = (s.low_nibbles(words), s.high_nibbles(words));
                         for r in 0..R {
                             dots[r][p] = s.dot_bytes(dots[r][p], low, x[r][step][i]);
+                        }
+                        for r in 0..R {
                             dots[r][p] = s.dot_bytes(dots[r][p], high, x[r][step][i + 4]);
                         }
                     }
@@ -508,11 +514,11 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
             }
             for p in 0..2 {
                 let scale = s.load_f16(&scales[p][step * sets]);
+                let min = if MIN { s.load_f16(&scales[p][step * sets + 1]) } else { s.splat(0.0) };
                 for r in 0..R {
                     let [d, shift] = x_scales[r][step];
                     let dot = s.floats(dots[r][p]);
                     if MIN {
-                        let min = s.load_f16(&scales[p][step * sets + 1]);
                         sums[r][p] = s.fma(scale, s.mul(dot, s.splat(d)), s.fma(min, s.splat(shift), sums[r][p]));
                     } else {
                         sums[r][p] = s.fma(scale, s.fma(dot, s.splat(d), s.splat(zero * shift)), sums[r][p]);

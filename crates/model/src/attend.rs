@@ -276,22 +276,29 @@ impl Attention {
         Ok(())
     }
 
-    /// The rows of several tokens with LibTorch: each KV head of each by whoever is free.
+    /// The rows of several tokens with LibTorch: each KV head of each by whoever is free, and where these are few, some of the query heads of each.
     fn chunks(&self, step: &LayerStep<'_>, out: &mut [f32]) -> Result<(), ModelError> {
         let (DecodeShape { heads, kv_heads, .. }, value_dim) = (self.shape, self.shape.value_dim());
-        let chunks = step.batch.rows.iter().filter(|placed| !placed.single);
-        let items: Vec<_> = chunks.flat_map(|placed| (0..kv_heads).map(move |head| (placed, head))).collect();
+        let chunks: Vec<_> = step.batch.rows.iter().filter(|placed| !placed.single).collect();
+        let threads = if self.libtorch_threads { 1 } else { step.team.threads() };
+        let share = (heads / kv_heads).div_ceil(threads.div_ceil((chunks.len() * kv_heads).max(1)));
+        let shares = |kv_head: usize| {
+            let group = kv_head * (heads / kv_heads)..(kv_head + 1) * (heads / kv_heads);
+            group.clone().step_by(share).map(move |first| first..group.end.min(first + share))
+        };
+        let items: Vec<_> =
+            chunks.iter().flat_map(|placed| (0..kv_heads).flat_map(shares).map(move |heads| (*placed, heads))).collect();
         let mut attended: Vec<Result<Vec<f32>, ModelError>> = Vec::new();
         attended.resize_with(items.len(), || Ok(Vec::new()));
         let grain = if self.libtorch_threads { items.len() } else { 1 };
         step.team.chunks(&mut attended, 1, grain, |index, attended| {
-            let (placed, kv_head) = items[index];
-            attended[0] = self.chunk(step, placed, kv_head);
+            let (placed, heads) = &items[index];
+            attended[0] = self.chunk(step, placed, heads.clone());
         });
-        for ((placed, kv_head), attended) in items.iter().zip(attended) {
+        for ((placed, own), attended) in items.iter().zip(attended) {
             let (attended, tokens) = (attended?, placed.row.tokens.len());
             for (index, values) in attended.chunks_exact(value_dim).enumerate() {
-                let (head, token) = (kv_head * (heads / kv_heads) + index / tokens, placed.first + index % tokens);
+                let (head, token) = (own.start + index / tokens, placed.first + index % tokens);
                 out[(token * heads + head) * value_dim..][..value_dim].copy_from_slice(values);
             }
         }
@@ -332,14 +339,15 @@ impl Attention {
         failed.into_inner().map_or(Ok(()), |error| Err(error.into()))
     }
 
-    /// The query heads of one KV head for one row of several tokens: `[group, tokens, value_dim]`.
-    fn chunk(&self, step: &LayerStep<'_>, placed: &Placed<'_>, kv_head: usize) -> Result<Vec<f32>, ModelError> {
+    /// Some query heads of one KV head for one row of several tokens: `[own, tokens, value_dim]`.
+    fn chunk(&self, step: &LayerStep<'_>, placed: &Placed<'_>, own: Range<usize>) -> Result<Vec<f32>, ModelError> {
         let _no_grad = tch::no_grad_guard(); // of this thread
         let DecodeShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let (width, tokens, group, kind) = (self.qkv_width(), placed.row.tokens.len(), heads / kv_heads, tensors::kind(self.dtype));
+        let (width, tokens, group, kind) = (self.qkv_width(), placed.row.tokens.len(), own.len(), tensors::kind(self.dtype));
+        let kv_head = own.start / (heads / kv_heads);
         let rows = &step.qkv[placed.first * width..][..tokens * width];
         let of_head = |head: usize| rows.chunks_exact(width).flat_map(move |token| &token[head * head_dim..][..head_dim]);
-        let query: Vec<f32> = (kv_head * group..(kv_head + 1) * group).flat_map(of_head).copied().collect();
+        let query: Vec<f32> = own.flat_map(of_head).copied().collect();
         let query = tensors::from_f32(&query, &[1, group as i64, tokens as i64, head_dim as i64], kind, self.device)?;
         let kv = self.gather(step, placed, kv_head)?;
         let (keys, values) = match self.shape.latent {
