@@ -2,14 +2,14 @@
 //!
 //! Scores are computed transposed, `K Q^T`: keys are rows already, as the left side of a tile product wants them; each lane of a vector is one query,
 //! so the softmax needs no sum across lanes; and what it gives is, pair by pair of tokens, the right side of `V^T P^T`. Online softmax over [`SPAN`] tokens
-//! at a time (FlashAttention, Dao et al. 2022), for all query heads that share a KV head while their keys and values are in the cache. Queries and
+//! at a time (FlashAttention, Dao et al. 2022), for the query heads that share a KV head while their keys and values are in the cache. Queries and
 //! weights are rounded to bfloat16, as LibTorch does, and so are 8-bit keys and values times their scales.
 
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
 use std::f32::consts::LOG2_E;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 use crate::attention::{AttentionError, DecodeShape};
 use crate::buffer::Line;
@@ -26,6 +26,11 @@ const QUERIES: usize = 2 * LANES;
 /// By how much, in powers of two, a score may exceed what weights are relative to, before all sums are made relative to it: most spans change no sum, and a
 /// weight of 256 is as good as one of 1.
 const SLACK: f32 = 8.0;
+/// Lines of queries and sums of one item: half of a second-level cache of 512 KiB. Heads of ordinary size share an item, those of a latent have more of them.
+const ITEM_LINES: usize = 4096;
+/// What weights are relative to before there is a score: so small that nothing is left of it later, and not minus infinity, from which nothing can be taken
+/// where a window hides all of a span.
+const NO_SCORE: f32 = -1e30;
 /// Tokens of one step of a tile product.
 const STEP: usize = 2 * LANES;
 const NOTHING: Line = Line([0; LANES]);
@@ -41,11 +46,19 @@ pub struct Chunk<'a> {
     pub start: usize,
     /// Its tokens.
     pub tokens: usize,
+    /// How many tokens each sees, its own included; all where there is none.
+    pub window: Option<usize>,
 }
 
 impl Chunk<'_> {
-    fn context(&self) -> usize {
-        self.start + self.tokens
+    /// What its tokens see of the sequence.
+    fn context(&self) -> Range<usize> {
+        self.first_seen(self.start)..self.start + self.tokens
+    }
+
+    /// The first position that the token at `position` sees.
+    fn first_seen(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 }
 
@@ -61,13 +74,13 @@ pub struct ChunkAttention {
 struct Packed {
     /// Steps of a product over a head's elements.
     dim_steps: usize,
-    /// Tiles of a head's elements.
+    /// Tiles of the elements of a head of V.
     dim_tiles: usize,
 }
 
 impl Packed {
-    fn new(head_dim: usize) -> Self {
-        Self { dim_steps: head_dim.div_ceil(STEP), dim_tiles: head_dim.div_ceil(LANES) }
+    fn new(shape: &DecodeShape) -> Self {
+        Self { dim_steps: shape.head_dim.div_ceil(STEP), dim_tiles: shape.value_dim().div_ceil(LANES) }
     }
 
     /// Lines of the keys: `[SPAN / 16 tiles, dim_steps, 16 tokens]` of 32 elements.
@@ -79,11 +92,17 @@ impl Packed {
     fn lines(self) -> usize {
         self.keys() + self.dim_tiles * SPAN / STEP * LANES
     }
+
+    /// Query heads of one item, of `group` that share a KV head.
+    fn heads(self, group: usize) -> usize {
+        let lines = 2 * LANES * (self.dim_steps + self.dim_tiles);
+        (ITEM_LINES / lines).clamp(1, group)
+    }
 }
 
 impl ChunkAttention {
     /// Attention of each token of `chunk` over the tokens before it and itself. `cell(i)` is the sequence's block `i`; its own keys and values stand
-    /// there already. `out`: `[tokens, heads * head_dim]`.
+    /// there already. `out`: `[tokens, heads * value_dim]`.
     ///
     /// # Errors
     /// [`AttentionError`] when the arguments do not fit.
@@ -99,20 +118,25 @@ impl ChunkAttention {
         out: &mut [f32],
     ) -> Result<(), AttentionError> {
         check(shape, chunk, out)?;
-        let (packed, spans) = (Packed::new(shape.head_dim), chunk.context().div_ceil(SPAN));
-        let lines = packed.lines();
+        let (packed, context) = (Packed::new(shape), chunk.context());
+        let from = context.start / SPAN;
+        let (lines, spans) = (packed.lines(), context.end.div_ceil(SPAN) - from);
         self.packed.resize(shape.kv_heads * spans * lines, NOTHING);
         team.chunks(&mut self.packed, lines, 1, |index, lines| {
-            pack((shape, isa), packed, (index / spans, index % spans), chunk.context(), &cell, lines);
+            pack((shape, isa), packed, (index / spans, from + index % spans), &context, &cell, lines);
         });
-        let blocks = chunk.tokens.div_ceil(QUERIES);
+        let group = shape.heads / shape.kv_heads;
+        let own = packed.heads(group);
+        let (blocks, shares) = (chunk.tokens.div_ceil(QUERIES), group.div_ceil(own));
         let (out, all) = (&Parts::new(out), &self.packed);
-        team.each(blocks * shape.kv_heads, 1, |index| {
+        team.each(blocks * shape.kv_heads * shares, 1, |index| {
             // The last queries see most: they come first, so that all threads end together.
-            let (kv_head, first) = (index % shape.kv_heads, (blocks - 1 - index / shape.kv_heads) * QUERIES);
+            let first = (blocks - 1 - index / (shape.kv_heads * shares)) * QUERIES;
+            let (kv_head, share) = (index / shares % shape.kv_heads, index % shares);
+            let heads = kv_head * group + share * own..kv_head * group + group.min((share + 1) * own);
             let keys_values = &all[kv_head * spans * lines..(kv_head + 1) * spans * lines];
             SCRATCH.with_borrow_mut(|scratch| {
-                run(isa, Item { isa, shape, chunk, packed, keys_values, kv_head, first, scratch, out });
+                run(isa, Item { isa, shape, chunk, packed, keys_values, from, heads, first, scratch, out });
             });
         });
         Ok(())
@@ -121,34 +145,41 @@ impl ChunkAttention {
 
 fn check(shape: &DecodeShape, chunk: &Chunk<'_>, out: &[f32]) -> Result<(), AttentionError> {
     let DecodeShape { heads, kv_heads, head_dim, block_tokens, element, .. } = *shape;
-    assert!(element != Element::F32 && shape.latent.is_none(), "chunks are attended in bfloat16, keys and values apart");
-    if kv_heads == 0 || head_dim == 0 || block_tokens == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+    assert!(element != Element::F32, "chunks are attended in bfloat16");
+    if kv_heads == 0
+        || !(1..=head_dim).contains(&shape.value_dim())
+        || block_tokens == 0
+        || heads == 0
+        || !heads.is_multiple_of(kv_heads)
+    {
         return Err(AttentionError::Heads { heads, kv_heads });
     }
     let (width, tokens) = (heads * head_dim, chunk.tokens);
     let needed = tokens.saturating_sub(1) * chunk.stride + width;
-    if tokens == 0 || chunk.stride < width || chunk.queries.len() < needed {
+    if tokens == 0 || chunk.window == Some(0) || chunk.stride < width || chunk.queries.len() < needed {
         return Err(AttentionError::Query { got: chunk.queries.len(), expected: needed });
     }
-    if out.len() != tokens * width {
-        return Err(AttentionError::Query { got: out.len(), expected: tokens * width });
+    let expected = tokens * heads * shape.value_dim();
+    if out.len() != expected {
+        return Err(AttentionError::Query { got: out.len(), expected });
     }
     Ok(())
 }
 
-/// Copies keys and values of one span of one KV head into order, rounded to bfloat16 where they are more; zeroes stand for what is beyond the context.
+/// Copies keys and values of one span of one KV head into order, rounded to bfloat16 where they are more; zeroes stand for what is outside of the context.
 fn pack<C: Deref<Target = [u8]>>(
     (shape, isa): (&DecodeShape, Isa),
     packed: Packed,
     (kv_head, span): (usize, usize),
-    context: usize,
+    context: &Range<usize>,
     cell: impl Fn(usize) -> C,
     lines: &mut [Line],
 ) {
-    let DecodeShape { head_dim: dim, block_tokens: block, .. } = *shape;
+    let (DecodeShape { head_dim: dim, block_tokens: block, .. }, value_dim) = (*shape, shape.value_dim());
     let mut halves = [Vec::new(), Vec::new()];
-    let (first, last) = (span * SPAN, context.min((span + 1) * SPAN));
-    if last - first < SPAN || !dim.is_multiple_of(STEP) {
+    let begin = span * SPAN;
+    let (first, last) = (begin.max(context.start), context.end.min(begin + SPAN));
+    if last - first < SPAN || !dim.is_multiple_of(STEP) || !value_dim.is_multiple_of(LANES) {
         lines.fill(NOTHING);
     }
     let (keys, values) = lines.split_at_mut(packed.keys());
@@ -159,12 +190,12 @@ fn pack<C: Deref<Target = [u8]>>(
         assert_eq!(cell.len(), shape.cell_bytes(), "a cell is as large as its shape says");
         let [cell_keys, cell_values] = halves_of((shape, isa), &cell, kv_head, &mut halves);
         for position in first.max(index * block)..last.min((index + 1) * block) {
-            let (token, at) = (position - first, position % block * dim);
+            let (token, at) = (position - begin, position % block * dim);
             for (step, key) in cell_keys[at..at + dim].chunks(STEP).enumerate() {
                 keys[(token / LANES * packed.dim_steps + step) * LANES + token % LANES][..key.len()].copy_from_slice(key);
             }
             let place = token / STEP * LANES;
-            for (tile, value) in cell_values[at..at + dim].chunks(LANES).enumerate() {
+            for (tile, value) in cell_values[at..at + value_dim].chunks(LANES).enumerate() {
                 let lines = &mut values[tile * (SPAN / STEP) * LANES + place..][..value.len()];
                 lines.iter_mut().zip(value).for_each(|(line, value)| line[token % STEP] = *value);
             }
@@ -172,27 +203,28 @@ fn pack<C: Deref<Target = [u8]>>(
     }
 }
 
-/// Keys and values of one KV head of a cell, `[block_tokens, head_dim]` of bfloat16; `room` is for those that do not stand so.
+/// Keys and values of one KV head of a cell, `[block_tokens, head_dim]` of bfloat16, of a latent both times the same; `room` is for those that do not stand so.
 fn halves_of<'a>((shape, isa): (&DecodeShape, Isa), cell: &'a [u8], kv_head: usize, room: &'a mut [Vec<u16>; 2]) -> [&'a [u16]; 2] {
     let bytes = shape.block_tokens * shape.vector_bytes();
-    let vectors = [0, 1].map(|part| &cell[(part * shape.kv_heads + kv_head) * bytes..][..bytes]);
+    let parts = if shape.latent.is_some() { [0, 0] } else { [0, 1] };
+    let vectors = parts.map(|part| &cell[(part * shape.kv_heads + kv_head) * bytes..][..bytes]);
     if shape.element == Element::Bf16 {
         return vectors.map(bytemuck::cast_slice);
     }
-    for (room, vectors) in room.iter_mut().zip(vectors) {
+    for (room, vectors) in room.iter_mut().zip(vectors).take(1 + parts[1]) {
         room.resize(shape.block_tokens * shape.head_dim, 0);
         int8_halves(isa, vectors, shape.head_dim, room);
     }
-    room.each_ref().map(Vec::as_slice)
+    parts.map(|part| room[part].as_slice())
 }
 
 /// What one item of work keeps; each thread has its own.
 struct Scratch {
-    /// `[group, 2 halves of the queries, dim_steps, 16 pairs of elements]` of 16 queries.
+    /// `[heads, 2 halves of the queries, dim_steps, 16 pairs of elements]` of 16 queries.
     queries: Vec<Line>,
-    /// Weighted sums of V, `[group, pairs of dim_tiles]`.
+    /// Weighted sums of V, `[heads, pairs of dim_tiles]`.
     sums: Vec<Block>,
-    /// `[group]`.
+    /// `[heads]`.
     running: Vec<Running>,
     /// Of one head and span, `K Q^T`.
     scores: Box<[Block; SPAN / STEP]>,
@@ -217,15 +249,18 @@ thread_local! {
     });
 }
 
-/// Up to [`QUERIES`] tokens for the heads of one KV head.
+/// Up to [`QUERIES`] tokens for some of the query heads of one KV head.
 struct Item<'a> {
     isa: Isa,
     shape: &'a DecodeShape,
     chunk: &'a Chunk<'a>,
     packed: Packed,
-    /// All spans of the KV head.
+    /// The spans of the KV head.
     keys_values: &'a [Line],
-    kv_head: usize,
+    /// Which span is the first of those.
+    from: usize,
+    /// The query heads.
+    heads: Range<usize>,
     /// The first token, counted in the chunk.
     first: usize,
     scratch: &'a mut Scratch,
@@ -239,29 +274,30 @@ struct Span {
     first: usize,
     /// Steps of tokens of which any query of the item sees one.
     steps: usize,
-    /// The item's first query token, counted in the sequence: no query is hidden from what stands before it.
+    /// The item's first query token, counted in the sequence: no query is hidden from what stands before it, but by the window.
     begin: usize,
+    window: Option<usize>,
 }
 
 impl Kernel for Item<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let group = self.shape.heads / self.shape.kv_heads;
+        let heads = self.heads.len();
         let count = (self.chunk.tokens - self.first).min(QUERIES);
-        self.place_queries(s, group, count);
+        self.place_queries(s, count);
         self.scratch.sums.clear();
-        self.scratch.sums.resize(group * self.packed.dim_tiles.div_ceil(2), NO_BLOCK);
+        self.scratch.sums.resize(heads * self.packed.dim_tiles.div_ceil(2), NO_BLOCK);
         self.scratch.running.clear();
-        self.scratch.running.resize(group, Running { base: [[f32::NEG_INFINITY; LANES]; 2], total: [[0.0; LANES]; 2] });
+        self.scratch.running.resize(heads, Running { base: [[NO_SCORE; LANES]; 2], total: [[0.0; LANES]; 2] });
         let multiply = Multiply::new(self.isa);
         let begin = self.chunk.start + self.first;
-        for first in (0..begin + count).step_by(SPAN) {
+        for first in (self.chunk.first_seen(begin) / SPAN * SPAN..begin + count).step_by(SPAN) {
             let steps = (begin + count - first).min(SPAN).div_ceil(STEP);
-            for head in 0..group {
-                self.span(s, &multiply, head, Span { first, steps, begin });
+            for head in 0..heads {
+                self.span(s, &multiply, head, Span { first, steps, begin, window: self.chunk.window });
             }
         }
-        for head in 0..group {
+        for head in 0..heads {
             self.finish(s, head, count);
         }
     }
@@ -270,15 +306,15 @@ impl Kernel for Item<'_> {
 impl Item<'_> {
     /// Rounds the queries and puts them in order; missing ones are zero.
     #[inline(always)]
-    fn place_queries<S: Simd>(&mut self, s: S, group: usize, count: usize) {
+    fn place_queries<S: Simd>(&mut self, s: S, count: usize) {
         let (dim, steps) = (self.shape.head_dim, self.packed.dim_steps);
         self.scratch.queries.clear();
-        self.scratch.queries.resize(group * 2 * steps * LANES, NOTHING);
+        self.scratch.queries.resize(self.heads.len() * 2 * steps * LANES, NOTHING);
         let mut pairs = [0; LANES];
         for lane in 0..count {
             let token = &self.chunk.queries[(self.first + lane) * self.chunk.stride..];
-            for head in 0..group {
-                let query = &token[(self.kv_head * group + head) * dim..][..dim];
+            for (head, place) in self.heads.clone().enumerate() {
+                let query = &token[place * dim..][..dim];
                 let lines = &mut self.scratch.queries[(2 * head + lane / LANES) * steps * LANES..];
                 for (step, lines) in query.chunks(STEP).zip(lines.chunks_mut(LANES)) {
                     let mut padded = [[0.0; LANES]; 2];
@@ -300,7 +336,7 @@ impl Item<'_> {
     fn span<S: Simd>(&mut self, s: S, multiply: &Multiply, head: usize, span: Span) {
         let Span { first, steps, .. } = span;
         let Packed { dim_steps, dim_tiles } = self.packed;
-        let lines = &self.keys_values[first / SPAN * self.packed.lines()..][..self.packed.lines()];
+        let lines = &self.keys_values[(first / SPAN - self.from) * self.packed.lines()..][..self.packed.lines()];
         let (keys, values) = lines.split_at(self.packed.keys());
         let Scratch { queries, sums, running, scores, weights } = &mut *self.scratch;
         let panel = |half: usize| &queries[(2 * head + half) * dim_steps * LANES..][..dim_steps * LANES];
@@ -329,7 +365,7 @@ impl Item<'_> {
     /// Divides by the sums of exponentials.
     #[inline(always)]
     fn finish<S: Simd>(&self, s: S, head: usize, count: usize) {
-        let DecodeShape { heads, kv_heads, head_dim, .. } = *self.shape;
+        let (heads, value_dim) = (self.shape.heads, self.shape.value_dim());
         let (tiles, totals) = (self.packed.dim_tiles, &self.scratch.running[head].total);
         let mut inverse = [[0.0; LANES]; 2];
         for half in 0..2 {
@@ -337,9 +373,9 @@ impl Item<'_> {
         }
         let sums = self.scratch.sums[head * tiles.div_ceil(2)..][..tiles.div_ceil(2)].as_flattened();
         for lane in 0..count {
-            let at = ((self.first + lane) * heads + self.kv_head * (heads / kv_heads) + head) * head_dim;
+            let at = ((self.first + lane) * heads + self.heads.start + head) * value_dim;
             // SAFETY: one head of one token, which belongs to this item alone, and each item comes once.
-            let out = unsafe { self.out.part(at..at + head_dim) };
+            let out = unsafe { self.out.part(at..at + value_dim) };
             let (half, lane) = (lane / LANES, lane % LANES);
             for (out, sums) in out.chunks_mut(LANES).zip(sums) {
                 for (out, sums) in out.iter_mut().zip(&sums[half]) {
@@ -350,13 +386,13 @@ impl Item<'_> {
     }
 }
 
-/// What is added to scores: minus infinity for 32 queries, nothing for 32 more. Of a token that the first `n` queries of an item do not see, it
-/// is what stands from `32 - n` on.
-static MASK: [f32; 2 * QUERIES] = {
-    let mut mask = [0.0; 2 * QUERIES];
-    let mut i = 0;
-    while i < QUERIES {
-        mask[i] = f32::NEG_INFINITY;
+/// What is added to scores: minus infinity for 32 queries, nothing for 32 more, minus infinity for the last 32. Of a token that the first `n` queries of an
+/// item do not see yet, it is what stands from `32 - n` on; of one that only the first `n` see still, what stands from `64 - n` on.
+static MASK: [f32; 3 * QUERIES] = {
+    let mut mask = [f32::NEG_INFINITY; 3 * QUERIES];
+    let mut i = QUERIES;
+    while i < 2 * QUERIES {
+        mask[i] = 0.0;
         i += 1;
     }
     mask
@@ -375,7 +411,10 @@ fn softmax<S: Simd>(
 ) -> Option<S::V> {
     let scores = scores.as_flattened_mut();
     if span.first + scores.len() * LANES > span.begin {
-        hide(s, half, scores, span);
+        hide_later(s, half, scores, span);
+    }
+    if let Some(window) = span.window.filter(|window| span.first + window < span.begin + QUERIES) {
+        hide_earlier(s, half, scores, span, window);
     }
     let mut largest = [s.splat(f32::NEG_INFINITY); 4];
     for scores in scores.iter() {
@@ -408,17 +447,34 @@ fn softmax<S: Simd>(
     shrink
 }
 
-/// Makes scores of tokens that a query does not see minus infinity.
+/// Makes scores of tokens that come after a query minus infinity.
 #[inline(always)]
-fn hide<S: Simd>(s: S, half: usize, scores: &mut [[[Line; LANES]; 2]], span: Span) {
+fn hide_later<S: Simd>(s: S, half: usize, scores: &mut [[[Line; LANES]; 2]], span: Span) {
     let seen_by_all = span.begin.saturating_sub(span.first) / LANES;
     for (tile, scores) in scores.iter_mut().enumerate().skip(seen_by_all) {
         for (row, line) in scores[half].iter_mut().enumerate() {
             let hidden = (span.first + tile * LANES + row).saturating_sub(span.begin).min(QUERIES);
-            if hidden > 0 {
-                let mask = MASK[QUERIES - hidden + half * LANES..].first_chunk().expect("the mask is 64 long");
-                s.store(s.add(load(s, line), s.load(mask)), bytemuck::cast_mut(&mut line.0));
-            }
+            mask(s, half, QUERIES - hidden, line);
         }
+    }
+}
+
+/// Makes scores of tokens that have left a query's window minus infinity.
+#[inline(always)]
+fn hide_earlier<S: Simd>(s: S, half: usize, scores: &mut [[[Line; LANES]; 2]], span: Span, window: usize) {
+    for (tile, scores) in scores.iter_mut().enumerate() {
+        for (row, line) in scores[half].iter_mut().enumerate() {
+            let seen = (span.first + tile * LANES + row + window).saturating_sub(span.begin).min(QUERIES);
+            mask(s, half, 2 * QUERIES - seen, line);
+        }
+    }
+}
+
+/// Adds what stands in [`MASK`] from `from` on to the scores of one token.
+#[inline(always)]
+fn mask<S: Simd>(s: S, half: usize, from: usize, line: &mut Line) {
+    if from != QUERIES {
+        let mask = MASK[from + half * LANES..].first_chunk().expect("the mask is 96 long, and `from` 64 at most");
+        s.store(s.add(load(s, line), s.load(mask)), bytemuck::cast_mut(&mut line.0));
     }
 }

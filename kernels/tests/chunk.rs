@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+use std::ops::Range;
+
 use half::bf16;
-use millrace_kernels::{AttentionError, Chunk, ChunkAttention, DecodeShape, Element, Isa, KvSlab, Team, paged_decode};
+use millrace_kernels::{
+    AttentionError, Chunk, ChunkAttention, DecodeShape, Element, Isa, KvSlab, RowPart, Team, merge_parts, paged_part,
+};
 
 /// Numbers in [-1, 1) from a counter.
 struct Noise(u64);
@@ -23,13 +27,13 @@ fn shape(heads: usize, kv_heads: usize, head_dim: usize, block_tokens: usize, el
     DecodeShape { heads, kv_heads, head_dim, latent: None, block_tokens, element, scale: 1.0 / (head_dim as f32).sqrt() }
 }
 
-/// Cells of a context; what is beyond it is poison.
-fn slab(shape: &DecodeShape, context: usize, noise: &mut Noise) -> std::sync::Arc<KvSlab> {
-    let blocks = context.div_ceil(shape.block_tokens);
+/// Cells of a context; what is outside of it is poison.
+fn slab(shape: &DecodeShape, context: Range<usize>, noise: &mut Noise) -> std::sync::Arc<KvSlab> {
+    let blocks = context.end.div_ceil(shape.block_tokens);
     let slab = KvSlab::new(shape.cell_bytes(), 1, blocks).unwrap();
     for slot in 0..blocks {
         for (index, place) in slab.write(slot, 0).chunks_exact_mut(shape.vector_bytes()).enumerate() {
-            let seen = slot * shape.block_tokens + index % shape.block_tokens < context;
+            let seen = context.contains(&(slot * shape.block_tokens + index % shape.block_tokens));
             let numbers = if seen { noise.vector(shape.head_dim, 2.0) } else { vec![f32::NAN; shape.head_dim] };
             shape.element.write(&numbers, place);
         }
@@ -37,30 +41,45 @@ fn slab(shape: &DecodeShape, context: usize, noise: &mut Noise) -> std::sync::Ar
     slab
 }
 
+/// Which tokens are attended for: those before, those of the chunk, how many each sees.
+type Tokens = (usize, usize, Option<usize>);
+
 /// The largest difference between the attention of a chunk and that of its tokens one by one.
-fn difference(isa: Isa, shape: &DecodeShape, (start, tokens): (usize, usize), noise: &mut Noise) -> f32 {
-    let slab = slab(shape, start + tokens, noise);
-    let (width, stride) = (shape.heads * shape.head_dim, shape.heads * shape.head_dim + 5);
+fn difference(isa: Isa, shape: &DecodeShape, (start, tokens, window): Tokens, noise: &mut Noise) -> f32 {
+    let seen = |position: usize| window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1;
+    let slab = slab(shape, seen(start).start..start + tokens, noise);
+    let (width, out_width) = (shape.heads * shape.head_dim, shape.heads * shape.value_dim());
+    let stride = width + 5;
     let queries = noise.vector(tokens * stride, 3.0);
-    let chunk = Chunk { queries: &queries, stride, start, tokens };
-    let mut out = vec![f32::NAN; tokens * width];
+    let chunk = Chunk { queries: &queries, stride, start, tokens, window };
+    let mut out = vec![f32::NAN; tokens * out_width];
     let mut attention = ChunkAttention::default();
     for _ in 0..2 {
         attention.attend((&Team::new(2), isa), shape, &chunk, |block| slab.read(block, 0), &mut out).unwrap();
     }
     let cells: Vec<_> = (0..slab.slots()).map(|slot| slab.read(slot, 0)).collect();
-    let mut want = vec![0.0; width];
+    let (mut part, mut want) = (vec![0.0; shape.part_numbers()], vec![0.0; out_width]);
     let mut largest = 0.0;
     for token in 0..tokens {
-        let query = &queries[token * stride..][..width];
-        paged_decode(Isa::Portable, shape, query, &cells, start + token + 1, &mut want).unwrap();
-        for (got, want) in out[token * width..].iter().zip(&want) {
+        let row = RowPart { query: &queries[token * stride..][..width], cells: &cells, context: seen(start + token), ahead: &[] };
+        paged_part(Isa::Portable, shape, &row, &mut part).unwrap();
+        merge_parts(Isa::Portable, shape, &part, &mut want).unwrap();
+        for (got, want) in out[token * out_width..].iter().zip(&want) {
             let difference = (got - want).abs();
-            assert!(difference.is_finite(), "{isa:?} {shape:?} {start} {token}: {got} {want}");
+            assert!(difference.is_finite(), "{isa:?} {shape:?} {start} {token} {window:?}: {got} {want}");
             largest = f32::max(largest, difference);
         }
     }
     largest
+}
+
+/// The weights of the softmax are rounded to 8 bits; what is weighed is below 2, and is rounded to 8 bits too where it has a scale.
+fn agree(shape: &DecodeShape, tokens: Tokens, noise: &mut Noise) {
+    for isa in Isa::available() {
+        let largest = difference(isa, shape, tokens, noise);
+        let most = if shape.element == Element::Int8 { 2.5e-2 } else { 1.5e-2 };
+        assert!(largest < most, "{isa:?} {shape:?} {tokens:?}: {largest}");
+    }
 }
 
 #[test]
@@ -71,12 +90,32 @@ fn every_instruction_set_agrees_with_single_tokens() {
     for ((heads, kv_heads, head_dim, block_tokens), element) in shapes {
         let shape = shape(heads, kv_heads, head_dim, block_tokens, element);
         for (start, tokens) in [(0, 1), (0, 2), (0, 33), (5, 40), (96, 70), (112, 32), (127, 2), (128, 1), (0, 150), (300, 17)] {
-            for isa in Isa::available() {
-                let largest = difference(isa, &shape, (start, tokens), &mut noise);
-                // The weights of the softmax are rounded to 8 bits; what is weighed is below 2, and is rounded to 8 bits too where it has a scale.
-                let most = if element == Element::Int8 { 2.5e-2 } else { 1.5e-2 };
-                assert!(largest < most, "{isa:?} {shape:?} {start} {tokens}: {largest}");
+            agree(&shape, (start, tokens, None), &mut noise);
+        }
+    }
+}
+
+#[test]
+fn what_has_left_the_window_is_not_seen_or_read() {
+    let mut noise = Noise(4);
+    let shape = shape(4, 2, 32, 16, Element::Bf16);
+    for window in [1, 2, 31, 32, 33, 100, 128, 200] {
+        for (start, tokens) in [(0, 1), (0, 150), (5, 40), (127, 2), (300, 17), (261, 140)] {
+            agree(&shape, (start, tokens, Some(window)), &mut noise);
+        }
+    }
+}
+
+#[test]
+fn a_latent_is_its_own_values() {
+    let mut noise = Noise(5);
+    for (heads, head_dim, rank) in [(4, 24, 16), (3, 40, 40), (16, 576, 512), (7, 33, 17)] {
+        for element in [Element::Bf16, Element::Int8] {
+            let shape = DecodeShape { latent: Some(rank), ..shape(heads, 1, head_dim, 16, element) };
+            for (start, tokens) in [(0, 33), (96, 70), (150, 9)] {
+                agree(&shape, (start, tokens, None), &mut noise);
             }
+            agree(&shape, (40, 100, Some(50)), &mut noise);
         }
     }
 }
@@ -85,9 +124,9 @@ fn every_instruction_set_agrees_with_single_tokens() {
 fn a_new_chunk_sees_nothing_of_the_last() {
     let mut noise = Noise(2);
     let shape = shape(3, 1, 48, 16, Element::Int8);
-    let (long, short) = (slab(&shape, 200, &mut noise), slab(&shape, 37, &mut noise));
+    let (long, short) = (slab(&shape, 0..200, &mut noise), slab(&shape, 0..37, &mut noise));
     let queries = noise.vector(200 * 144, 2.0);
-    let chunk = |tokens: usize| Chunk { queries: &queries, stride: 144, start: 0, tokens };
+    let chunk = |tokens: usize| Chunk { queries: &queries, stride: 144, start: 0, tokens, window: None };
     let team = Team::new(1);
     for isa in Isa::available() {
         let [mut fresh, mut used] = [vec![0.0; 37 * 144], vec![0.0; 37 * 144]];
@@ -103,17 +142,19 @@ fn a_new_chunk_sees_nothing_of_the_last() {
 #[test]
 fn arguments_that_do_not_fit_are_refused() {
     let good = shape(4, 2, 16, 16, Element::Bf16);
-    let slab = slab(&good, 16, &mut Noise(3));
+    let slab = slab(&good, 0..16, &mut Noise(3));
     let queries = vec![0.0; 128];
     let ask = |shape: DecodeShape, chunk: Chunk<'_>, out: usize| {
         let cell = |block| slab.read(block, 0);
         ChunkAttention::default().attend((&Team::new(1), Isa::best()), &shape, &chunk, cell, &mut vec![0.0; out])
     };
-    let chunk = Chunk { queries: &queries, stride: 64, start: 0, tokens: 2 };
+    let chunk = Chunk { queries: &queries, stride: 64, start: 0, tokens: 2, window: None };
     assert_eq!(ask(good, chunk, 128), Ok(()));
     assert!(matches!(ask(DecodeShape { kv_heads: 3, ..good }, chunk, 128), Err(AttentionError::Heads { .. })));
     assert!(matches!(ask(good, Chunk { tokens: 3, ..chunk }, 192), Err(AttentionError::Query { .. })));
     assert!(matches!(ask(good, Chunk { tokens: 0, ..chunk }, 0), Err(AttentionError::Query { .. })));
     assert!(matches!(ask(good, Chunk { stride: 63, ..chunk }, 128), Err(AttentionError::Query { .. })));
+    assert!(matches!(ask(good, Chunk { window: Some(0), ..chunk }, 128), Err(AttentionError::Query { .. })));
+    assert!(matches!(ask(DecodeShape { latent: Some(17), ..good }, chunk, 136), Err(AttentionError::Heads { .. })));
     assert!(matches!(ask(good, chunk, 127), Err(AttentionError::Query { .. })));
 }

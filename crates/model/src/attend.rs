@@ -5,8 +5,7 @@
 //! values of a KV head into one tensor and calls LibTorch's scaled dot product attention, heads shared by our threads: LibTorch's own spin long
 //! after their work is done, on the processors that the next product needs. In batch-invariant mode it goes token by token through the paged
 //! kernel, because the order of sums of both others depends on the chunk. All read only what stands in the cells, and of a layer with a window only
-//! from where the window begins. A latent is one KV head whose values are the first numbers of its keys; windows and latents are not for our
-//! own kernel for chunks.
+//! from where the window begins. A latent is one KV head whose values are the first numbers of its keys.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -201,9 +200,8 @@ impl Attention {
         let shape = shape(config, layout);
         assert_eq!(shape.cell_bytes(), layout.cell_bytes(), "kernels and layout mean the same cell");
         let windows = config.attention.windows.clone();
-        let plain = shape.latent.is_none() && windows.iter().all(Option::is_none);
         let halves = dtype == Dtype::Bf16 && shape.element != Element::F32;
-        let owned = plain && halves && Isa::best().has_bf16() && device == Device::Cpu;
+        let owned = halves && Isa::best().has_bf16() && device == Device::Cpu;
         let own = owned.then(ChunkAttention::default);
         Self { shape, layout, windows, dtype, device, batch_invariant, libtorch_threads: true, own }
     }
@@ -268,7 +266,7 @@ impl Attention {
         let (stride, width) = (self.qkv_width(), self.out_width());
         for placed in batch.rows.iter().filter(|placed| !placed.single) {
             let (start, tokens) = (placed.row.start as usize, placed.row.tokens.len());
-            let chunk = Chunk { queries: &qkv[placed.first * stride..], stride, start, tokens };
+            let chunk = Chunk { queries: &qkv[placed.first * stride..], stride, start, tokens, window: batch.window };
             let out = &mut out[placed.first * width..][..tokens * width];
             let cell = |block: usize| slab.read(placed.row.table[block].0 as usize, layer);
             own.attend((team, Isa::best()), &self.shape, &chunk, cell, out)?;

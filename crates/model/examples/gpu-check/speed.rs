@@ -164,12 +164,14 @@ fn median(mut run: impl FnMut() -> Result<f64, EngineError>) -> Result<f64, Engi
     Ok(times[RUNS / 2])
 }
 
-/// Operations of a prompt: two for each weight of the layers and token, the head once, and attention to what is before.
+/// Operations of a prompt: two for each weight of the layers and token, the head once, and attention to what is before. The last layer counts as nothing: only
+/// keys, values and queries of it are computed for all tokens.
 fn prefill_flops(config: &ModelConfig, engine: &TensorEngine, tokens: usize) -> f64 {
     let head = config.vocab_size * config.hidden_size;
-    let layers = engine.weight_bytes() / size_of::<half::bf16>() - head;
+    let computed = config.layers - 1;
+    let layers = (engine.weight_bytes() / size_of::<half::bf16>() - head) / config.layers * computed;
     let pairs = tokens as f64 * (tokens + 1) as f64 / 2.0;
-    let attention = 4.0 * pairs * (config.attention.heads * config.attention.query_dim() * config.layers) as f64;
+    let attention = 4.0 * pairs * (config.attention.heads * config.attention.query_dim() * computed) as f64;
     2.0 * layers as f64 * tokens as f64 + 2.0 * head as f64 + attention
 }
 
