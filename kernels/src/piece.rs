@@ -11,6 +11,8 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
+#[cfg(target_os = "linux")]
+use rustix::mm::{Advice, madvise};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::buffer::{HUGE_BYTES, advise_huge};
@@ -79,6 +81,21 @@ impl Piece {
     /// Its length.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Has the system give all its pages now. What stands in them stays.
+    ///
+    /// # Errors
+    /// When it has not so much, or does not do this.
+    pub(crate) fn populate(&self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        {
+            // SAFETY: this advice has the system back a range of our own memory, as touching it would; it changes nothing that stands there.
+            unsafe { madvise(self.start.as_ptr().cast(), self.bytes, Advice::LinuxPopulateWrite) }?;
+            Ok(())
+        }
+        #[cfg(not(target_os = "linux"))]
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

@@ -80,6 +80,14 @@ impl KvSlab {
         Ok(Arc::new(Self { cells, writes, cell_bytes, layers, piece }))
     }
 
+    /// Takes all of its memory now, so that nobody who writes a cell later waits for a page.
+    ///
+    /// # Errors
+    /// [`SlabError::NoMemory`] when the system has not so much, or gives memory only as it is touched.
+    pub fn populate(&self) -> Result<(), SlabError> {
+        self.piece.populate().map_err(|error| SlabError::NoMemory { bytes: self.piece.bytes(), error: error.to_string() })
+    }
+
     /// Its memory.
     pub(crate) fn piece(&self) -> &Arc<Piece> {
         &self.piece
@@ -344,6 +352,29 @@ mod tests {
         let slab = KvSlab::new(1 << 20, 1, 1 << 18).unwrap();
         slab.write((1 << 18) - 1, 0)[0] = 5;
         assert_eq!((slab.read((1 << 18) - 1, 0)[0], slab.read(7, 0)[0]), (5, 0));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_populated_slab_has_its_memory_and_what_stood_there() {
+        let slab = KvSlab::new(1 << 20, 1, 64).unwrap();
+        slab.write(63, 0)[5] = 7;
+        let start = slab.piece().start().as_ptr() as usize;
+        // Kilobytes of the slab's mapping that are there.
+        let resident = || -> usize {
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mut of_slab = maps.lines().skip_while(|line| {
+                let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+                let ends = range.map(|(from, to)| (usize::from_str_radix(from, 16), usize::from_str_radix(to, 16)));
+                !matches!(ends, Some((Ok(from), Ok(to))) if (from..to).contains(&start))
+            });
+            let line = of_slab.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse().unwrap()
+        };
+        assert!(resident() < 32 << 10);
+        slab.populate().unwrap();
+        assert!(resident() >= 64 << 10);
+        assert_eq!((slab.read(63, 0)[5], slab.read(3, 0)[0]), (7, 0));
     }
 
     #[test]

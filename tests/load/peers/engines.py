@@ -88,6 +88,8 @@ def ours(weights, *nodes):
     def command(args, port):
         up = [args.bin / "millctl", "local", "up", "--model", args.model, "--coordinators", 1, *nodes]
         threads = ["--threads", os.cpu_count(), "--http", f"127.0.0.1:{port}", "--kv-blocks", 8192]
+        # the others take the memory of their caches before they listen, too
+        threads.append("--kv-populate")
         return [*up, *threads], {"MILLRACE_WEIGHTS": weights}
 
     return command

@@ -76,6 +76,7 @@ pub async fn run(args: DemoArgs) -> Result<()> {
         kv_dtype: args.kv_dtype,
         dir: None,
         kv_blocks: None,
+        kv_populate: false,
         threads: args.threads,
         no_restart: false,
         wait: START_WAIT_MAX.as_secs(),

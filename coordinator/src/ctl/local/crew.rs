@@ -125,6 +125,7 @@ impl Crew {
         own.extend(self.args.kv_blocks.map(|blocks| ("--kv-blocks", blocks.to_string())));
         own.extend(self.args.checksum_engine.map(|us| ("--checksum-engine", us.to_string())));
         let mut spec = self.spec(place, &node.name, kind, own);
+        spec.args.extend(self.args.kv_populate.then(|| "--kv-populate".to_owned()));
         spec.args.extend(self.args.hand_over_after_prefill.then(|| "--hand-over-after-prefill".to_owned()));
         spec
     }

@@ -72,6 +72,9 @@ pub struct UpArgs {
     /// Blocks of each node's KV pool
     #[arg(long)]
     pub kv_blocks: Option<u32>,
+    /// Take the memory of each node's KV pool at the start, not as it is first used
+    #[arg(long)]
+    pub kv_populate: bool,
     /// Threads of each node's engine; 0 shares the processors among the nodes
     #[arg(long, default_value_t = 0)]
     pub threads: u16,

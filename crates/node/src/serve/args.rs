@@ -56,6 +56,9 @@ pub struct NodeArgs {
     /// Blocks that the KV pool can hold
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(2..=4_194_304))]
     pub kv_blocks: u32,
+    /// Take the memory of the KV pool at the start, not as it is first used: the first requests are faster, and memory that is not there is missed at once
+    #[arg(long)]
+    pub kv_populate: bool,
     /// Prompt tokens computed in one step
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub step_tokens: u32,

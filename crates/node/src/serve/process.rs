@@ -55,6 +55,9 @@ fn run_to_end(role: Role, args: &NodeArgs, open: impl FnOnce() -> Result<Opened>
     let identity = Identity::load(&args.certs).with_context(|| format!("certificates of {}", args.certs.display()))?;
     let opened = priority::lowered(role, open).context("a thread for the engine")?;
     let opened = opened.with_context(|| format!("model {}", args.model.display()))?;
+    if args.kv_populate {
+        opened.slab.populate().context("taking the KV pool's memory (--kv-populate)")?;
+    }
     let config = args.config(role, opened.identity, opened.positions)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     let result = runtime.block_on(async {
