@@ -26,7 +26,7 @@ const QUERIES: usize = 2 * LANES;
 /// By how much, in powers of two, a score may exceed what weights are relative to, before all sums are made relative to it: most spans change no sum, and a
 /// weight of 256 is as good as one of 1.
 const SLACK: f32 = 8.0;
-/// Lines of queries and sums of one item: half of a second-level cache of 512 KiB. Heads of ordinary size share an item, those of a latent have more of them.
+/// Lines of queries and sums of one item: half of a second-level cache of 512 KiB. All ordinary heads of a group share an item; those of a latent, which are large, are spread over several.
 const ITEM_LINES: usize = 4096;
 /// What weights are relative to before there is a score: so small that nothing is left of it later, and not minus infinity, from which nothing can be taken
 /// where a window hides all of a span.

@@ -124,7 +124,9 @@ impl Decoder {
             let team = multiplier.products.team();
             attention.store(&LayerStep { batch, qkv, slab, layer: index, team });
             on_layer(index as u16);
-            if let (true, Some((tail, batches))) = (index + 1 == layers.len(), &tail) {
+            if index + 1 == layers.len()
+                && let Some((tail, batches)) = &tail
+            {
                 let tokens = batch.tokens();
                 batch = batches.of(index, attention);
                 [&mut *hidden, &mut *qkv].into_iter().for_each(|numbers| tail.keep(numbers, numbers.len() / tokens));
