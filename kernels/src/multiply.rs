@@ -129,7 +129,7 @@ pub(crate) fn rows_by_lanes<S: Simd, const R: usize>(
             add_step(s, a, [left, right], first, &mut sums);
         }
     } else {
-        let mut later = later.map(|lines| lines.chunks(lines.len().div_ceil(a.len())));
+        let mut later = later.map(|lines| lines.chunks(lines.len().div_ceil(a.len()).max(1)));
         for ((a, left), right) in steps {
             later.iter_mut().filter_map(Iterator::next).for_each(call_for);
             add_step(s, a, [left, right], first, &mut sums);

@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use crate::buffer::Line;
 use crate::isa::Isa;
-use crate::lanes::{Kernel, LANES, Simd, run, silu};
+use crate::lanes::{Kernel, LANES, Simd, call_for, claim, run, silu};
 use crate::matrix::{BLOCK, Format, InF32, InHalves, Matrix, Part};
 use crate::multiply::{Fetch, LATER_LINES, Multiply, NO_BLOCK, load, rows_by_lanes};
 use crate::rows::{Forms, Norm, Rows, TILE_ROWS};
@@ -22,8 +22,8 @@ use crate::team::{Parts, Team};
 
 /// Rows that one item of work has at most: of 2,048 columns they are half of a second-level cache of 2 MiB.
 pub(crate) const ROWS_BLOCK: usize = 256;
-/// Up to so many rows items without tiles call for panels of the next.
-const LATER_ROWS_MAX: usize = 64;
+/// Up to so many rows it counts that panels and outputs are far away: items without tiles call for panels of the next, and claim the outputs.
+const FAR_ROWS_MAX: usize = 64;
 /// Items that a thread should get at least, so that all end together.
 const ITEMS_EACH: usize = 8;
 
@@ -266,9 +266,9 @@ impl Kernel for Compute<'_> {
                 item.halves(s, [halves(s, pair.parts[0], first, a), halves(s, pair.parts[1], second, b)]);
             }
             Path::Bytes => match pair.parts[0].format {
-                Format::Q8_0 => item.sweep(s, Bytes::<8, false> { rows: call.rows, pair }),
-                Format::Q4_0 => item.sweep(s, Bytes::<4, false> { rows: call.rows, pair }),
-                _ => item.sweep(s, Bytes::<4, true> { rows: call.rows, pair }),
+                Format::Q8_0 => item.sweep(s, Bytes::<8, false>(&item)),
+                Format::Q4_0 => item.sweep(s, Bytes::<4, false>(&item)),
+                _ => item.sweep(s, Bytes::<4, true>(&item)),
             },
         }
     }
@@ -307,7 +307,21 @@ trait Inner: Copy {
     fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R];
 }
 
-impl Item<'_> {
+impl<'a> Item<'a> {
+    /// What `R` rows from `row` on call for: their share of the lines of the next item's panels. Nothing where they are all of the item, which waits
+    /// for its own panels, or where there are so many rows that the next item's wait does not count.
+    #[inline(always)]
+    fn later<const R: usize>(&self, row: usize) -> [&'a [Line]; 2] {
+        let Item { next, first, last, .. } = *self;
+        let all = last - first;
+        if !(R + 1..=FAR_ROWS_MAX).contains(&all) {
+            return [&[], &[]];
+        }
+        let (left, right) = (next.parts[0].panel(next.panels[0]), next.parts[1].panel(next.panels[1]));
+        let (from, to) = (row - first, row + R - first);
+        [&left[from * left.len() / all..to * left.len() / all], &right[from * right.len() / all..to * right.len() / all]]
+    }
+
     #[inline(always)]
     fn sweep<S: Simd>(&self, s: S, inner: impl Inner) {
         let mut row = self.first;
@@ -324,6 +338,11 @@ impl Item<'_> {
 
     #[inline(always)]
     fn tile<S: Simd, I: Inner, const R: usize>(&self, s: S, inner: I, row: usize) -> usize {
+        if self.last - self.first <= FAR_ROWS_MAX {
+            for r in 0..R {
+                claim(self.out(row + r));
+            }
+        }
         let sums = inner.tile::<S, R>(s, row);
         for (r, sums) in sums.into_iter().enumerate() {
             self.finish(s, row + r, sums);
@@ -361,13 +380,23 @@ impl Item<'_> {
         fetch((row - self.first) / (2 * TILE_ROWS), [later(0), later(1)])
     }
 
-    /// One row of the result.
+    /// Where a row's outputs go.
     #[inline(always)]
-    #[allow(unsafe_code)]
-    fn finish<S: Simd>(&self, s: S, row: usize, sums: [S::V; 2]) {
+    #[allow(
+        unsafe_code,
+        clippy::mut_from_ref,
+        reason = "items share nothing, and an item asks for a row again only when it has let go of it"
+    )]
+    fn out(&self, row: usize) -> &mut [f32] {
         let start = row * self.call.width;
         // SAFETY: outputs of this row and item; each pair of panels and block of rows is one item, and each item comes once.
-        let out = unsafe { self.call.out.part(start + self.outputs.start..start + self.outputs.end) };
+        unsafe { self.call.out.part(start + self.outputs.start..start + self.outputs.end) }
+    }
+
+    /// One row of the result.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, s: S, row: usize, sums: [S::V; 2]) {
+        let out = self.out(row);
         if self.call.kind == Kind::SwiGlu {
             return put(s, false, s.mul(silu(s, sums[0]), sums[1]), out);
         }
@@ -440,35 +469,18 @@ struct Halves<'a> {
     item: &'a Item<'a>,
 }
 
-impl<'a> Halves<'a> {
-    /// What `R` rows from `row` on call for: their share of the next item's panels. Nothing where they are all of the item, which waits for its own
-    /// panels, or where there are so many rows that the next item's wait does not count.
-    #[inline(always)]
-    fn later<const R: usize>(&self, row: usize) -> [&'a [Line]; 2] {
-        let Item { next, first, last, .. } = *self.item;
-        if !(R + 1..=LATER_ROWS_MAX).contains(&(last - first)) || next.parts.iter().any(|part| part.format != Format::Bf16) {
-            return [&[], &[]];
-        }
-        let share = |row: usize| (row - first) * self.panels[0].len() / (last - first);
-        [0, 1].map(|index| next.parts[index].panel(next.panels[index]).get(share(row)..share(row + R)).unwrap_or_default())
-    }
-}
-
 impl Inner for Halves<'_> {
     /// Rows that are computed together stand in one tile: both begin at a multiple of their number.
     #[inline(always)]
     fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R] {
         let nothing = [[s.splat(0.0); 2]; R];
-        rows_by_lanes(s, self.rows.tile(row / TILE_ROWS), self.panels, row % TILE_ROWS, self.later::<R>(row), nothing)
+        rows_by_lanes(s, self.rows.tile(row / TILE_ROWS), self.panels, row % TILE_ROWS, self.item.later::<R>(row), nothing)
     }
 }
 
 /// Quantised weights by bytes: `LINES` lines of numbers for a block, with minima where `MIN`.
 #[derive(Clone, Copy)]
-struct Bytes<'a, const LINES: usize, const MIN: bool> {
-    rows: &'a Rows,
-    pair: Pair<'a>,
-}
+struct Bytes<'a, const LINES: usize, const MIN: bool>(&'a Item<'a>);
 
 impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
     /// Sums of whole numbers and of floats.
@@ -481,19 +493,30 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
     #[inline(always)]
     #[allow(clippy::needless_range_loop, reason = "said above")]
     fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R] {
-        let (rows, parts, sets) = (self.rows, self.pair.parts, if MIN { 2 } else { 1 });
-        let (steps, zero) = (rows.steps(), -parts[0].format.zero());
-        let (first, second) = (parts[0].panel(self.pair.panels[0]), parts[1].panel(self.pair.panels[1]));
+        let (rows, Pair { parts, panels: [left, right], .. }) = (self.0.call.rows, self.0.pair);
+        let (steps, zero, sets) = (rows.steps(), parts[0].format.zero(), if MIN { 2 } else { 1 });
+        let (first, second) = (parts[0].panel(left), parts[1].panel(right));
         let panels: [&[[Line; LINES]]; 2] = [&first.as_chunks().0[..steps], &second.as_chunks().0[..steps]];
-        let (first, second) = (parts[0].panel_scales(self.pair.panels[0]), parts[1].panel_scales(self.pair.panels[1]));
+        let (first, second) = (parts[0].panel_scales(left), parts[1].panel_scales(right));
         let scales = [&first[..steps * sets], &second[..steps * sets]];
         let (mut x, mut x_scales): ([&[_]; R], [&[_]; R]) = ([&[]; R], [&[]; R]);
         for r in 0..R {
             (x[r], x_scales[r]) = (&rows.bytes(row + r)[..steps], &rows.scales(row + r)[..steps]);
         }
+        let later = self.0.later::<R>(row);
+        let pace = [later[0].len().div_ceil(steps), later[1].len().div_ceil(steps)];
         let mut sums = [[s.splat(0.0); 2]; R];
         for step in 0..steps {
-            let mut dots = [[s.no_words(); 2]; R];
+            for p in 0..2 {
+                let (from, to) = ((step * pace[p]).min(later[p].len()), ((step + 1) * pace[p]).min(later[p].len()));
+                call_for(&later[p][from..to]);
+            }
+            let mut dots = [[s.same_words(0); 2]; R];
+            if !MIN {
+                for r in 0..R {
+                    dots[r] = [s.same_words(-zero * x_scales[r][step].sum); 2];
+                }
+            }
             for i in 0..LINES {
                 for p in 0..2 {
                     let words = s.words(&panels[p][step][i].0);
@@ -516,13 +539,11 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
                 let scale = s.load_f16(&scales[p][step * sets]);
                 let min = if MIN { s.load_f16(&scales[p][step * sets + 1]) } else { s.splat(0.0) };
                 for r in 0..R {
-                    let [d, shift] = x_scales[r][step];
-                    let dot = s.floats(dots[r][p]);
+                    let x = x_scales[r][step];
                     if MIN {
-                        sums[r][p] = s.fma(scale, s.mul(dot, s.splat(d)), s.fma(min, s.splat(shift), sums[r][p]));
-                    } else {
-                        sums[r][p] = s.fma(scale, s.fma(dot, s.splat(d), s.splat(zero * shift)), sums[r][p]);
+                        sums[r][p] = s.fma(min, s.splat(x.shift), sums[r][p]);
                     }
+                    sums[r][p] = s.fma(scale, s.mul(s.floats(dots[r][p]), s.splat(x.scale)), sums[r][p]);
                 }
             }
         }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 
 use crate::buffer::Line;
 use crate::isa::Isa;
-use crate::lanes::{Kernel, LANES, Simd, run};
+use crate::lanes::{Kernel, LANES, Simd, claim, run};
 use crate::matrix::BLOCK;
 use crate::team::{Parts, Team};
 
@@ -55,8 +55,19 @@ pub(crate) struct Rows {
     halves: Vec<Line>,
     /// `[rows, steps]` blocks of 32 signed bytes.
     bytes: Vec<[u32; BLOCK / 4]>,
-    /// `[rows, steps]`: the scale of a block's bytes, and the scale times their sum.
-    scales: Vec<[f32; 2]>,
+    /// `[rows, steps]`.
+    scales: Vec<Scale>,
+}
+
+/// What belongs to a block of bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Scale {
+    /// What its bytes are multiplied with.
+    pub(crate) scale: f32,
+    /// The same times their sum.
+    pub(crate) shift: f32,
+    /// Their sum.
+    pub(crate) sum: i32,
 }
 
 impl Rows {
@@ -81,7 +92,7 @@ impl Rows {
         grow(&mut self.plain, if forms.plain { count * steps * BLOCK } else { 0 }, 0.0);
         grow(&mut self.halves, if forms.halves { count.next_multiple_of(TILE_ROWS) * steps } else { 0 }, Line([0; 16]));
         grow(&mut self.bytes, if forms.bytes { count * steps } else { 0 }, [0; BLOCK / 4]);
-        grow(&mut self.scales, if forms.bytes { count * steps } else { 0 }, [0.0; 2]);
+        grow(&mut self.scales, if forms.bytes { count * steps } else { 0 }, Scale::default());
         let (plain, halves) = (Parts::new(&mut self.plain), Parts::new(&mut self.halves));
         let (bytes, scales) = (Parts::new(&mut self.bytes), Parts::new(&mut self.scales));
         let grain = (ALONE_MAX / columns).max(1);
@@ -118,8 +129,8 @@ impl Rows {
         &self.bytes[row * steps..][..steps]
     }
 
-    /// `[steps]`: scale, and scale times sum.
-    pub(crate) fn scales(&self, row: usize) -> &[[f32; 2]] {
+    /// `[steps]`.
+    pub(crate) fn scales(&self, row: usize) -> &[Scale] {
         let steps = self.steps();
         &self.scales[row * steps..][..steps]
     }
@@ -144,7 +155,22 @@ struct Place<'a> {
     plain: &'a Parts<'a, f32>,
     halves: &'a Parts<'a, Line>,
     bytes: &'a Parts<'a, [u32; BLOCK / 4]>,
-    scales: &'a Parts<'a, [f32; 2]>,
+    scales: &'a Parts<'a, Scale>,
+}
+
+impl Place<'_> {
+    /// Asks for the bytes: other threads have read what stood there, and stores would wait for each line.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn claim(&self) {
+        let own = self.row * self.steps..(self.row + 1) * self.steps;
+        if self.forms.bytes {
+            // SAFETY: this row's own range, and each row comes once.
+            claim(unsafe { self.bytes.part(own.clone()) });
+            // SAFETY: as above.
+            claim(unsafe { self.scales.part(own) });
+        }
+    }
 }
 
 /// One row.
@@ -161,6 +187,7 @@ impl Kernel for Prepare<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { x, norm, place, scratch } = self;
         let Place { row, steps, forms, .. } = place;
+        place.claim();
         scratch.clear();
         scratch.extend_from_slice(x);
         scratch.resize(steps * BLOCK, 0.0);
@@ -185,8 +212,8 @@ impl Kernel for Prepare<'_> {
             let own = row * steps..(row + 1) * steps;
             // SAFETY: this row's own ranges, and each row comes once.
             let (bytes, scales) = unsafe { (place.bytes.part(own.clone()), place.scales.part(own)) };
-            for ((block, bytes), scales) in blocks.iter().zip(bytes).zip(scales) {
-                (*bytes, *scales) = quantised(s, block);
+            for (step, block) in blocks.iter().enumerate() {
+                scales[step] = quantise(s, block, &mut bytes[step]);
             }
         }
     }
@@ -220,10 +247,10 @@ fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f64) -> f32 {
     (1.0 / (f64::from(sum) / x.len() as f64 + eps).sqrt()) as f32
 }
 
-/// 32 numbers as bytes `q` of -127..=127 with `x = d q`; and `d`, `d` times the sum of `q`. A block with a number that is not finite has a
+/// 32 numbers as bytes `q` of -127..=127 with `x = d q`. A block with a number that is not finite has a
 /// `d` that is none either, so it is not lost.
 #[inline(always)]
-fn quantised<S: Simd>(s: S, block: &[[f32; LANES]; 2]) -> ([u32; BLOCK / 4], [f32; 2]) {
+fn quantise<S: Simd>(s: S, block: &[[f32; LANES]; 2], bytes: &mut [u32; BLOCK / 4]) -> Scale {
     /// 1.5 * 2^23: adding it leaves the nearest whole number in the low bits, two's complement.
     const ROUND: f32 = 12_582_912.0;
     let x = [s.load(&block[0]), s.load(&block[1])];
@@ -235,11 +262,7 @@ fn quantised<S: Simd>(s: S, block: &[[f32; LANES]; 2]) -> ([u32; BLOCK / 4], [f3
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
     let (inverse, round) = (s.splat(inverse), s.splat(ROUND));
     let shifted = [s.fma(x[0], inverse, round), s.fma(x[1], inverse, round)];
-    let whole = [s.sub(shifted[0], round), s.sub(shifted[1], round)];
-    let sum = s.sum(s.add(whole[0], whole[1]));
-    let mut bits = [[0.0; LANES]; 2];
-    s.store(shifted[0], &mut bits[0]);
-    s.store(shifted[1], &mut bits[1]);
-    let bits: [u32; BLOCK] = bytemuck::cast(bits);
-    (bytemuck::cast(bits.map(|bits| bits as u8)), [scale, scale * sum])
+    s.store_bytes(shifted[0], shifted[1], bytes);
+    let sum = s.sum(s.add(s.sub(shifted[0], round), s.sub(shifted[1], round)));
+    Scale { scale, shift: scale * sum, sum: sum as i32 }
 }

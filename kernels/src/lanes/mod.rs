@@ -77,8 +77,8 @@ pub(crate) trait Simd: Copy {
     fn load_f16(self, from: &[u16; LANES]) -> Self::V;
     /// Words from memory.
     fn words(self, from: &[u32; LANES]) -> Self::I;
-    /// Words of zero.
-    fn no_words(self) -> Self::I;
+    /// The same word in all lanes.
+    fn same_words(self, x: i32) -> Self::I;
     /// The low four bits of each byte.
     fn low_nibbles(self, x: Self::I) -> Self::I;
     /// The high four bits of each byte.
@@ -97,6 +97,15 @@ pub(crate) trait Simd: Copy {
     fn halves(self, low: Self::V, high: Self::V) -> Self::I;
     /// `first`, then `second`, rounded to bfloat16, two to a word.
     fn narrow(self, first: Self::V, second: Self::V) -> Self::I;
+    /// The lowest byte of each lane's bits: of `first`, then of `second`, to memory.
+    #[inline(always)]
+    fn store_bytes(self, first: Self::V, second: Self::V, to: &mut [u32; LANES / 2]) {
+        let mut lanes = [[0.0; LANES]; 2];
+        self.store(first, &mut lanes[0]);
+        self.store(second, &mut lanes[1]);
+        let bits: [u32; 2 * LANES] = bytemuck::cast(lanes);
+        *to = bytemuck::cast(bits.map(|bits| bits as u8));
+    }
     /// Words to memory.
     fn store_words(self, x: Self::I, to: &mut [u32; LANES]);
     /// `sum + w . x` in each lane: the two bfloat16 of a word of `w` with those of `x`.
@@ -227,6 +236,22 @@ pub(crate) fn call_for<T>(what: &[T]) {
     let _ = what;
 }
 
+/// Asks the processor to bring `what` near for writing, where it can be asked: what another has read or written last is taken from it. Changes nothing else.
+#[inline(always)]
+#[allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is read or written through the pointer")]
+pub(crate) fn claim<T>(what: &mut [T]) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..size_of_val(what)).step_by(64) {
+        // SAFETY: the address is inside of `what`, which nobody else uses; the instruction changes neither memory nor flags, and does nothing on
+        // processors that know AVX2 but not it. No intrinsic emits it without a feature that is not stable.
+        unsafe {
+            std::arch::asm!("prefetchw byte ptr [{}]", in(reg) what.as_mut_ptr().cast::<u8>().add(at), options(nomem, nostack, preserves_flags));
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = what;
+}
+
 /// `e^x` for `x <= 87`, relative error below 3e-7; `e^-87`, about 1.6e-38, for all that is smaller. NaN stays NaN.
 /// Cody and Waite's reduction by ln 2 in two parts, then the polynomial of Cephes `expf`.
 #[inline(always)]
@@ -332,9 +357,9 @@ mod tests {
         let bytes = words.map(u32::to_le_bytes);
         let w = s.words(&words);
         let x = [-127i8, 3, -1, 127];
-        let sum = s.dot_bytes(s.dot_bytes(s.no_words(), w, u32::from_le_bytes(x.map(|x| x as u8))), w, 1);
-        let nibbles = s.dot_bytes(s.no_words(), s.low_nibbles(w), 0x0101_0101);
-        let high = s.dot_bytes(s.no_words(), s.high_nibbles(w), 0x0100_0000);
+        let sum = s.dot_bytes(s.dot_bytes(s.same_words(0), w, u32::from_le_bytes(x.map(|x| x as u8))), w, 1);
+        let nibbles = s.dot_bytes(s.same_words(0), s.low_nibbles(w), 0x0101_0101);
+        let high = s.dot_bytes(s.same_words(0), s.high_nibbles(w), 0x0100_0000);
         let (mut got, mut low) = ([0.0; LANES], [0.0; LANES]);
         for i in 0..LANES {
             let plain: i32 =
@@ -351,6 +376,11 @@ mod tests {
             assert_eq!(lane(s.low_halves(w), &mut low).to_bits(), words[i] << 16);
             assert_eq!(lane(s.high_halves(w), &mut low).to_bits(), words[i] & 0xffff_0000);
         }
+        let (same, mut stored) = (s.floats(s.same_words(-7)), [0; LANES / 2]);
+        assert_eq!(s.sum(same), -112.0);
+        s.store_bytes(s.load(&words.map(f32::from_bits)), s.load(&each(|i| f32::from_bits(256 + i as u32))), &mut stored);
+        let stored: [u8; 2 * LANES] = bytemuck::cast(stored);
+        assert!((0..LANES).all(|i| stored[i] == bytes[i][0] && usize::from(stored[LANES + i]) == i));
         let f16: [u16; LANES] = std::array::from_fn(|i| half::f16::from_f32(i as f32 * 0.37 - 2.0).to_bits());
         s.store(s.load_f16(&f16), &mut got);
         assert_eq!(got, f16.map(|bits| half::f16::from_bits(bits).to_f32()));

@@ -156,9 +156,9 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     }
 
     #[inline(always)]
-    fn no_words(self) -> __m512i {
+    fn same_words(self, x: i32) -> __m512i {
         // SAFETY: `self` proves AVX-512.
-        unsafe { _mm512_setzero_si512() }
+        unsafe { _mm512_set1_epi32(x) }
     }
 
     #[inline(always)]
@@ -238,6 +238,16 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
             let [first, second] = [_mm512_srli_epi32::<16>(rounded_512(first)), _mm512_srli_epi32::<16>(rounded_512(second))];
             let first = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(first));
             _mm512_inserti64x4::<1>(first, _mm512_cvtepi32_epi16(second))
+        }
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, first: __m512, second: __m512, to: &mut [u32; LANES / 2]) {
+        let to = to.as_mut_ptr().cast::<__m128i>();
+        // SAFETY: `self` proves AVX-512; twice 16 bytes are written to an array of 8 words.
+        unsafe {
+            _mm_storeu_si128(to, _mm512_cvtepi32_epi8(_mm512_castps_si512(first)));
+            _mm_storeu_si128(to.add(1), _mm512_cvtepi32_epi8(_mm512_castps_si512(second)));
         }
     }
 
@@ -460,9 +470,9 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
     }
 
     #[inline(always)]
-    fn no_words(self) -> Self::I {
+    fn same_words(self, x: i32) -> Self::I {
         // SAFETY: `self` proves AVX2.
-        unsafe { [_mm256_setzero_si256(); 2] }
+        unsafe { [_mm256_set1_epi32(x); 2] }
     }
 
     #[inline(always)]
