@@ -242,8 +242,8 @@ pub(crate) fn call_for<T>(what: &[T]) {
 pub(crate) fn claim<T>(what: &mut [T]) {
     #[cfg(target_arch = "x86_64")]
     for at in (0..size_of_val(what)).step_by(64) {
-        // SAFETY: the address is inside of `what`, which nobody else uses; the instruction changes neither memory nor flags, and does nothing on
-        // processors that know AVX2 but not it. No intrinsic emits it without a feature that is not stable.
+        // SAFETY: the address is inside of `what`, which nobody else uses; the instruction changes neither memory nor flags, and x86-64 processors that
+        // lack it do nothing (the first ones of 2004 aside, which LibTorch does not run on). No intrinsic emits it without a feature that is not stable.
         unsafe {
             std::arch::asm!("prefetchw byte ptr [{}]", in(reg) what.as_mut_ptr().cast::<u8>().add(at), options(nomem, nostack, preserves_flags));
         }
