@@ -48,11 +48,11 @@ impl Format {
     }
 
     /// What stands for zero.
-    pub(crate) const fn zero(self) -> i32 {
+    pub(crate) const fn zero(self) -> f32 {
         match self {
-            Self::Q8_0 => 128, // the sign bit is flipped when packed: dot products want unsigned weights
-            Self::Q4_0 => 8,
-            _ => 0,
+            Self::Q8_0 => 128.0, // the sign bit is flipped when packed: dot products want unsigned weights
+            Self::Q4_0 => 8.0,
+            _ => 0.0,
         }
     }
 
@@ -244,7 +244,7 @@ impl Part {
         let lines = &self.panel(panel)[step * self.format.lines()..][..self.format.lines()];
         let bytes = |i: usize| lines[i / 4].0[lane].to_le_bytes()[i % 4];
         let set = |i: usize| f16::from_bits(self.panel_scales(panel)[step * self.format.scales() + i][lane]).to_f32();
-        let zero = self.format.zero() as f32;
+        let zero = self.format.zero();
         for (i, out) in out.iter_mut().enumerate() {
             let nibble = |i: usize| if i < BLOCK / 2 { bytes(i) & 15 } else { bytes(i - BLOCK / 2) >> 4 };
             *out = match self.format {
@@ -286,7 +286,7 @@ impl Part {
         for (step, lines) in self.panel(panel).as_chunks::<LINES>().0.iter().enumerate() {
             let scale = s.load_f16(&scales[step * sets]);
             let min = if sets == 2 { s.load_f16(&scales[step * sets + 1]) } else { s.splat(0.0) };
-            let block = Scaled { scale, min, zero: s.splat(self.format.zero() as f32) };
+            let block = Scaled { scale, min, zero: s.splat(self.format.zero()) };
             for (index, line) in lines.iter().enumerate() {
                 let (words, pair) = (s.words(&line.0), step * BLOCK / 2 + 2 * index);
                 if LINES == 8 {

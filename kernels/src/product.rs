@@ -222,7 +222,8 @@ impl Call<'_> {
         let start = |index: usize| pair.parts[index].first + pair.panels[index] * LANES;
         let width = |index: usize| LANES.min(pair.parts[index].rows - pair.panels[index] * LANES);
         let second = if self.kind == Kind::SwiGlu || pair.alone { 0 } else { width(1) };
-        let item = Item { call: self, pair, next, first, last, outputs: start(0)..start(0) + width(0) + second };
+        let later = [0, 1].map(|index| Later::new(next.parts[index].panel(next.panels[index]), last - first));
+        let item = Item { call: self, pair, next, later, first, last, outputs: start(0)..start(0) + width(0) + second };
         PANELS.with_borrow_mut(|scratch| run(self.isa, Compute { item, scratch }));
     }
 }
@@ -238,10 +239,28 @@ struct Item<'a> {
     pair: Pair<'a>,
     /// What comes after it.
     next: Pair<'a>,
+    /// What of it is far away.
+    later: [Later<'a>; 2],
     first: usize,
     last: usize,
     /// Outputs of a row that it computes, at most two panels.
     outputs: Range<usize>,
+}
+
+/// A panel that rows of the item before it call for.
+#[derive(Clone, Copy)]
+struct Later<'a> {
+    lines: &'a [Line],
+    /// How many of them each row calls for.
+    each: usize,
+}
+
+impl<'a> Later<'a> {
+    /// None of it where there are so many rows that the wait for it does not count.
+    fn new(panel: &'a [Line], rows: usize) -> Self {
+        let lines = if rows <= FAR_ROWS_MAX { panel } else { &[] };
+        Self { lines, each: lines.len().div_ceil(rows) }
+    }
 }
 
 struct Compute<'a> {
@@ -309,17 +328,19 @@ trait Inner: Copy {
 
 impl<'a> Item<'a> {
     /// What `R` rows from `row` on call for: their share of the lines of the next item's panels. Nothing where they are all of the item, which waits
-    /// for its own panels, or where there are so many rows that the next item's wait does not count.
+    /// for its own panels.
     #[inline(always)]
     fn later<const R: usize>(&self, row: usize) -> [&'a [Line]; 2] {
-        let Item { next, first, last, .. } = *self;
-        let all = last - first;
-        if !(R + 1..=FAR_ROWS_MAX).contains(&all) {
+        let Item { later, first, last, .. } = *self;
+        if R == last - first {
             return [&[], &[]];
         }
-        let (left, right) = (next.parts[0].panel(next.panels[0]), next.parts[1].panel(next.panels[1]));
-        let (from, to) = (row - first, row + R - first);
-        [&left[from * left.len() / all..to * left.len() / all], &right[from * right.len() / all..to * right.len() / all]]
+        let share = |p: usize| {
+            let Later { lines, each } = later[p];
+            let rest = &lines[lines.len().min((row - first) * each)..];
+            &rest[..rest.len().min(R * each)]
+        };
+        [share(0), share(1)]
     }
 
     #[inline(always)]
@@ -494,7 +515,7 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
     #[allow(clippy::needless_range_loop, reason = "said above")]
     fn tile<S: Simd, const R: usize>(self, s: S, row: usize) -> [[S::V; 2]; R] {
         let (rows, Pair { parts, panels: [left, right], .. }) = (self.0.call.rows, self.0.pair);
-        let (steps, zero, sets) = (rows.steps(), parts[0].format.zero(), if MIN { 2 } else { 1 });
+        let (steps, zero, sets) = (rows.steps(), -parts[0].format.zero(), if MIN { 2 } else { 1 });
         let (first, second) = (parts[0].panel(left), parts[1].panel(right));
         let panels: [&[[Line; LINES]]; 2] = [&first.as_chunks().0[..steps], &second.as_chunks().0[..steps]];
         let (first, second) = (parts[0].panel_scales(left), parts[1].panel_scales(right));
@@ -504,19 +525,12 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
             (x[r], x_scales[r]) = (&rows.bytes(row + r)[..steps], &rows.scales(row + r)[..steps]);
         }
         let later = self.0.later::<R>(row);
-        let pace = [later[0].len().div_ceil(steps), later[1].len().div_ceil(steps)];
+        let paced = |p: usize| later[p].chunks(later[p].len().div_ceil(steps).max(1));
+        let mut later = [paced(0), paced(1)];
         let mut sums = [[s.splat(0.0); 2]; R];
         for step in 0..steps {
-            for p in 0..2 {
-                let (from, to) = ((step * pace[p]).min(later[p].len()), ((step + 1) * pace[p]).min(later[p].len()));
-                call_for(&later[p][from..to]);
-            }
-            let mut dots = [[s.same_words(0); 2]; R];
-            if !MIN {
-                for r in 0..R {
-                    dots[r] = [s.same_words(-zero * x_scales[r][step].sum); 2];
-                }
-            }
+            later.iter_mut().filter_map(Iterator::next).for_each(call_for);
+            let mut dots = [[s.no_words(); 2]; R];
             for i in 0..LINES {
                 for p in 0..2 {
                     let words = s.words(&panels[p][step][i].0);
@@ -539,11 +553,14 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
                 let scale = s.load_f16(&scales[p][step * sets]);
                 let min = if MIN { s.load_f16(&scales[p][step * sets + 1]) } else { s.splat(0.0) };
                 for r in 0..R {
-                    let x = x_scales[r][step];
-                    if MIN {
+                    let (x, dot) = (x_scales[r][step], s.floats(dots[r][p]));
+                    let product = if MIN {
                         sums[r][p] = s.fma(min, s.splat(x.shift), sums[r][p]);
-                    }
-                    sums[r][p] = s.fma(scale, s.mul(s.floats(dots[r][p]), s.splat(x.scale)), sums[r][p]);
+                        s.mul(dot, s.splat(x.scale))
+                    } else {
+                        s.fma(dot, s.splat(x.scale), s.splat(zero * x.shift))
+                    };
+                    sums[r][p] = s.fma(scale, product, sums[r][p]);
                 }
             }
         }

@@ -66,8 +66,6 @@ pub(crate) struct Scale {
     pub(crate) scale: f32,
     /// The same times their sum.
     pub(crate) shift: f32,
-    /// Their sum.
-    pub(crate) sum: i32,
 }
 
 impl Rows {
@@ -264,5 +262,5 @@ fn quantise<S: Simd>(s: S, block: &[[f32; LANES]; 2], bytes: &mut [u32; BLOCK / 
     let shifted = [s.fma(x[0], inverse, round), s.fma(x[1], inverse, round)];
     s.store_bytes(shifted[0], shifted[1], bytes);
     let sum = s.sum(s.add(s.sub(shifted[0], round), s.sub(shifted[1], round)));
-    Scale { scale, shift: scale * sum, sum: sum as i32 }
+    Scale { scale, shift: scale * sum }
 }

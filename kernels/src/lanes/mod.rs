@@ -77,8 +77,8 @@ pub(crate) trait Simd: Copy {
     fn load_f16(self, from: &[u16; LANES]) -> Self::V;
     /// Words from memory.
     fn words(self, from: &[u32; LANES]) -> Self::I;
-    /// The same word in all lanes.
-    fn same_words(self, x: i32) -> Self::I;
+    /// Words of zero.
+    fn no_words(self) -> Self::I;
     /// The low four bits of each byte.
     fn low_nibbles(self, x: Self::I) -> Self::I;
     /// The high four bits of each byte.
@@ -357,9 +357,9 @@ mod tests {
         let bytes = words.map(u32::to_le_bytes);
         let w = s.words(&words);
         let x = [-127i8, 3, -1, 127];
-        let sum = s.dot_bytes(s.dot_bytes(s.same_words(0), w, u32::from_le_bytes(x.map(|x| x as u8))), w, 1);
-        let nibbles = s.dot_bytes(s.same_words(0), s.low_nibbles(w), 0x0101_0101);
-        let high = s.dot_bytes(s.same_words(0), s.high_nibbles(w), 0x0100_0000);
+        let sum = s.dot_bytes(s.dot_bytes(s.no_words(), w, u32::from_le_bytes(x.map(|x| x as u8))), w, 1);
+        let nibbles = s.dot_bytes(s.no_words(), s.low_nibbles(w), 0x0101_0101);
+        let high = s.dot_bytes(s.no_words(), s.high_nibbles(w), 0x0100_0000);
         let (mut got, mut low) = ([0.0; LANES], [0.0; LANES]);
         for i in 0..LANES {
             let plain: i32 =
@@ -376,8 +376,7 @@ mod tests {
             assert_eq!(lane(s.low_halves(w), &mut low).to_bits(), words[i] << 16);
             assert_eq!(lane(s.high_halves(w), &mut low).to_bits(), words[i] & 0xffff_0000);
         }
-        let (same, mut stored) = (s.floats(s.same_words(-7)), [0; LANES / 2]);
-        assert_eq!(s.sum(same), -112.0);
+        let mut stored = [0; LANES / 2];
         s.store_bytes(s.load(&words.map(f32::from_bits)), s.load(&each(|i| f32::from_bits(256 + i as u32))), &mut stored);
         let stored: [u8; 2 * LANES] = bytemuck::cast(stored);
         assert!((0..LANES).all(|i| stored[i] == bytes[i][0] && usize::from(stored[LANES + i]) == i));

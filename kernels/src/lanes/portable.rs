@@ -114,8 +114,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn same_words(self, x: i32) -> Self::I {
-        [x as u32; LANES]
+    fn no_words(self) -> Self::I {
+        [0; LANES]
     }
 
     #[inline(always)]

@@ -156,9 +156,9 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     }
 
     #[inline(always)]
-    fn same_words(self, x: i32) -> __m512i {
+    fn no_words(self) -> __m512i {
         // SAFETY: `self` proves AVX-512.
-        unsafe { _mm512_set1_epi32(x) }
+        unsafe { _mm512_setzero_si512() }
     }
 
     #[inline(always)]
@@ -470,9 +470,9 @@ impl<const DOT: bool> Simd for Avx2<DOT> {
     }
 
     #[inline(always)]
-    fn same_words(self, x: i32) -> Self::I {
+    fn no_words(self) -> Self::I {
         // SAFETY: `self` proves AVX2.
-        unsafe { [_mm256_set1_epi32(x); 2] }
+        unsafe { [_mm256_setzero_si256(); 2] }
     }
 
     #[inline(always)]
