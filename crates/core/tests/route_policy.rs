@@ -61,6 +61,15 @@ fn each_rule_does_what_it_says() {
 }
 
 #[test]
+fn an_answer_of_one_token_stays_off_decode_nodes_where_requests_are_split() {
+    let mut nodes = nodes();
+    nodes[3].prefix_blocks = 60;
+    let ask = Ask { max_new: 1, ..ASK };
+    assert_eq!(chosen(Policy::Auto, 0, &nodes, &ask), Ok((4, None)), "where it is cached");
+    assert_eq!(chosen(Policy::Split, 0, &nodes, &ask), Ok((2, None)));
+}
+
+#[test]
 fn all_pairs_take_turns() {
     let nodes = nodes();
     let turns: Vec<_> = (0..8).map(|turn| chosen(Policy::RoundRobin, turn, &nodes, &ASK).unwrap()).collect();

@@ -9,6 +9,7 @@ use core::cmp::Reverse;
 use super::cost::{Spread, Terms};
 use super::{Ask, Decision, NoPlace, NodeView, Options, Plan, View, candidates, decide};
 use crate::ids::NodeId;
+use crate::message::Role;
 
 /// How requests are placed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,7 +23,7 @@ pub enum Policy {
     RoundRobin,
     /// The fewest tokens waiting, then the fewest sequences, whatever is cached where.
     LeastLoaded,
-    /// Always on two nodes, by predicted cost.
+    /// Always on two nodes, by predicted cost; what nobody need decode, at a prefill node.
     Split,
     /// Always on one node, by predicted cost.
     Whole,
@@ -69,10 +70,14 @@ impl Policy {
     fn keep(self, plans: &mut Vec<Plan>, nodes: &[NodeView], terms: &[Terms], turn: u64) {
         let cached = |node: NodeId| terms.iter().find(|t| t.node == node).map_or(0, |t| t.cached_blocks);
         let load = |node: NodeId| nodes.iter().find(|n| n.node == node).map_or((0, 0), busy);
+        let prefill = |node: NodeId| nodes.iter().any(|n| n.node == node && n.role == Role::Prefill);
         match self {
             Self::Auto => {}
             Self::Whole => plans.retain(|plan| plan.decode.is_none()),
-            Self::Split => plans.retain(|plan| plan.decode.is_some()),
+            Self::Split => {
+                split_where_possible(plans);
+                plans.retain(|plan| prefill(plan.prefill));
+            }
             Self::Cache => best(plans, |plan| Reverse(cached(plan.prefill))),
             Self::LeastLoaded => {
                 split_where_possible(plans);
