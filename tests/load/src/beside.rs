@@ -1,6 +1,7 @@
 //! A short hand-over alone, and while a long one is under way on the same slow link ([`network::shape`]): how long the client of each waits from
 //! the first token to the second. The KV of the long one is at the prefill node already, and only there, so all of it leaves at once; short prompts are
-//! computed in no time (the checksum engine, with a model's KV). So the link is what both wait for.
+//! computed in next to no time (the checksum engine, with a model's KV), which is enough to hide a short hand-over alone. So beside a long one the link is what both
+//! wait for.
 
 use std::path::Path;
 
