@@ -104,7 +104,7 @@ fn best<K: Ord>(plans: &mut Vec<Plan>, key: impl Fn(&Plan) -> K) {
     }
 }
 
-/// Rules that know nothing of costs use the fleets as they were set up.
+/// Pairs where there are any: the fleets as they were set up.
 fn split_where_possible(plans: &mut Vec<Plan>) {
     if plans.iter().any(|plan| plan.decode.is_some()) {
         plans.retain(|plan| plan.decode.is_some());
