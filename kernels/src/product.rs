@@ -14,9 +14,9 @@ use std::ops::Range;
 
 use crate::buffer::Line;
 use crate::isa::Isa;
-use crate::lanes::{Kernel, LANES, Simd, call_for, claim, run, silu};
+use crate::lanes::{Kernel, LANES, Simd, claim, run, silu};
 use crate::matrix::{BLOCK, Format, InF32, InHalves, Matrix, Part};
-use crate::multiply::{Fetch, LATER_LINES, Multiply, NO_BLOCK, load, rows_by_lanes};
+use crate::multiply::{Fetch, LATER_LINES, Later, Multiply, NO_BLOCK, load, rows_by_lanes};
 use crate::rows::{Forms, Norm, Rows, TILE_ROWS};
 use crate::team::{Parts, Team};
 
@@ -24,6 +24,8 @@ use crate::team::{Parts, Team};
 pub(crate) const ROWS_BLOCK: usize = 256;
 /// Up to so many rows it counts that panels and outputs are far away: items without tiles call for panels of the next, and claim the outputs.
 const FAR_ROWS_MAX: usize = 64;
+/// Up to so many rows what is called for goes into the second cache: it is more than the first holds, and soon read.
+const SECOND_ROWS_MAX: usize = 8;
 /// Items that a thread should get at least, so that all end together.
 const ITEMS_EACH: usize = 8;
 
@@ -222,8 +224,8 @@ impl Call<'_> {
         let start = |index: usize| pair.parts[index].first + pair.panels[index] * LANES;
         let width = |index: usize| LANES.min(pair.parts[index].rows - pair.panels[index] * LANES);
         let second = if self.kind == Kind::SwiGlu || pair.alone { 0 } else { width(1) };
-        let later = [0, 1].map(|index| Later::new(next.parts[index].panel(next.panels[index]), last - first));
-        let item = Item { call: self, pair, next, later, first, last, outputs: start(0)..start(0) + width(0) + second };
+        let far = [0, 1].map(|index| Far::new(next.parts[index].panel(next.panels[index]), last - first));
+        let item = Item { call: self, pair, next, far, first, last, outputs: start(0)..start(0) + width(0) + second };
         PANELS.with_borrow_mut(|scratch| run(self.isa, Compute { item, scratch }));
     }
 }
@@ -240,7 +242,7 @@ struct Item<'a> {
     /// What comes after it.
     next: Pair<'a>,
     /// What of it is far away.
-    later: [Later<'a>; 2],
+    far: [Far<'a>; 2],
     first: usize,
     last: usize,
     /// Outputs of a row that it computes, at most two panels.
@@ -249,13 +251,13 @@ struct Item<'a> {
 
 /// A panel that rows of the item before it call for.
 #[derive(Clone, Copy)]
-struct Later<'a> {
+struct Far<'a> {
     lines: &'a [Line],
     /// How many of them each row calls for.
     each: usize,
 }
 
-impl<'a> Later<'a> {
+impl<'a> Far<'a> {
     /// None of it where there are so many rows that the wait for it does not count.
     fn new(panel: &'a [Line], rows: usize) -> Self {
         let lines = if rows <= FAR_ROWS_MAX { panel } else { &[] };
@@ -327,20 +329,16 @@ trait Inner: Copy {
 }
 
 impl<'a> Item<'a> {
-    /// What `R` rows from `row` on call for: their share of the lines of the next item's panels. Nothing where they are all of the item, which waits
-    /// for its own panels.
+    /// What `R` rows from `row` on call for: their share of the lines of the next item's panels.
     #[inline(always)]
-    fn later<const R: usize>(&self, row: usize) -> [&'a [Line]; 2] {
-        let Item { later, first, last, .. } = *self;
-        if R == last - first {
-            return [&[], &[]];
-        }
+    fn later<const R: usize>(&self, row: usize) -> Later<'a> {
+        let Item { far, first, last, .. } = *self;
         let share = |p: usize| {
-            let Later { lines, each } = later[p];
+            let Far { lines, each } = far[p];
             let rest = &lines[lines.len().min((row - first) * each)..];
             &rest[..rest.len().min(R * each)]
         };
-        [share(0), share(1)]
+        Later::new([share(0), share(1)], self.call.rows.steps(), last - first <= SECOND_ROWS_MAX)
     }
 
     #[inline(always)]
@@ -524,14 +522,18 @@ impl<const LINES: usize, const MIN: bool> Inner for Bytes<'_, LINES, MIN> {
         for r in 0..R {
             (x[r], x_scales[r]) = (&rows.bytes(row + r)[..steps], &rows.scales(row + r)[..steps]);
         }
-        let later = self.0.later::<R>(row);
-        let paced = |p: usize| later[p].chunks(later[p].len().div_ceil(steps).max(1));
-        let mut later = [paced(0), paced(1)];
+        let mut later = self.0.later::<R>(row);
         let mut sums = [[s.splat(0.0); 2]; R];
         for step in 0..steps {
-            later.iter_mut().filter_map(Iterator::next).for_each(call_for);
+            let later = later.next();
+            if LINES == 8 {
+                later.call_all();
+            }
             let mut dots = [[s.no_words(); 2]; R];
             for i in 0..LINES {
+                if LINES == 4 {
+                    later.call(i);
+                }
                 for p in 0..2 {
                     let words = s.words(&panels[p][step][i].0);
                     if LINES == 8 {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::lock_api::{ArcRwLockReadGuard, ArcRwLockWriteGuard};
 use parking_lot::{RawRwLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::lanes::call_near;
+use crate::lanes::call_line;
 use crate::piece::{Part, Piece};
 
 /// Most cells of one slab.
@@ -214,14 +214,27 @@ fn check(cell_bytes: usize, layers: usize, slots: usize) -> Result<(), SlabError
 }
 
 /// Where a cell stands: only to be called for, nobody's to read or write.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place(*const u8);
 
 impl Place {
-    /// Asks the processor to bring the line at byte `at` of the cell near, where it can be asked. Changes nothing else.
+    /// Where `what` stands.
     #[inline(always)]
-    pub(crate) fn call_for(self, at: usize) {
-        call_near(self.0.wrapping_add(at));
+    pub(crate) fn of<T>(what: &[T]) -> Self {
+        Self(what.as_ptr().cast())
+    }
+
+    /// What stands so many bytes behind it.
+    #[inline(always)]
+    pub(crate) fn behind(self, bytes: usize) -> Self {
+        Self(self.0.wrapping_add(bytes))
+    }
+
+    /// Asks the processor to bring the line that stands here near, where it can be asked. Changes nothing else.
+    #[inline(always)]
+    pub(crate) fn call_for(self) -> Self {
+        call_line(self.0);
+        self
     }
 }
 

@@ -3,9 +3,10 @@
 use bytemuck::Pod;
 
 use super::DecodeShape;
-use super::row::{SPAN_TILES, Tile};
+use super::row::{LINE_BYTES, SPAN_TILES, Tile};
 use crate::element::{Element, GROUP as INT8_GROUP, int8_scale};
 use crate::lanes::{Kernel, LANES, Simd, exp, exp2_rough};
+use crate::slab::Place;
 
 /// Halves of a register.
 const HALVES: usize = 2 * LANES;
@@ -20,17 +21,19 @@ pub(super) trait Numbers {
     fn len(dim: usize) -> usize;
     /// How many numbers a query of `dim` takes.
     fn query_len(dim: usize) -> usize;
-    /// `q . k` for each of `G` heads and each token of a tile; anything for the tokens that a short tile lacks.
-    fn scores<S: Simd, const G: usize>(s: S, dim: usize, query: &[Self::Query], keys: &[Self::Number]) -> [S::V; G];
+    /// `q . k` for each of `G` heads and each token of a tile; anything for the tokens that a short tile lacks. Each line that is read calls for the one
+    /// at the same place of `ahead`.
+    fn scores<S: Simd, const G: usize>(s: S, dim: usize, query: &[Self::Query], keys: &[Self::Number], ahead: Place) -> [S::V; G];
     /// `e^x`, as exact as weights are used.
     fn exponential<S: Simd>(s: S, x: S::V) -> S::V;
-    /// `out = out * shrink + sum over tokens of weight * v`, for each head.
+    /// `out = out * shrink + sum over tokens of weight * v`, for each head. Each line of a tile calls for the one at the same place of its `ahead`.
     fn weigh<S: Simd, const G: usize>(
         s: S,
         shape: &DecodeShape,
         weights: &[[S::V; SPAN_TILES]; G],
         shrink: &[f32; LANES],
         tiles: &[Tile<'_, Self::Number>],
+        ahead: [Place; SPAN_TILES],
         out: &mut [f32],
     );
 }
@@ -103,8 +106,9 @@ impl<T: Widened> Numbers for T {
     }
 
     #[inline(always)]
-    fn scores<S: Simd, const G: usize>(s: S, dim: usize, query: &[f32], keys: &[T]) -> [S::V; G] {
+    fn scores<S: Simd, const G: usize>(s: S, dim: usize, query: &[f32], keys: &[T], ahead: Place) -> [S::V; G] {
         let size = <T as Widened>::len(dim);
+        let vector = size * size_of::<T>();
         let queries: [&[[f32; LANES]]; G] = std::array::from_fn(|g| query[g * dim..][..dim].as_chunks().0);
         let mut folded = [[s.splat(0.0); 2]; G];
         for (half, keys) in keys.chunks(LANES / 2 * size).enumerate().take(2) {
@@ -112,7 +116,12 @@ impl<T: Widened> Numbers for T {
             let keys = eight(keys, size);
             #[allow(clippy::needless_range_loop, reason = "it counts in several slices")]
             for c in 0..dim / LANES {
+                let begins = begins_line::<T>(c);
+                let mut ahead = ahead.behind((half * LANES / 2 * size + c * LANES) * size_of::<T>());
                 for token in 0..LANES / 2 {
+                    if begins {
+                        ahead = ahead.call_for().behind(vector);
+                    }
                     let key = T::lanes(s, keys[token], dim, c);
                     for g in 0..G {
                         sums[g][token] = s.fma(s.load(&queries[g][c]), key, sums[g][token]);
@@ -145,9 +154,11 @@ impl<T: Widened> Numbers for T {
         weights: &[[S::V; SPAN_TILES]; G],
         shrink: &[f32; LANES],
         tiles: &[Tile<'_, T>],
+        ahead: [Place; SPAN_TILES],
         out: &mut [f32],
     ) {
         let (dim, value_dim, size) = (shape.head_dim, shape.value_dim(), <T as Widened>::len(shape.head_dim));
+        let vector = shape.vector_bytes();
         let mut stored = [[[0.0; LANES]; SPAN_TILES]; G];
         for g in 0..G {
             for at in 0..SPAN_TILES {
@@ -156,12 +167,17 @@ impl<T: Widened> Numbers for T {
         }
         #[allow(clippy::needless_range_loop, reason = "it counts in several slices")]
         for c in 0..value_dim / LANES {
+            let begins = begins_line::<T>(c);
             let mut sums = [s.splat(0.0); G];
             for g in 0..G {
                 sums[g] = s.mul(s.load(of_head(out, g, value_dim, c)), s.splat(shrink[g]));
             }
             for at in 0..tiles.len() {
+                let mut ahead = ahead[at].behind(c * LANES * size_of::<T>());
                 for (token, value) in tiles[at][1].chunks_exact(size).enumerate().take(LANES) {
+                    if begins {
+                        ahead = ahead.call_for().behind(vector);
+                    }
                     let value = T::lanes(s, value, dim, c);
                     for g in 0..G {
                         sums[g] = s.fma(s.splat(stored[g][at][token]), value, sums[g]);
@@ -190,6 +206,12 @@ impl<T: Widened> Numbers for T {
 fn eight<N>(vectors: &[N], size: usize) -> [&[N]; LANES / 2] {
     let last = vectors.len() / size - 1;
     std::array::from_fn(|token| &vectors[token.min(last) * size..][..size])
+}
+
+/// Whether register `c` of a vector is the first of so many bytes as memory gives at a time.
+#[inline(always)]
+fn begins_line<T>(c: usize) -> bool {
+    (c * LANES * size_of::<T>()).is_multiple_of(LINE_BYTES)
 }
 
 /// Numbers `LANES * c` and on of a head's sums.
@@ -248,7 +270,8 @@ impl Numbers for Pairs {
     }
 
     #[inline(always)]
-    fn scores<S: Simd, const G: usize>(s: S, dim: usize, query: &[u32], keys: &[u16]) -> [S::V; G] {
+    fn scores<S: Simd, const G: usize>(s: S, dim: usize, query: &[u32], keys: &[u16], ahead: Place) -> [S::V; G] {
+        let vector = dim * size_of::<u16>();
         let queries: [&[[u32; LANES]]; G] = std::array::from_fn(|g| query[g * dim / 2..][..dim / 2].as_chunks().0);
         let mut folded = [[s.splat(0.0); 2]; G];
         for (half, keys) in keys.chunks(LANES / 2 * dim).enumerate().take(2) {
@@ -256,7 +279,9 @@ impl Numbers for Pairs {
             let keys = eight(keys, dim);
             #[allow(clippy::needless_range_loop, reason = "it counts in several slices")]
             for c in 0..dim / HALVES {
+                let mut ahead = ahead.behind(half * LANES / 2 * vector + c * LINE_BYTES);
                 for token in 0..LANES / 2 {
+                    ahead = ahead.call_for().behind(vector);
                     let key = s.pairs(&keys[token].as_chunks().0[c]);
                     for g in 0..G {
                         sums[g][token] = s.dot_pairs(sums[g][token], key, s.words(&queries[g][c]));
@@ -286,9 +311,10 @@ impl Numbers for Pairs {
         weights: &[[S::V; SPAN_TILES]; G],
         shrink: &[f32; LANES],
         tiles: &[Tile<'_, u16>],
+        ahead: [Place; SPAN_TILES],
         out: &mut [f32],
     ) {
-        let (dim, value_dim) = (shape.head_dim, shape.value_dim());
+        let (dim, value_dim, vector) = (shape.head_dim, shape.value_dim(), shape.vector_bytes());
         let mut stored = [[[0; LANES]; SPAN_TILES / 2]; G];
         for g in 0..G {
             for two in 0..SPAN_TILES / 2 {
@@ -299,7 +325,9 @@ impl Numbers for Pairs {
         for c in 0..value_dim / HALVES {
             let mut sums = [[s.splat(0.0); 2]; G];
             for at in 0..tiles.len() {
+                let mut ahead = ahead[at].behind(c * LINE_BYTES);
                 for (pair, two) in tiles[at][1].chunks(2 * dim).enumerate().take(LANES / 2) {
+                    ahead = ahead.call_for().behind(vector).call_for().behind(vector);
                     let first = &two[..dim];
                     // A token without a neighbour is its own, whose weight is nothing.
                     let second = if two.len() == 2 * dim { &two[dim..] } else { first };

@@ -10,7 +10,7 @@ use crate::slab::Place;
 /// Query heads computed together, so that their sums stay in registers.
 const GROUP: usize = 4;
 /// Bytes that memory gives at a time.
-const LINE_BYTES: usize = 64;
+pub(super) const LINE_BYTES: usize = 64;
 /// Tiles between two steps of the softmax: enough that their exponentials do not wait for one another.
 pub(super) const SPAN_TILES: usize = 4;
 
@@ -42,7 +42,7 @@ impl<T: Numbers, C: Deref<Target = [u8]>> Kernel for Row<'_, T, C> {
         out.fill(0.0);
         running.fill([f32::NEG_INFINITY, 0.0]);
         let kv = KeysValues { shape, cells, context: context.clone() };
-        let mut ahead = Ahead::new(ahead, shape, shape.kv_heads * tokens.div_ceil(LANES));
+        let mut ahead = Ahead::new(ahead, shape, 2 * shape.kv_heads * tokens.div_ceil(LANES));
         let heads = query.chunks_exact(group * T::query_len(shape.head_dim)).zip(running.chunks_exact_mut(group));
         for (kv_head, ((query, running), out)) in heads.zip(out.chunks_exact_mut(group * shape.value_dim())).enumerate() {
             let mut from = context.start;
@@ -55,34 +55,49 @@ impl<T: Numbers, C: Deref<Target = [u8]>> Kernel for Row<'_, T, C> {
     }
 }
 
-/// What is attended next, called for bit by bit while this is: memory is busy all the time, and not in turns with the arithmetic. Cells lie
-/// anywhere, so the processor does not see by itself what comes next.
+/// What is attended next, called for line by line while this is: each line that is read calls for one. Many at a time would wait for one another, and the
+/// arithmetic with them. Cells lie anywhere, so the processor does not see by itself what comes next.
 struct Ahead<'a> {
+    /// Cells that have pieces left.
     places: &'a [Place],
+    /// Where in the first of them.
+    at: usize,
     cell_bytes: usize,
-    /// Bytes that one tile calls for.
-    share: usize,
-    /// Bytes called for.
-    done: usize,
+    /// What one tile has of keys, or of values.
+    piece: usize,
 }
 
 impl<'a> Ahead<'a> {
+    /// For a part whose tiles call for so many pieces; what is more is called for at once.
     #[inline(always)]
-    fn new(places: &'a [Place], shape: &DecodeShape, tiles: usize) -> Self {
-        let cell_bytes = shape.cell_bytes();
-        let share = (places.len() * cell_bytes).div_ceil(tiles).next_multiple_of(LINE_BYTES);
-        Self { places, cell_bytes, share, done: 0 }
+    fn new(places: &'a [Place], shape: &DecodeShape, pieces: usize) -> Self {
+        let (cell_bytes, piece) = (shape.cell_bytes(), LANES.min(shape.block_tokens) * shape.vector_bytes());
+        let mut ahead = Self { places, at: 0, cell_bytes, piece };
+        for _ in pieces..places.len() * cell_bytes.div_ceil(piece) {
+            let Some(place) = ahead.next() else { break };
+            for at in (0..piece).step_by(LINE_BYTES) {
+                place.behind(at).call_for();
+            }
+        }
+        ahead
     }
 
+    /// The next piece.
     #[inline(always)]
-    fn call(&mut self) {
-        let end = (self.done + self.share).min(self.places.len() * self.cell_bytes);
-        while self.done < end {
-            let (cell, first) = (self.done / self.cell_bytes, self.done % self.cell_bytes);
-            let last = self.cell_bytes.min(first + end - self.done);
-            (first..last).step_by(LINE_BYTES).for_each(|at| self.places[cell].call_for(at));
-            self.done += last - first;
+    fn next(&mut self) -> Option<Place> {
+        let (first, rest) = self.places.split_first()?;
+        let place = first.behind(self.at);
+        self.at += self.piece;
+        if self.at >= self.cell_bytes {
+            (self.places, self.at) = (rest, 0);
         }
+        Some(place)
+    }
+
+    /// The next piece, or what is near already.
+    #[inline(always)]
+    fn next_or<N>(&mut self, near: &[N]) -> Place {
+        self.next().unwrap_or(Place::of(near))
     }
 }
 
@@ -180,11 +195,11 @@ fn step<T: Numbers, S: Simd, const G: usize>(
 ) {
     let mut scores = [[s.splat(f32::NEG_INFINITY); SPAN_TILES]; G];
     for at in 0..tiles.len() {
-        ahead.call();
         let keys = tiles[at][0];
+        let place = ahead.next_or(keys);
         let lacking = LANES - keys.len() / T::len(shape.head_dim);
         let mask = s.load(LACKING[lacking..].first_chunk().expect("no tile lacks more than it has"));
-        let sums = T::scores::<S, G>(s, shape.head_dim, query, keys);
+        let sums = T::scores::<S, G>(s, shape.head_dim, query, keys, place);
         for g in 0..G {
             scores[g][at] = s.fma(sums[g], s.splat(shape.scale), mask);
         }
@@ -209,5 +224,32 @@ fn step<T: Numbers, S: Simd, const G: usize>(
         }
         running[g][1] = running[g][1] * shrink[g] + s.sum(total);
     }
-    T::weigh::<S, G>(s, shape, &weights, &shrink, tiles, out);
+    let mut places = [Place::of(tiles[0][1]); SPAN_TILES];
+    for at in 0..tiles.len() {
+        places[at] = ahead.next_or(tiles[at][1]);
+    }
+    T::weigh::<S, G>(s, shape, &weights, &shrink, tiles, places, out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::element::Element;
+
+    /// The pieces of a part that has fewer than what comes next: the difference at its start, the others one by one, then what is near.
+    #[test]
+    fn every_piece_is_called_for_once() {
+        let shape =
+            DecodeShape { heads: 4, kv_heads: 2, head_dim: 32, latent: None, block_tokens: 16, element: Element::Bf16, scale: 1.0 };
+        let cells = vec![0u8; 3 * shape.cell_bytes()];
+        let places: Vec<_> = cells.chunks(shape.cell_bytes()).map(Place::of).collect();
+        let pieces: Vec<_> = cells.chunks(LANES * shape.vector_bytes()).map(Place::of).collect();
+        assert_eq!(pieces.len(), 12);
+        for own in [0, 4, 12, 20] {
+            let mut ahead = Ahead::new(&places, &shape, own);
+            let called: Vec<_> = std::iter::from_fn(|| ahead.next()).collect();
+            assert_eq!(called, pieces[12usize.saturating_sub(own)..], "{own} pieces of its own");
+            assert_eq!(ahead.next_or(&cells[..1]), places[0]);
+        }
+    }
 }

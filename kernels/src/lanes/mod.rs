@@ -212,7 +212,7 @@ pub(crate) fn run<K: Kernel>(_isa: Isa, kernel: K) {
 
 /// Asks the processor to bring the line of an address into its second cache, where it can be asked. Changes nothing else, whatever stands there.
 #[inline(always)]
-pub(crate) fn call_near(address: *const u8) {
+pub(crate) fn call_line(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
@@ -223,7 +223,15 @@ pub(crate) fn call_near(address: *const u8) {
     let _ = address;
 }
 
-/// Asks the processor to bring `what` near, where it can be asked. Changes nothing else.
+/// [`call_line`] for all of `what`.
+#[inline(always)]
+pub(crate) fn call_near<T>(what: &[T]) {
+    for at in (0..size_of_val(what)).step_by(64) {
+        call_line(what.as_ptr().cast::<u8>().wrapping_add(at));
+    }
+}
+
+/// Asks the processor to bring `what` into its first cache, where it can be asked. Changes nothing else.
 #[inline(always)]
 pub(crate) fn call_for<T>(what: &[T]) {
     #[cfg(target_arch = "x86_64")]
