@@ -17,6 +17,7 @@ use crate::element::{Element, int8_halves};
 use crate::isa::Isa;
 use crate::lanes::{Kernel, LANES, Simd, exp2_rough, run};
 use crate::multiply::{Block, Fetch, Multiply, NO_BLOCK, load};
+use crate::product::put;
 use crate::team::{Parts, Team};
 
 /// Tokens of context between two steps of the softmax.
@@ -192,7 +193,11 @@ fn pack<C: Deref<Target = [u8]>>(
         for position in first.max(index * block)..last.min((index + 1) * block) {
             let (token, at) = (position - begin, position % block * dim);
             for (step, key) in cell_keys[at..at + dim].chunks(STEP).enumerate() {
-                keys[(token / LANES * packed.dim_steps + step) * LANES + token % LANES][..key.len()].copy_from_slice(key);
+                let place = &mut keys[(token / LANES * packed.dim_steps + step) * LANES + token % LANES];
+                match key.as_array() {
+                    Some(key) => *place = *key,
+                    None => place[..key.len()].copy_from_slice(key),
+                }
             }
             let place = token / STEP * LANES;
             for (tile, value) in cell_values[at..at + value_dim].chunks(LANES).enumerate() {
@@ -308,25 +313,18 @@ impl Item<'_> {
     #[inline(always)]
     fn place_queries<S: Simd>(&mut self, s: S, count: usize) {
         let (dim, steps) = (self.shape.head_dim, self.packed.dim_steps);
-        self.scratch.queries.clear();
         self.scratch.queries.resize(self.heads.len() * 2 * steps * LANES, NOTHING);
-        let mut pairs = [0; LANES];
-        for lane in 0..count {
-            let token = &self.chunk.queries[(self.first + lane) * self.chunk.stride..];
-            for (head, place) in self.heads.clone().enumerate() {
-                let query = &token[place * dim..][..dim];
-                let lines = &mut self.scratch.queries[(2 * head + lane / LANES) * steps * LANES..];
-                for (step, lines) in query.chunks(STEP).zip(lines.chunks_mut(LANES)) {
-                    let mut padded = [[0.0; LANES]; 2];
-                    let [low, high] = if let [low, high] = step.as_chunks().0 {
-                        [low, high]
-                    } else {
-                        padded.as_flattened_mut()[..step.len()].copy_from_slice(step);
-                        padded.each_ref()
-                    };
-                    s.store_words(s.narrow(s.load(low), s.load(high)), &mut pairs);
-                    lines.iter_mut().zip(pairs).for_each(|(line, pair)| line.0[lane % LANES] = pair);
+        let places = self.heads.clone().flat_map(|head| (0..2).map(move |half| (head, half)));
+        for ((head, half), lines) in places.zip(self.scratch.queries.chunks_mut(steps * LANES)) {
+            let first = self.first + half * LANES;
+            for (step, lines) in lines.as_chunks_mut().0.iter_mut().enumerate() {
+                let elements = step * STEP..dim.min((step + 1) * STEP);
+                let mut by_query = [NOTHING; LANES];
+                for (lane, line) in by_query.iter_mut().enumerate().take(count.saturating_sub(half * LANES)) {
+                    let query = &self.chunk.queries[(first + lane) * self.chunk.stride + head * dim..];
+                    round(s, &query[elements.clone()], line);
                 }
+                s.transpose(&by_query, lines);
             }
         }
     }
@@ -372,18 +370,35 @@ impl Item<'_> {
             s.store(s.div(s.splat(1.0), s.load(&totals[half])), &mut inverse[half]);
         }
         let sums = self.scratch.sums[head * tiles.div_ceil(2)..][..tiles.div_ceil(2)].as_flattened();
-        for lane in 0..count {
-            let at = ((self.first + lane) * heads + self.heads.start + head) * value_dim;
-            // SAFETY: one head of one token, which belongs to this item alone, and each item comes once.
-            let out = unsafe { self.out.part(at..at + value_dim) };
-            let (half, lane) = (lane / LANES, lane % LANES);
-            for (out, sums) in out.chunks_mut(LANES).zip(sums) {
-                for (out, sums) in out.iter_mut().zip(&sums[half]) {
-                    *out = f32::from_bits(sums.0[lane]) * inverse[half][lane];
+        let mut by_query = [NOTHING; LANES];
+        for half in 0..count.div_ceil(LANES) {
+            for (tile, sums) in sums.iter().enumerate().take(tiles) {
+                s.transpose(&sums[half], &mut by_query);
+                let (first, numbers) = (half * LANES, LANES.min(value_dim - tile * LANES));
+                for lane in 0..LANES.min(count - first) {
+                    let token = self.first + first + lane;
+                    let at = (token * heads + self.heads.start + head) * value_dim + tile * LANES;
+                    // SAFETY: some of one head of one token, which belongs to this item alone, and each item comes once.
+                    let out = unsafe { self.out.part(at..at + numbers) };
+                    let values = s.mul(load(s, &by_query[lane]), s.splat(inverse[half][lane]));
+                    put(s, false, values, out);
                 }
             }
         }
     }
+}
+
+/// Up to [`STEP`] numbers in bfloat16; missing ones are zero.
+#[inline(always)]
+fn round<S: Simd>(s: S, numbers: &[f32], line: &mut Line) {
+    let mut padded = [[0.0; LANES]; 2];
+    let [low, high] = if let [low, high] = numbers.as_chunks().0 {
+        [low, high]
+    } else {
+        padded.as_flattened_mut()[..numbers.len()].copy_from_slice(numbers);
+        padded.each_ref()
+    };
+    s.store_words(s.narrow(s.load(low), s.load(high)), &mut line.0);
 }
 
 /// What is added to scores: minus infinity for 32 queries, nothing for 32 more, minus infinity for the last 32. Of a token that the first `n` queries of an

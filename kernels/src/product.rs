@@ -443,7 +443,7 @@ pub(crate) fn fetch<'a>(turn: usize, next: [(&'a Part, usize); 2]) -> Fetch<'a> 
 
 /// Up to [`LANES`] results.
 #[inline(always)]
-fn put<S: Simd>(s: S, add: bool, value: S::V, out: &mut [f32]) {
+pub(crate) fn put<S: Simd>(s: S, add: bool, value: S::V, out: &mut [f32]) {
     if let Some(out) = out.as_mut_array::<LANES>() {
         let value = if add { s.add(s.load(out), value) } else { value };
         return s.store(value, out);

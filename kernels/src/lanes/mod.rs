@@ -8,6 +8,7 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use crate::buffer::Line;
 use crate::isa::Isa;
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
@@ -134,6 +135,13 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn interleave(self, a: Self::I, b: Self::I) -> [Self::I; 2] {
         [self.halves(self.low_halves(a), self.low_halves(b)), self.halves(self.high_halves(a), self.high_halves(b))]
+    }
+    /// Rows as columns.
+    #[inline(always)]
+    fn transpose(self, from: &[Line; LANES], to: &mut [Line; LANES]) {
+        for (i, from) in from.iter().enumerate() {
+            to.iter_mut().zip(from.0).for_each(|(to, word)| to.0[i] = word);
+        }
     }
     /// What stands in [`Self::interleave`]'s order, in its own: 16 places, then 16 more.
     #[inline(always)]
@@ -423,7 +431,17 @@ mod tests {
         assert_eq!(got[0], each(|i| (0..2).fold(5.0, |sum, j| sum + (1 + 2 * i + j) as f32 * (100 + 2 * i + j) as f32)));
     }
 
+    fn rows_become_columns<S: Simd>(s: S) {
+        let from: [Line; LANES] = std::array::from_fn(|row| Line(std::array::from_fn(|column| (100 * row + column) as u32)));
+        let mut to = [Line([0; LANES]); LANES];
+        s.transpose(&from, &mut to);
+        for (column, line) in to.iter().enumerate() {
+            assert_eq!(line.0, std::array::from_fn(|row| (100 * row + column) as u32));
+        }
+    }
+
     fn all<S: Simd>(s: S) {
+        rows_become_columns(s);
         pairs_come_back_in_order(s);
         exp_is_close(s);
         exp2_is_close(s);

@@ -2,8 +2,16 @@
 //! `store` touch exactly the array behind their reference, unaligned.
 
 use super::{LANES, Simd};
+use crate::buffer::Line;
 use crate::isa::Isa;
 use std::arch::x86_64::*;
+
+/// Quarters 0 and 2 of two registers, and 1 and 3.
+const EVEN: i32 = 0b10_00_10_00;
+const ODD: i32 = 0b11_01_11_01;
+/// Lanes 0 and 1 of each quarter of two registers, and 2 and 3.
+const LOW: i32 = 0b01_00_01_00;
+const HIGH: i32 = 0b11_10_11_10;
 
 /// AVX2, FMA and F16C are there; with `DOT` AVX-VNNI too. Made only by [`Avx2::new`].
 #[derive(Clone, Copy)]
@@ -120,11 +128,45 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     }
 
     #[inline(always)]
+    fn transpose(self, from: &[Line; LANES], to: &mut [Line; LANES]) {
+        // SAFETY: `self` proves AVX-512; each line is 64 bytes.
+        unsafe {
+            let mut x = [_mm512_setzero_ps(); LANES];
+            for i in 0..LANES {
+                x[i] = _mm512_loadu_ps(from[i].0.as_ptr().cast());
+            }
+            for i in (0..LANES).step_by(2) {
+                (x[i], x[i + 1]) = (_mm512_unpacklo_ps(x[i], x[i + 1]), _mm512_unpackhi_ps(x[i], x[i + 1]));
+            }
+            // Of rows i to i + 3: x[i + j] has column 4 q + j in its quarter q.
+            for i in (0..LANES).step_by(4) {
+                let [a, b, c, d] = [x[i], x[i + 1], x[i + 2], x[i + 3]];
+                (x[i], x[i + 1]) = (_mm512_shuffle_ps::<LOW>(a, c), _mm512_shuffle_ps::<HIGH>(a, c));
+                (x[i + 2], x[i + 3]) = (_mm512_shuffle_ps::<LOW>(b, d), _mm512_shuffle_ps::<HIGH>(b, d));
+            }
+            for j in 0..LANES / 4 {
+                let [a, b, c, d] = [x[j], x[j + 4], x[j + 8], x[j + 12]];
+                let even = [_mm512_shuffle_f32x4::<EVEN>(a, b), _mm512_shuffle_f32x4::<EVEN>(c, d)];
+                let odd = [_mm512_shuffle_f32x4::<ODD>(a, b), _mm512_shuffle_f32x4::<ODD>(c, d)];
+                let columns = [
+                    _mm512_shuffle_f32x4::<EVEN>(even[0], even[1]),
+                    _mm512_shuffle_f32x4::<EVEN>(odd[0], odd[1]),
+                    _mm512_shuffle_f32x4::<ODD>(even[0], even[1]),
+                    _mm512_shuffle_f32x4::<ODD>(odd[0], odd[1]),
+                ];
+                for q in 0..LANES / 4 {
+                    _mm512_storeu_ps(to[4 * q + j].0.as_mut_ptr().cast(), columns[q]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
     fn join(self, first: __m512, last: __m512) -> __m512 {
         // SAFETY: `self` proves AVX-512.
         unsafe {
-            let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(first, last);
-            _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(first, last))
+            let even = _mm512_shuffle_f32x4::<EVEN>(first, last);
+            _mm512_add_ps(even, _mm512_shuffle_f32x4::<ODD>(first, last))
         }
     }
 
