@@ -26,6 +26,8 @@ pub(crate) const ROWS_BLOCK: usize = 256;
 const FAR_ROWS_MAX: usize = 64;
 /// Up to so many rows what is called for goes into the second cache: it is more than the first holds, and soon read.
 const SECOND_ROWS_MAX: usize = 8;
+/// Lines of a panel up to which rows in one pass call for the next item's: what is longer the processor foresees by itself, and is not to be disturbed.
+const SHORT_LINES_MAX: usize = 1024;
 /// Items that a thread should get at least, so that all end together.
 const ITEMS_EACH: usize = 8;
 
@@ -329,12 +331,13 @@ trait Inner: Copy {
 }
 
 impl<'a> Item<'a> {
-    /// What `R` rows from `row` on call for: their share of the lines of the next item's panels.
+    /// What `R` rows from `row` on call for: their share of the lines of the next item's panels, or nothing of long ones where they are all of the item.
     #[inline(always)]
     fn later<const R: usize>(&self, row: usize) -> Later<'a> {
         let Item { far, first, last, .. } = *self;
         let share = |p: usize| {
             let Far { lines, each } = far[p];
+            let lines = if R == last - first && lines.len() > SHORT_LINES_MAX { &[] } else { lines };
             let rest = &lines[lines.len().min((row - first) * each)..];
             &rest[..rest.len().min(R * each)]
         };
