@@ -215,12 +215,15 @@ impl Kernel for Merge<'_> {
         for (head, out) in self.out.chunks_exact_mut(value_dim).enumerate() {
             let of = |part: &[f32]| [part[heads * value_dim + 2 * head], part[heads * value_dim + 2 * head + 1]];
             let largest = parts.clone().map(|part| of(part)[0]).fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
-            let total: f32 = parts.clone().map(|part| (of(part)[0] - largest).exp() * of(part)[1]).sum();
+            let mut total = 0.0;
             out.fill(0.0);
             for part in parts.clone() {
-                let weight = (of(part)[0] - largest).exp() / total;
+                let [score, sum] = of(part);
+                let weight = (score - largest).exp();
+                total += weight * sum;
                 out.iter_mut().zip(&part[head * value_dim..]).for_each(|(out, x)| *out += x * weight);
             }
+            out.iter_mut().for_each(|out| *out /= total);
         }
     }
 }

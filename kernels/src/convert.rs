@@ -11,7 +11,7 @@ use crate::lanes::{Kernel, Simd, run};
 /// When the lengths differ.
 pub fn to_bf16(values: &[f32], out: &mut [bf16]) {
     assert_eq!(values.len(), out.len());
-    values.iter().zip(out).for_each(|(value, out)| *out = round(*value));
+    run(Isa::best(), Placed { values, out });
 }
 
 /// `values` rounded to bfloat16.
@@ -30,6 +30,11 @@ pub fn widened(values: &[bf16]) -> Vec<f32> {
     out
 }
 
+struct Placed<'a> {
+    values: &'a [f32],
+    out: &'a mut [bf16],
+}
+
 struct Rounded<'a> {
     values: &'a [f32],
     out: &'a mut Vec<bf16>,
@@ -41,6 +46,14 @@ struct Widened<'a> {
 }
 
 /// Plain code: all that is wanted of the instruction set is the width of its integer vectors.
+impl Kernel for Placed<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        self.values.iter().zip(self.out).for_each(|(value, out)| *out = round(*value));
+    }
+}
+
+/// As above.
 impl Kernel for Rounded<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {

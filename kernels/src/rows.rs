@@ -255,12 +255,12 @@ fn quantise<S: Simd>(s: S, block: &[[f32; LANES]; 2], bytes: &mut [u32; BLOCK / 
     let zero = s.splat(0.0);
     let sizes = [s.max(x[0], s.sub(zero, x[0])), s.max(x[1], s.sub(zero, x[1]))];
     let largest = s.largest(s.max(sizes[0], sizes[1]));
-    let not_finite = s.sum(s.add(s.sub(x[0], x[0]), s.sub(x[1], x[1])));
-    let scale = largest / 127.0 + not_finite;
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
     let (inverse, round) = (s.splat(inverse), s.splat(ROUND));
     let shifted = [s.fma(x[0], inverse, round), s.fma(x[1], inverse, round)];
     s.store_bytes(shifted[0], shifted[1], bytes);
+    // A number that is not finite is none here either: infinity by an inverse of zero.
     let sum = s.sum(s.add(s.sub(shifted[0], round), s.sub(shifted[1], round)));
+    let scale = largest / 127.0 + 0.0 * sum;
     Scale { scale, shift: scale * sum }
 }

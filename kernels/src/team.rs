@@ -11,11 +11,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
 /// Most threads of a team.
 pub const TEAM_MAX: usize = 256;
-/// Looks at the call counter before a member parks: some 20 us, longer than what lies between two calls of a step.
-const SPINS: u32 = 400;
+/// How long a thread looks for what it waits for before it parks: longer than what lies between two calls of a step, and than the last item of a product, for
+/// which the others wait. Who wakes comes some ten microseconds late, so one that parks within a step costs the next call, too (decision 85).
+const SPIN: Duration = Duration::from_micros(200);
+/// Looks between two looks at the clock. A look takes 25 to 50 ns, the processor's pause.
+const LOOKS: u32 = 32;
 
 /// A persistent set of threads; the caller is member 0. Stops with its owner.
 pub struct Team {
@@ -170,16 +174,22 @@ impl Shared {
 
 /// Spins, then parks, until `done`. Whoever makes it true unparks this thread. Gives whether it parked.
 fn wait(done: impl Fn() -> bool) -> bool {
-    let mut spins = 0;
-    while !done() {
-        if spins < SPINS {
-            spins += 1;
+    let begin = Instant::now();
+    loop {
+        for _ in 0..LOOKS {
+            if done() {
+                return false;
+            }
             std::hint::spin_loop();
-        } else {
-            thread::park();
+        }
+        if begin.elapsed() >= SPIN {
+            break;
         }
     }
-    spins == SPINS
+    while !done() {
+        thread::park();
+    }
+    true
 }
 
 /// The processor that this thread runs on.

@@ -242,7 +242,7 @@ fn what_is_not_a_number_is_not_lost() {
     let mut noise = Noise(7);
     for format in FORMATS {
         let mut case = case(format, 2, 20, 64, &mut noise);
-        for (bad, at) in [(f32::NAN, 3), (f32::INFINITY, 40)] {
+        for (bad, at) in [(f32::NAN, 3), (f32::NAN, 31), (f32::INFINITY, 40), (f32::NEG_INFINITY, 16)] {
             case.x[at] = bad;
             for isa in Isa::available() {
                 for precision in [EXACT, HALVES, BYTES] {

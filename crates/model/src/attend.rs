@@ -21,7 +21,11 @@ use tch::{Device, Tensor};
 use crate::{Dtype, ModelError, tensors};
 
 /// Tokens of a step whose keys and values one thread stores alone.
-const STORED_ALONE_MAX: usize = 64;
+const STORED_ALONE_MAX: usize = 16;
+/// Tokens whose parts one thread merges alone.
+const MERGED_ALONE_MAX: usize = 8;
+/// Numbers of parts that are kept from step to step: what a chunk that goes token by token needs beyond it is not.
+const PARTS_KEPT_MAX: usize = 1 << 20;
 /// How often a thread takes parts of contexts, if all threads are as fast: it knows what comes next for all but the last of what it takes.
 const GRAINS: usize = 2;
 
@@ -40,6 +44,8 @@ pub(crate) struct Attention {
     pub(crate) libtorch_threads: bool,
     /// Our own kernel for chunks; `None` where LibTorch attends for them.
     own: Option<ChunkAttention>,
+    /// Room for the parts of a step's contexts.
+    parts: Vec<f32>,
 }
 
 /// One layer of a step.
@@ -140,6 +146,16 @@ impl<'a> Batch<'a> {
         }
     }
 
+    /// The singles, each with its numbers of `out`, which has `width` for each token.
+    fn singles_of<'o>(&self, out: &'o mut [f32], width: usize) -> impl Iterator<Item = (&Single<'a>, &'o mut [f32])> {
+        let (mut rows, mut next) = (out.chunks_exact_mut(width), 0);
+        self.singles.iter().map(move |single| {
+            let out = rows.nth(single.token - next).expect("singles are in the batch's order");
+            next = single.token + 1;
+            (single, out)
+        })
+    }
+
     /// Tokens of the step.
     pub(crate) fn tokens(&self) -> usize {
         self.tokens
@@ -203,7 +219,7 @@ impl Attention {
         let halves = dtype == Dtype::Bf16 && shape.element != Element::F32;
         let owned = halves && Isa::best().has_bf16() && device == Device::Cpu;
         let own = owned.then(ChunkAttention::default);
-        Self { shape, layout, windows, dtype, device, batch_invariant, libtorch_threads: true, own }
+        Self { shape, layout, windows, dtype, device, batch_invariant, libtorch_threads: true, own, parts: Vec::new() }
     }
 
     /// Vectors of one token together: queries and what is cached.
@@ -257,7 +273,12 @@ impl Attention {
             }
             None => self.chunks(step, out)?,
         }
-        self.singles(step, out)
+        let mut parts = std::mem::take(&mut self.parts);
+        let attended = self.singles(step, &mut parts, out);
+        parts.truncate(PARTS_KEPT_MAX);
+        parts.shrink_to(PARTS_KEPT_MAX);
+        self.parts = parts;
+        attended
     }
 
     /// The rows of several tokens, one after the other, each by all threads.
@@ -303,8 +324,8 @@ impl Attention {
         Ok(())
     }
 
-    /// The tokens that attend alone: each part of a context by whoever is free, then each token's parts merged in order.
-    fn singles(&self, step: &LayerStep<'_>, out: &mut [f32]) -> Result<(), ModelError> {
+    /// The tokens that attend alone: each part of a context by whoever is free, then each token's parts merged in order. `parts` is room, whatever stands there.
+    fn singles(&self, step: &LayerStep<'_>, parts: &mut Vec<f32>, out: &mut [f32]) -> Result<(), ModelError> {
         let LayerStep { batch, qkv, slab, layer, team } = *step;
         let (shape, isa) = (&self.shape, Isa::best());
         let (width, query_width) = (self.qkv_width(), shape.heads * shape.head_dim);
@@ -317,9 +338,9 @@ impl Attention {
             let last = self.layout.blocks(single.context.end).min(first + blocks);
             (single, first, single.row.table[first..last].iter().map(|slot| slot.0 as usize))
         };
-        let mut parts = vec![0.0; batch.parts.len() * numbers];
+        parts.resize(parts.len().max(batch.parts.len() * numbers), 0.0);
         let grain = batch.parts.len().div_ceil(GRAINS * team.threads());
-        team.chunks(&mut parts, numbers, grain, |index, part| {
+        team.chunks(&mut parts[..batch.parts.len() * numbers], numbers, grain, |index, part| {
             let (single, first, own) = slots(index);
             let cells: Vec<_> = own.map(|slot| slab.read(slot, layer)).collect();
             let more = (index + 1 < batch.parts.len() && !(index + 1).is_multiple_of(grain)).then(|| slots(index + 1).2);
@@ -330,10 +351,11 @@ impl Attention {
             let query = &qkv[single.token * width..][..query_width];
             note(paged_part(isa, shape, &RowPart { query, cells: &cells, context, ahead: &ahead }, part));
         });
-        for single in &batch.singles {
-            let out = &mut out[single.token * self.out_width()..][..self.out_width()];
+        let mut merged: Vec<_> = batch.singles_of(out, self.out_width()).collect();
+        team.chunks(&mut merged, 1, MERGED_ALONE_MAX, |_, merged| {
+            let (single, out) = &mut merged[0];
             note(merge_parts(isa, shape, &parts[single.parts.start * numbers..single.parts.end * numbers], out));
-        }
+        });
         failed.into_inner().map_or(Ok(()), |error| Err(error.into()))
     }
 

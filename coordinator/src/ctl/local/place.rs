@@ -4,7 +4,9 @@
 //! replica's log). A second start in the same folder finds all of it, and the replicas that were taken in and out since.
 
 use std::fs::{self, File};
-use std::net::{SocketAddr, UdpSocket};
+use std::iter;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,11 @@ use crate::ctl::{certs, running};
 
 /// Time that processes of a former start in this folder have to end, once that start has ended.
 const ORPHANS_WAIT_MAX: Duration = Duration::from_secs(15);
+/// Where coordinators listen: below the ports that systems give to sockets which ask for any (Linux: from 32,768 on), so that none of those is given a
+/// coordinator's before it listens.
+const QUIET_PORTS: Range<u16> = 16_384..32_768;
+/// Ports of those that are tried before the system is asked for any.
+const DRAWN_PORTS_MAX: usize = 32;
 /// The operator's name in its certificate.
 const ADMIN: &str = "admin";
 
@@ -175,8 +182,13 @@ fn describe(args: &UpArgs, dir: &Path, former: Option<ClusterFile>, http: Socket
 
 /// Free UDP ports on loopback: the `wanted` ones where they are free. All are held until all are found, so that they differ.
 fn free_ports(wanted: &[SocketAddr]) -> Result<Vec<SocketAddr>> {
-    let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    let bind = |addr: &SocketAddr| UdpSocket::bind(addr).or_else(|_| UdpSocket::bind(any));
+    let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let bind = |wanted: &SocketAddr| {
+        let kept = Some(*wanted).filter(|wanted| wanted.port() != 0);
+        let drawn = iter::repeat_with(|| local(rand::random_range(QUIET_PORTS))).take(DRAWN_PORTS_MAX);
+        // The first that is free is taken.
+        UdpSocket::bind(&*kept.into_iter().chain(drawn).chain([local(0)]).collect::<Vec<_>>())
+    };
     let held = wanted.iter().map(bind).collect::<Result<Vec<_>, _>>().context("finding free UDP ports")?;
     held.iter().map(|socket| socket.local_addr().context("a socket's own address")).collect()
 }
@@ -242,6 +254,7 @@ mod tests {
         let first = Place::open(&named, http()).await.unwrap();
         let (dir, ports) = (first.dir.clone(), first.file.coordinators.iter().map(|c| c.quic).collect::<Vec<_>>());
         assert_eq!(ports.len(), 3);
+        assert!(ports.iter().all(|address| QUIET_PORTS.contains(&address.port())), "{ports:?}");
         for name in ["admin", "coordinator-3", "prefill-2", "decode-1"] {
             assert_eq!(Identity::load(&dir.join("certs").join(name)).unwrap().me.name, name);
         }
