@@ -11,7 +11,7 @@ use crate::isa::Isa;
 use crate::lanes::{Kernel, Simd, run, silu};
 use crate::matrix::{Matrix, Part};
 use crate::multiply::{Block, Fetch, Multiply, NO_BLOCK, load};
-use crate::product::{Into, Path, Products, ROWS_BLOCK, fetch, grain, halves, next, path};
+use crate::product::{Into, Path, Products, ROWS_BLOCK, fetch, halves, path};
 use crate::rows::{Forms, Norm, Rows, TILE_ROWS};
 use crate::team::Parts;
 
@@ -57,10 +57,9 @@ impl Products {
         assert_eq!(gate.rows, up.rows);
         let (gate_up, steps) = ([gate, up], gate.panels().div_ceil(2));
         let items = steps * rows.count().div_ceil(ROWS_BLOCK);
-        let grain = grain(team, items);
-        team.each(items, grain, |item| {
+        team.each(items, 1, |item| {
             let first = item / steps * ROWS_BLOCK;
-            let (step, next) = (item % steps, next(team, grain, item) % steps);
+            let (step, next) = (item % steps, (item + 1) % steps);
             let last = rows.count().min(first + ROWS_BLOCK);
             let item = Item { isa: *isa, rows, gate_up, step, next, first, last, steps, out };
             PANELS.with_borrow_mut(|scratch| run(*isa, Compute { item, scratch }));

@@ -28,8 +28,6 @@ const FAR_ROWS_MAX: usize = 64;
 const SECOND_ROWS_MAX: usize = 8;
 /// Lines of a panel up to which rows in one pass call for the next item's: what is longer the processor foresees by itself, and is not to be disturbed.
 const SHORT_LINES_MAX: usize = 1024;
-/// Items that a thread should get at least, so that all end together.
-const ITEMS_EACH: usize = 8;
 
 /// How a product may round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,16 +120,6 @@ impl Products {
     }
 }
 
-/// How many neighbouring items a thread takes at a time.
-pub(crate) fn grain(team: &Team, items: usize) -> usize {
-    (items / (team.threads() * ITEMS_EACH)).max(1)
-}
-
-/// The item that the thread that has `item` has next, if threads take turns.
-pub(crate) fn next(team: &Team, grain: usize, item: usize) -> usize {
-    if (item + 1).is_multiple_of(grain) { item + 1 + grain * (team.threads() - 1) } else { item + 1 }
-}
-
 /// How a part is multiplied.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Path {
@@ -199,8 +187,7 @@ impl Call<'_> {
     /// All of it, in items of a pair of panels and a block of rows.
     fn run(&self, team: &Team, pairs: usize) {
         let items = pairs * self.rows.count().div_ceil(ROWS_BLOCK);
-        let grain = grain(team, items);
-        team.each(items, grain, |item| self.item(item % pairs, item / pairs * ROWS_BLOCK, next(team, grain, item) % pairs));
+        team.each(items, 1, |item| self.item(item % pairs, item / pairs * ROWS_BLOCK, (item + 1) % pairs));
     }
 
     fn pair(&self, mut index: usize) -> Pair<'_> {

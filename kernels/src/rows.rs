@@ -93,8 +93,7 @@ impl Rows {
         grow(&mut self.scales, if forms.bytes { count * steps } else { 0 }, Scale::default());
         let (plain, halves) = (Parts::new(&mut self.plain), Parts::new(&mut self.halves));
         let (bytes, scales) = (Parts::new(&mut self.bytes), Parts::new(&mut self.scales));
-        let grain = (ALONE_MAX / columns).max(1);
-        team.each(count, grain, |row| {
+        team.each(count, ALONE_MAX / columns, |row| {
             let place = Place { row, steps, forms, plain: &plain, halves: &halves, bytes: &bytes, scales: &scales };
             SCRATCH.with_borrow_mut(|scratch| {
                 run(isa, Prepare { x: &x[row * columns..][..columns], norm, place, scratch });

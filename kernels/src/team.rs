@@ -21,6 +21,41 @@ const SPIN: Duration = Duration::from_micros(200);
 /// Looks between two looks at the clock. A look takes 25 to 50 ns, the processor's pause.
 const LOOKS: u32 = 32;
 
+/// Most shares that the items of a call are cut in; members of larger teams have one together.
+const SHARES_MAX: usize = 16;
+
+/// The items of one call, cut in shares.
+struct Shares {
+    items: usize,
+    members: usize,
+    /// How many of `next` are in use.
+    count: usize,
+    /// Of each share the first item that nobody has taken.
+    next: [Apart; SHARES_MAX],
+}
+
+/// A counter on lines of its own: processors fetch them in pairs.
+#[repr(align(128))]
+struct Apart(AtomicUsize);
+
+impl Shares {
+    fn new(items: usize, members: usize) -> Self {
+        let count = members.min(SHARES_MAX);
+        Self { items, members, count, next: std::array::from_fn(|share| Apart(AtomicUsize::new(items * share / count))) }
+    }
+
+    /// What `member` does: items of its own share, then of the next ones, each of which nobody else does.
+    fn of(&self, member: usize) -> impl Iterator<Item = usize> {
+        let own = member * self.count / self.members;
+        let shares = (own..self.count).chain(0..own);
+        shares.flat_map(move |share| {
+            let end = self.items * (share + 1) / self.count;
+            let take = move || self.next[share].0.fetch_add(1, Ordering::Relaxed);
+            std::iter::repeat_with(take).take_while(move |&item| item < end)
+        })
+    }
+}
+
 /// A persistent set of threads; the caller is member 0. Stops with its owner.
 pub struct Team {
     shared: Arc<Shared>,
@@ -104,33 +139,26 @@ impl Team {
         }
     }
 
-    /// Calls `work` for every item below `items`; members take `grain` neighbouring ones at a time, who is free first.
-    pub fn each(&self, items: usize, grain: usize, work: impl Fn(usize) + Sync) {
-        let grain = grain.max(1);
-        if items <= grain {
+    /// Calls `work` for every item below `items`, on the caller's thread alone where there are no more than `alone`. Each member goes through a share of
+    /// neighbouring items, the same in every call of as many items, then helps others with what is left of theirs. So what a member has written it mostly
+    /// reads itself, and who is held up holds nobody up.
+    pub fn each(&self, items: usize, alone: usize, work: impl Fn(usize) + Sync) {
+        if items <= alone.max(1) {
             return (0..items).for_each(work);
         }
-        let next = AtomicUsize::new(0);
-        self.run(&|_| {
-            loop {
-                let first = next.fetch_add(grain, Ordering::Relaxed);
-                if first >= items {
-                    return;
-                }
-                (first..items.min(first + grain)).for_each(&work);
-            }
-        });
+        let shares = Shares::new(items, self.threads());
+        self.run(&|member| shares.of(member).for_each(&work));
     }
 
-    /// Calls `work` for every chunk of `data` of `size` elements (the last may be shorter) with its number.
+    /// Calls `work` for every chunk of `data` of `size` elements (the last may be shorter) with its number; `alone` as in [`Self::each`].
     ///
     /// # Panics
     /// When `size` is 0.
-    pub fn chunks<T: Send>(&self, data: &mut [T], size: usize, grain: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+    pub fn chunks<T: Send>(&self, data: &mut [T], size: usize, alone: usize, work: impl Fn(usize, &mut [T]) + Sync) {
         let (len, count) = (data.len(), data.len().div_ceil(size));
         let parts = Parts::new(data);
         // SAFETY: each number comes once, and the ranges of different numbers do not overlap.
-        self.each(count, grain, |index| work(index, unsafe { parts.part(index * size..len.min((index + 1) * size)) }));
+        self.each(count, alone, |index| work(index, unsafe { parts.part(index * size..len.min((index + 1) * size)) }));
     }
 }
 
@@ -304,13 +332,58 @@ mod tests {
     #[test]
     fn every_item_and_chunk_comes_once() {
         let team = Team::new(3);
-        for items in [0, 1, 7, 1000] {
+        for (items, alone) in [(0, 0), (1, 0), (7, 2), (7, 7), (1000, 2)] {
             let mut marks = vec![0u32; items];
-            team.chunks(&mut marks, 3, 2, |index, chunk| {
+            team.chunks(&mut marks, 3, alone, |index, chunk| {
                 chunk.iter_mut().enumerate().for_each(|(i, x)| *x += (index * 3 + i) as u32 + 1)
             });
             assert!(marks.iter().enumerate().all(|(i, x)| *x == i as u32 + 1));
         }
+    }
+
+    #[test]
+    fn shares_cover_every_item_once_whoever_comes_first() {
+        for members in [1, 2, 3, 16, 17, 40] {
+            for items in [0, 1, 5, 16, 100] {
+                let shares = Shares::new(items, members);
+                let mut order: Vec<Vec<usize>> = (0..members).rev().map(|member| shares.of(member).collect()).collect();
+                assert_eq!(order[0].len(), items, "the first finds all of it, its own share first");
+                let mut all = order.concat();
+                all.sort_unstable();
+                assert!(all.into_iter().eq(0..items), "{items} items of {members} members");
+                assert!(order.split_off(1).concat().is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn members_that_all_work_keep_to_their_shares() {
+        for (items, members) in [(9, 2), (100, 3), (33, 16)] {
+            let shares = Shares::new(items, members);
+            let mut ways: Vec<_> = (0..members).map(|member| shares.of(member)).collect();
+            for turn in 0..items / members {
+                for (member, way) in ways.iter_mut().enumerate() {
+                    assert_eq!(way.next(), Some(items * member / members + turn));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_member_is_held_up_from_others_do() {
+        let (team, done) = (Team::new(2), AtomicUsize::new(0));
+        let held = AtomicUsize::new(usize::MAX);
+        team.each(100, 1, |item| {
+            // Who has the first item of the second share waits in it until all others are done.
+            if item == 50 {
+                held.store(item, Ordering::Relaxed);
+                while done.load(Ordering::Relaxed) != 99 {
+                    thread::yield_now();
+                }
+            }
+            one_more(&done);
+        });
+        assert_eq!((held.into_inner(), done.into_inner()), (50, 100));
     }
 
     #[test]

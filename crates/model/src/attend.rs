@@ -26,8 +26,6 @@ const STORED_ALONE_MAX: usize = 16;
 const MERGED_ALONE_MAX: usize = 8;
 /// Numbers of parts that are kept from step to step: what a chunk that goes token by token needs beyond it is not.
 const PARTS_KEPT_MAX: usize = 1 << 20;
-/// How often a thread takes parts of contexts, if all threads are as fast: it knows what comes next for all but the last of what it takes.
-const GRAINS: usize = 2;
 
 /// The attention of one model.
 pub(crate) struct Attention {
@@ -241,8 +239,8 @@ impl Attention {
     pub(crate) fn store(&self, step: &LayerStep<'_>) {
         let LayerStep { batch, qkv, slab, layer, team } = *step;
         let (block, width, cached) = (self.shape.block_tokens, self.qkv_width(), self.shape.heads * self.shape.head_dim);
-        let grain = if batch.tokens > STORED_ALONE_MAX { 1 } else { batch.written.len() };
-        team.each(batch.written.len(), grain, |index| {
+        let alone = if batch.tokens > STORED_ALONE_MAX { 1 } else { batch.written.len() };
+        team.each(batch.written.len(), alone, |index| {
             let (row, positions) = &batch.written[index];
             let placed = &batch.rows[*row];
             let first = placed.first + positions.start - placed.row.start as usize;
@@ -309,8 +307,8 @@ impl Attention {
             chunks.iter().flat_map(|placed| (0..kv_heads).flat_map(shares).map(move |heads| (*placed, heads))).collect();
         let mut attended: Vec<Result<Vec<f32>, ModelError>> = Vec::new();
         attended.resize_with(items.len(), || Ok(Vec::new()));
-        let grain = if self.libtorch_threads { items.len() } else { 1 };
-        step.team.chunks(&mut attended, 1, grain, |index, attended| {
+        let alone = if self.libtorch_threads { items.len() } else { 1 };
+        step.team.chunks(&mut attended, 1, alone, |index, attended| {
             let (placed, heads) = &items[index];
             attended[0] = self.chunk(step, placed, heads.clone());
         });
@@ -324,7 +322,7 @@ impl Attention {
         Ok(())
     }
 
-    /// The tokens that attend alone: each part of a context by whoever is free, then each token's parts merged in order. `parts` is room, whatever stands there.
+    /// The tokens that attend alone: the parts of their contexts, then each token's parts merged in order. `parts` is room, whatever stands there.
     fn singles(&self, step: &LayerStep<'_>, parts: &mut Vec<f32>, out: &mut [f32]) -> Result<(), ModelError> {
         let LayerStep { batch, qkv, slab, layer, team } = *step;
         let (shape, isa) = (&self.shape, Isa::best());
@@ -339,11 +337,11 @@ impl Attention {
             (single, first, single.row.table[first..last].iter().map(|slot| slot.0 as usize))
         };
         parts.resize(parts.len().max(batch.parts.len() * numbers), 0.0);
-        let grain = batch.parts.len().div_ceil(GRAINS * team.threads());
-        team.chunks(&mut parts[..batch.parts.len() * numbers], numbers, grain, |index, part| {
+        team.chunks(&mut parts[..batch.parts.len() * numbers], numbers, 1, |index, part| {
             let (single, first, own) = slots(index);
             let cells: Vec<_> = own.map(|slot| slab.read(slot, layer)).collect();
-            let more = (index + 1 < batch.parts.len() && !(index + 1).is_multiple_of(grain)).then(|| slots(index + 1).2);
+            // This thread's next, but for the last of its share.
+            let more = (index + 1 < batch.parts.len()).then(|| slots(index + 1).2);
             let ahead: Vec<_> = more.into_iter().flatten().map(|slot| slab.place(slot, layer)).collect();
             let of_part =
                 |position: usize| position.saturating_sub(first * shape.block_tokens).min(cells.len() * shape.block_tokens);
