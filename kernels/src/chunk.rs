@@ -21,7 +21,7 @@ use crate::product::put;
 use crate::team::{Parts, Team};
 
 /// Tokens of context between two steps of the softmax.
-const SPAN: usize = 128;
+const SPAN: usize = 96;
 /// Query tokens of one item of work: two tiles.
 const QUERIES: usize = 2 * LANES;
 /// By how much, in powers of two, a score may exceed what weights are relative to, before all sums are made relative to it: most spans change no sum, and a
