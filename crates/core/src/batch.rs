@@ -5,6 +5,7 @@
 //! sequence may push out only the one with most time left. The machine holds block tables, never KV bytes; it does not compute, send or wait.
 //! Ideas: vLLM v1's scheduler (one token budget, no phases), Sarathi-Serve (chunks beside decodes, OSDI '24).
 
+mod pace;
 mod schedule;
 mod sequence;
 mod upkeep;
@@ -23,6 +24,7 @@ use crate::message::{AttemptFailed, BlockOp, FailKind, Finish, Load, Ticket, Tok
 use crate::planted::{Bug, planted};
 use crate::pool::{Pool, PoolStats};
 use crate::route::pairs;
+use pace::Pace;
 use sequence::{Phase, Sequence};
 
 /// Who is to be received and found no room for so long is refused: there may be some elsewhere by now.
@@ -37,6 +39,9 @@ pub struct BatchConfig {
     pub slots: u32,
     /// Tokens of one step. Decoding sequences are served first; prompts share the rest, at least one block in each step.
     pub step_tokens_max: u32,
+    /// How long a step may take in which nothing decodes, microseconds: its first prompt may have as many tokens beyond `step_tokens_max`
+    /// as were lately computed in so long, 2,048 at most.
+    pub prompt_step_us: u64,
     /// Sequences of one step, and so sequences that compute or are being received at a time.
     pub rows_max: u32,
     /// Tokens of one sequence, prompt and answer. A pool of fewer tokens bounds it too.
@@ -162,6 +167,7 @@ pub struct Batch {
     /// When those that wait to be received are refused.
     patience: BTreeSet<(Time, Rank)>,
     flight: Option<Vec<Flight>>,
+    pace: Pace,
     arrivals: u64,
     /// The head of the queue, when it was found not to fit and no room has been made since.
     blocked: Option<Rank>,
@@ -188,6 +194,7 @@ impl Batch {
             deadlines: BTreeSet::new(),
             patience: BTreeSet::new(),
             flight: None,
+            pace: Pace::default(),
             arrivals: 0,
             blocked: None,
             outputs: VecDeque::new(),
@@ -513,6 +520,7 @@ impl Batch {
     }
 
     fn advance(&mut self, now: Time, rows: &[Flight], sampled: &[Sampled]) {
+        self.pace.end(now);
         let mut sampled = sampled.iter();
         for row in rows {
             let drawn = if row.sample { sampled.next() } else { None };

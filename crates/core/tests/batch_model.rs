@@ -43,6 +43,7 @@ impl World {
         let slots = 6 + dice.roll(30) as u32;
         let config = BatchConfig {
             step_tokens_max: 1 + dice.roll(24) as u32,
+            prompt_step_us: [0, 50, 1_000_000][dice.roll(3) as usize],
             rows_max: 1 + dice.roll(8) as u32,
             context_max: 20 + dice.roll(60) as u32,
             headroom_blocks: dice.roll(3) as u32,

@@ -89,6 +89,22 @@ fn decodes_go_first_and_prompts_share_the_rest() {
 }
 
 #[test]
+fn a_prompt_grows_its_steps_while_nothing_decodes() {
+    // 16 tokens of a step, and what 250 us suffice for; each step takes 100 us.
+    let mut rig = Rig::new(BatchConfig { prompt_step_us: 250, ..config(200) });
+    let rows = |rig: &mut Rig| {
+        let (step, _) = rig.step().unwrap();
+        step.rows.iter().map(|r| (r.attempt.request.0, r.tokens.len())).collect::<Vec<_>>()
+    };
+    rig.give(Input::Add(steady(1, (1..=110).collect(), 9)));
+    rig.give(Input::Add(steady(2, (201..=300).collect(), 9)));
+    assert_eq!(rows(&mut rig), [(1, 16)], "nothing is known of its speed");
+    assert_eq!(rows(&mut rig), [(1, 40)], "the other prompt does not wait for room that is not its own");
+    assert_eq!(rows(&mut rig), [(1, 54)], "100 would do");
+    assert_eq!(rows(&mut rig), [(1, 1), (2, 12)], "somebody waits for a token: no more than 16, and whole blocks");
+}
+
+#[test]
 fn many_decodes_cannot_starve_a_prompt() {
     let mut rig = Rig::new(BatchConfig { step_tokens_max: 2, ..config(64) });
     for n in 1..=4 {

@@ -78,6 +78,7 @@ fn node(name: &str, role: Role, kv_heads: u16) -> Node {
         block_tokens: 4,
         slots: 12,
         step_tokens_max: 4,
+        prompt_step_us: 0,
         rows_max: 4,
         context_max: 40,
         headroom_blocks: 1,

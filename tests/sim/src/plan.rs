@@ -211,6 +211,7 @@ impl Plan {
             block_tokens: model.layout.block_tokens,
             slots,
             step_tokens_max: random.between((1, 40)) as u32,
+            prompt_step_us: [0, random.between((1, 2_000_000))][random.between((0, 1)) as usize],
             rows_max: random.between((1, 8)) as u32,
             context_max: u32::MAX,
             headroom_blocks: random.between((0, 3)) as u32,

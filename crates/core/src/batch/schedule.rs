@@ -24,10 +24,15 @@ impl Batch {
             // Whoever found no room to grow and sent itself back finds it now, in what it gave back.
             self.admit();
         }
-        let (flight, rows): (Vec<Flight>, Vec<Row>) = self.plan().into_iter().map(|(s, n)| self.row(now, s, n)).unzip();
+        let plan = self.plan();
+        let tokens = plan.iter().map(|(_, tokens)| tokens).sum::<usize>();
+        let full =
+            !plan.iter().any(|(rank, _)| self.sequences[rank].pending() == 1) && tokens >= self.config.step_tokens_max as usize;
+        let (flight, rows): (Vec<Flight>, Vec<Row>) = plan.into_iter().map(|(s, n)| self.row(now, s, n)).unzip();
         if rows.is_empty() {
             return None;
         }
+        self.pace.begin(now, full.then_some(tokens as u64));
         self.flight = Some(flight);
         Some(Step { rows })
     }
@@ -170,12 +175,20 @@ impl Batch {
         let block_tokens = usize::from(self.config.block_tokens);
         let pending = self.running.iter().map(|rank| (*rank, self.sequences[rank].pending()));
         let (mut plan, prompts): (Vec<_>, Vec<_>) = pending.partition(|&(_, pending)| pending == 1);
+        // Where nobody waits for a next token the first prompt may take longer: large steps are faster. Others' first tokens would come later for it.
+        let step_tokens = self.config.step_tokens_max as usize;
+        let mut alone = if plan.is_empty() { self.pace.tokens_in(self.config.prompt_step_us) } else { 0 };
         // However many decode, a prompt gets on by a block in each step.
-        let mut left = (self.config.step_tokens_max as usize).saturating_sub(plan.len()).max(block_tokens);
+        let mut left = step_tokens.saturating_sub(plan.len()).max(block_tokens);
         for (rank, pending) in prompts {
-            let tokens = chunk(self.sequences[&rank].computed, pending, left, block_tokens);
+            let most = match core::mem::take(&mut alone) {
+                // What would be left is less than a step: its last tokens would wait for one more.
+                alone if alone >= step_tokens && pending <= alone + step_tokens => pending,
+                alone => left.max(alone),
+            };
+            let tokens = chunk(self.sequences[&rank].computed, pending, most, block_tokens);
             if tokens > 0 {
-                left -= tokens;
+                left = left.saturating_sub(tokens);
                 plan.push((rank, tokens));
             }
         }

@@ -177,6 +177,7 @@ mod tests {
             block_tokens: 4,
             slots: 8,
             step_tokens_max: 64,
+            prompt_step_us: 0,
             rows_max: 4,
             context_max: 64,
             headroom_blocks: 1,

@@ -103,6 +103,7 @@ pub fn config(slots: u32) -> BatchConfig {
         block_tokens: BLOCK as u16,
         slots,
         step_tokens_max: 16,
+        prompt_step_us: 0,
         rows_max: 8,
         context_max: 1000,
         headroom_blocks: 1,

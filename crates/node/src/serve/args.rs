@@ -62,6 +62,9 @@ pub struct NodeArgs {
     /// Prompt tokens computed in one step
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub step_tokens: u32,
+    /// How long a step may take in which nothing decodes, in milliseconds: one prompt may have more tokens in it than `--step-tokens`, 2,048 at most
+    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(0..=60_000))]
+    pub prompt_step_ms: u32,
     /// Sequences computed at a time
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub rows: u32,
@@ -105,6 +108,7 @@ impl NodeArgs {
             block_tokens: self.block_tokens,
             slots: self.kv_blocks,
             step_tokens_max: self.step_tokens,
+            prompt_step_us: u64::from(self.prompt_step_ms) * 1_000,
             rows_max: self.rows,
             context_max: u32::try_from(positions).unwrap_or(u32::MAX),
             headroom_blocks: 1,
