@@ -5,9 +5,9 @@
 //! sequence may push out only the one with most time left. The machine holds block tables, never KV bytes; it does not compute, send or wait.
 //! Ideas: vLLM v1's scheduler (one token budget, no phases), Sarathi-Serve (chunks beside decodes, OSDI '24).
 
-mod pace;
 mod schedule;
 mod sequence;
+mod speed;
 mod upkeep;
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -24,8 +24,8 @@ use crate::message::{AttemptFailed, BlockOp, FailKind, Finish, Load, Ticket, Tok
 use crate::planted::{Bug, planted};
 use crate::pool::{Pool, PoolStats};
 use crate::route::pairs;
-use pace::Pace;
 use sequence::{Phase, Sequence};
+use speed::Speed;
 
 /// Who is to be received and found no room for so long is refused: there may be some elsewhere by now.
 pub const ROOM_WAIT_MAX_US: u64 = 1_000_000;
@@ -167,7 +167,7 @@ pub struct Batch {
     /// When those that wait to be received are refused.
     patience: BTreeSet<(Time, Rank)>,
     flight: Option<Vec<Flight>>,
-    pace: Pace,
+    speed: Speed,
     arrivals: u64,
     /// The head of the queue, when it was found not to fit and no room has been made since.
     blocked: Option<Rank>,
@@ -194,7 +194,7 @@ impl Batch {
             deadlines: BTreeSet::new(),
             patience: BTreeSet::new(),
             flight: None,
-            pace: Pace::default(),
+            speed: Speed::default(),
             arrivals: 0,
             blocked: None,
             outputs: VecDeque::new(),
@@ -520,7 +520,7 @@ impl Batch {
     }
 
     fn advance(&mut self, now: Time, rows: &[Flight], sampled: &[Sampled]) {
-        self.pace.end(now);
+        self.speed.end(now);
         let mut sampled = sampled.iter();
         for row in rows {
             let drawn = if row.sample { sampled.next() } else { None };

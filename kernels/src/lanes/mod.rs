@@ -74,6 +74,23 @@ pub(crate) trait Simd: Copy {
     }
     /// `2^n`, where `x` is `n + 1.5 * 2^23` with a whole `n` in -126..=127.
     fn power_of_two(self, x: Self::V) -> Self::V;
+    /// By how much `x`, which is not larger than 2^21, is more than the nearest whole number; and that number, for [`Self::scale`].
+    #[inline(always)]
+    fn split(self, x: Self::V) -> [Self::V; 2] {
+        let round = self.splat(12_582_912.0); // as in `exp`
+        let shifted = self.add(x, round);
+        [self.sub(x, self.sub(shifted, round)), shifted]
+    }
+    /// `x 2^n` for an `n` in -126..=127 of [`Self::split`].
+    #[inline(always)]
+    fn scale(self, x: Self::V, n: Self::V) -> Self::V {
+        self.mul(x, self.power_of_two(n))
+    }
+    /// `1 / x` for an `x` in 1..=2^126, relative error below 2e-7.
+    #[inline(always)]
+    fn inverse(self, x: Self::V) -> Self::V {
+        self.div(self.splat(1.0), x)
+    }
     /// IEEE half precision from memory, widened.
     fn load_f16(self, from: &[u16; LANES]) -> Self::V;
     /// Words from memory.
@@ -290,15 +307,12 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
 /// A polynomial of the third degree whose largest relative error over [-1/2, 1/2] is as small as can be (Remez).
 #[inline(always)]
 pub(crate) fn exp2_rough<S: Simd>(s: S, x: S::V) -> S::V {
-    let round = s.splat(12_582_912.0); // as in `exp`
-    let clamped = s.max(s.splat(-125.0), x);
-    let shifted = s.add(clamped, round);
-    let rest = s.sub(clamped, s.sub(shifted, round));
+    let [rest, whole] = s.split(s.max(s.splat(-125.0), x));
     let mut poly = s.splat(0.055_171_67);
     for coefficient in [0.242_611_13, 0.693_260_97, 0.999_928_06] {
         poly = s.fma(poly, rest, s.splat(coefficient));
     }
-    s.mul(poly, s.power_of_two(shifted))
+    s.scale(poly, whole)
 }
 
 /// `x / (1 + e^-x)`.
@@ -311,7 +325,7 @@ pub(crate) fn silu<S: Simd>(s: S, x: S::V) -> S::V {
 #[inline(always)]
 pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     let minus = s.sub(s.splat(0.0), s.max(s.splat(-87.0), x));
-    s.div(s.splat(1.0), s.add(s.splat(1.0), exp(s, minus)))
+    s.inverse(s.add(s.splat(1.0), exp(s, minus)))
 }
 
 #[cfg(test)]
@@ -351,6 +365,19 @@ mod tests {
             assert!((low..=high).contains(&got), "2^{x} = {got}");
         }
         assert!(s.sum(exp2_rough(s, s.splat(f32::NAN))).is_nan());
+    }
+
+    fn inverse_is_close<S: Simd>(s: S) {
+        for i in 0..=1_260u16 {
+            let x: [f32; LANES] = each(|lane| (f32::from(i) / 10.0).exp2() * (if i == 0 { 1.0 } else { 1.0 - lane as f32 * 1e-3 }));
+            let mut got = [0.0; LANES];
+            s.store(s.inverse(s.load(&x)), &mut got);
+            for (got, x) in got.iter().zip(x) {
+                let want = 1.0 / f64::from(x);
+                assert!((f64::from(*got) - want).abs() <= 2e-7 * want, "1 / {x} = {got}, not {want}");
+            }
+        }
+        assert!(s.sum(s.inverse(s.splat(f32::NAN))).is_nan());
     }
 
     fn lanes_are_all_there<S: Simd>(s: S) {
@@ -446,6 +473,7 @@ mod tests {
         pairs_come_back_in_order(s);
         exp_is_close(s);
         exp2_is_close(s);
+        inverse_is_close(s);
         lanes_are_all_there(s);
         words_are_what_they_say(s);
     }

@@ -186,6 +186,32 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     }
 
     #[inline(always)]
+    fn split(self, x: __m512) -> [__m512; 2] {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let rest = _mm512_reduce_ps::<0>(x);
+            [rest, _mm512_sub_ps(x, rest)]
+        }
+    }
+
+    #[inline(always)]
+    fn scale(self, x: __m512, n: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_scalef_ps(x, n) }
+    }
+
+    /// An estimate of 14 bits and one step of Newton's: a quarter of a division's time.
+    #[inline(always)]
+    fn inverse(self, x: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let rough = _mm512_rcp14_ps(x);
+            let error = _mm512_fnmadd_ps(x, rough, _mm512_set1_ps(1.0));
+            _mm512_fmadd_ps(rough, error, rough)
+        }
+    }
+
+    #[inline(always)]
     fn load_f16(self, from: &[u16; LANES]) -> __m512 {
         // SAFETY: `self` proves AVX-512; 32 bytes are read from an array of 16 halves.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())) }

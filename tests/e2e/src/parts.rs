@@ -344,6 +344,8 @@ fn part(plan: &Plan, dir: &Path, relays: &Relays, (index, number): (usize, usize
         add("--threads", "1".into());
         add("--kv-blocks", plan.kv_blocks.to_string());
         add("--step-tokens", plan.step_tokens.to_string());
+        // Steps of that size, however fast: what is lost at which of them is what is tested.
+        add("--prompt-step-ms", "0".into());
         if let Some((prefill_us, decode_us)) = plan.checksum_us {
             let us = if kind == Kind::Prefill { prefill_us } else { decode_us };
             add("--checksum-engine", us.to_string());

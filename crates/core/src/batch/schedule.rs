@@ -32,7 +32,7 @@ impl Batch {
         if rows.is_empty() {
             return None;
         }
-        self.pace.begin(now, full.then_some(tokens as u64));
+        self.speed.begin(now, full.then_some(tokens as u64));
         self.flight = Some(flight);
         Some(Step { rows })
     }
@@ -177,7 +177,7 @@ impl Batch {
         let (mut plan, prompts): (Vec<_>, Vec<_>) = pending.partition(|&(_, pending)| pending == 1);
         // Where nobody waits for a next token the first prompt may take longer: large steps are faster. Others' first tokens would come later for it.
         let step_tokens = self.config.step_tokens_max as usize;
-        let mut alone = if plan.is_empty() { self.pace.tokens_in(self.config.prompt_step_us) } else { 0 };
+        let mut alone = if plan.is_empty() { self.speed.tokens_in(self.config.prompt_step_us) } else { 0 };
         // However many decode, a prompt gets on by a block in each step.
         let mut left = step_tokens.saturating_sub(plan.len()).max(block_tokens);
         for (rank, pending) in prompts {

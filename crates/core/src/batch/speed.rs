@@ -2,19 +2,19 @@
 
 use crate::ids::Time;
 
-/// Most tokens that the pace gives one row; a rest below [`super::BatchConfig::step_tokens_max`] may come on top. Memory for a step's activations grows with them.
+/// Most tokens that it gives one row; a rest below [`super::BatchConfig::step_tokens_max`] may come on top. Memory for a step's activations grows with them.
 const ROW_TOKENS_MAX: u64 = 2_048;
 
 /// The speed of the last full step of prompts alone. Small steps are slower for each token, and decoding ones too.
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(super) struct Speed {
     /// Tokens of the step in flight, where it is one that counts, and when it began.
     flight: Option<(u64, Time)>,
     /// Tokens, and microseconds that they took.
     last: Option<(u64, u64)>,
 }
 
-impl Pace {
+impl Speed {
     /// A step begins; `full` has its tokens if it is one that counts.
     pub(super) fn begin(&mut self, now: Time, full: Option<u64>) {
         self.flight = full.map(|tokens| (tokens, now));
@@ -38,21 +38,21 @@ mod tests {
 
     #[test]
     fn the_last_step_that_counts_decides() {
-        let (mut pace, mut now) = (Pace::default(), Time(7));
-        let mut step = |pace: &mut Pace, full, us| {
-            pace.begin(now, full);
+        let (mut speed, mut now) = (Speed::default(), Time(7));
+        let mut step = |speed: &mut Speed, full, us| {
+            speed.begin(now, full);
             now = now.after(us);
-            pace.end(now);
+            speed.end(now);
         };
-        assert_eq!(pace.tokens_in(1_000), 0);
-        step(&mut pace, None, 5);
-        assert_eq!(pace.tokens_in(1_000), 0);
-        step(&mut pace, Some(256), 100);
-        assert_eq!(pace.tokens_in(250), 640);
-        step(&mut pace, None, 900);
-        assert_eq!(pace.tokens_in(250), 640);
-        step(&mut pace, Some(10), 0);
-        assert_eq!(pace.tokens_in(50), 500, "no time counts as a microsecond");
-        assert_eq!(pace.tokens_in(u64::MAX), ROW_TOKENS_MAX as usize);
+        assert_eq!(speed.tokens_in(1_000), 0);
+        step(&mut speed, None, 5);
+        assert_eq!(speed.tokens_in(1_000), 0);
+        step(&mut speed, Some(256), 100);
+        assert_eq!(speed.tokens_in(250), 640);
+        step(&mut speed, None, 900);
+        assert_eq!(speed.tokens_in(250), 640);
+        step(&mut speed, Some(10), 0);
+        assert_eq!(speed.tokens_in(50), 500, "no time counts as a microsecond");
+        assert_eq!(speed.tokens_in(u64::MAX), ROW_TOKENS_MAX as usize);
     }
 }
