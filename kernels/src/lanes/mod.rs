@@ -4,17 +4,21 @@
 //! `inline(always)`: they must end up in a function that is compiled for the set ([`run`]), else they are slow calls.
 #![allow(unsafe_code)]
 
-mod portable;
 #[cfg(target_arch = "x86_64")]
-mod x86;
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
 
 use crate::buffer::Line;
 use crate::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use portable::halve;
-#[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512};
 
 /// Numbers handled together: one AVX-512 register, two of AVX2.
 pub(crate) const LANES: usize = 16;
