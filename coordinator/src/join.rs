@@ -37,6 +37,8 @@ pub enum Outcome {
         /// Whether trying again may help.
         retry: bool,
     },
+    /// The cluster has no answer now, for this reason; nothing is wrong with the node.
+    NotNow(String),
 }
 
 impl Outcome {
@@ -46,6 +48,7 @@ impl Outcome {
         match self {
             Self::Joined(node, epoch) => Message::Joined { node, epoch },
             Self::Refused { reason, retry } => Message::JoinRefused { reason, retry },
+            Self::NotNow(reason) => Message::JoinRefused { reason, retry: true },
         }
     }
 }
@@ -87,8 +90,8 @@ fn outcome(answer: Result<Answer, NoAnswer>) -> Outcome {
     match answer {
         Ok(Answer::Joined { node, epoch }) => Outcome::Joined(node, epoch),
         Ok(Answer::Refused(reason)) => Outcome::Refused { reason, retry: false },
-        Ok(other) => Outcome::Refused { reason: format!("unexpected answer {other:?}"), retry: true },
-        Err(error) => Outcome::Refused { reason: error.to_string(), retry: true },
+        Ok(other) => Outcome::NotNow(format!("unexpected answer {other:?}")),
+        Err(error) => Outcome::NotNow(error.to_string()),
     }
 }
 
@@ -156,6 +159,8 @@ mod tests {
         let joined = Answer::Joined { node: NodeId(1), epoch: Epoch(2) };
         assert_eq!(outcome(Ok(joined)), Outcome::Joined(NodeId(1), Epoch(2)));
         assert!(matches!(outcome(Ok(Answer::Refused("no".into()))), Outcome::Refused { retry: false, .. }));
-        assert!(matches!(outcome(Err(NoAnswer::NoLeader)), Outcome::Refused { retry: true, .. }));
+        let later = outcome(Err(NoAnswer::NoLeader));
+        assert_eq!(later, Outcome::NotNow("there is no leader now".into()));
+        assert!(matches!(later.message(), Message::JoinRefused { retry: true, .. }));
     }
 }

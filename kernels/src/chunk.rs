@@ -131,8 +131,7 @@ impl ChunkAttention {
         let (blocks, shares) = (chunk.tokens.div_ceil(QUERIES), group.div_ceil(own));
         let (out, all) = (&Parts::new(out), &self.packed);
         team.each(blocks * shape.kv_heads * shares, 1, |index| {
-            // The last queries see most: they come first, so that all threads end together.
-            let first = (blocks - 1 - index / (shape.kv_heads * shares)) * QUERIES;
+            let first = index / (shape.kv_heads * shares) * QUERIES;
             let (kv_head, share) = (index / shares % shape.kv_heads, index % shares);
             let heads = kv_head * group + share * own..kv_head * group + group.min((share + 1) * own);
             let keys_values = &all[kv_head * spans * lines..(kv_head + 1) * spans * lines];

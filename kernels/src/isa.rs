@@ -13,7 +13,7 @@ pub enum Isa {
     Avx2Dot,
     /// AVX-512 foundation, byte/word, doubleword/quadword and vector-length parts.
     Avx512,
-    /// The same with BF16 and VNNI: dot products of bfloat16 and of bytes.
+    /// The same with BF16 and VNNI, dot products of bfloat16 and of bytes, and with VBMI.
     Avx512Dot,
     /// The same with AMX tiles for bfloat16, which the system lets this process use.
     Amx,
@@ -56,7 +56,10 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
             }
             Self::Avx512Dot => {
-                Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni")
+                Self::Avx512.is_available()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni")
+                    && is_x86_feature_detected!("avx512vbmi")
             }
             Self::Amx => Self::Avx512Dot.is_available() && crate::tiles::permitted(),
         }

@@ -7,7 +7,7 @@
 use half::f16;
 
 use crate::buffer::{Buffer, Line};
-use crate::lanes::{LANES, Simd};
+use crate::lanes::{LANES, Simd, call_near};
 
 /// Numbers of one quantised block; every row is filled up to a multiple of it.
 pub const BLOCK: usize = 32;
@@ -283,17 +283,22 @@ impl Part {
     #[inline(always)]
     fn unpack_blocks<S: Simd, const LINES: usize>(&self, s: S, panel: usize, out: &mut impl Unpacked) {
         let (sets, scales) = (self.format.scales(), self.panel_scales(panel));
+        // Who multiplies goes through pairs of panels: this one's place in the next pair.
+        let next = if panel + 2 < self.panels() { panel + 2 } else { panel };
+        let (next, next_scales) = (self.panel(next).as_chunks::<LINES>().0, self.panel_scales(next));
         for (step, lines) in self.panel(panel).as_chunks::<LINES>().0.iter().enumerate() {
             let scale = s.load_f16(&scales[step * sets]);
             let min = if sets == 2 { s.load_f16(&scales[step * sets + 1]) } else { s.splat(0.0) };
-            let block = Scaled { scale, min, zero: s.splat(self.format.zero()) };
+            let block = Scaled { scale, min, zero: self.format.zero() };
+            call_near(&next[step]);
+            call_near(&next_scales[step * sets..][..1]);
             for (index, line) in lines.iter().enumerate() {
                 let (words, pair) = (s.words(&line.0), step * BLOCK / 2 + 2 * index);
                 if LINES == 8 {
-                    block.quad(s, words, pair, out);
+                    out.quad::<S, false>(s, pair, words, &block);
                 } else {
-                    block.quad(s, s.low_nibbles(words), pair, out);
-                    block.quad(s, s.high_nibbles(words), pair + BLOCK / 4, out);
+                    out.quad::<S, true>(s, pair, s.low_nibbles(words), &block);
+                    out.quad::<S, true>(s, pair + BLOCK / 4, s.high_nibbles(words), &block);
                 }
             }
         }
@@ -304,6 +309,8 @@ impl Part {
 pub(crate) trait Unpacked {
     /// Takes columns `2 pair` and `2 pair + 1` of all 16 rows. Implementations are `inline(always)`.
     fn put<S: Simd>(&mut self, s: S, pair: usize, low: S::V, high: S::V);
+    /// Takes the four columns from `2 pair` on, which are bytes of a block; with `NIBBLES` none is above 15.
+    fn quad<S: Simd, const NIBBLES: bool>(&mut self, s: S, pair: usize, words: S::I, block: &Scaled<S::V>);
 }
 
 /// f32, `[columns, 16]`.
@@ -315,6 +322,12 @@ impl Unpacked for InF32<'_> {
         s.store(low, bytemuck::cast_mut(&mut self.0[2 * pair].0));
         s.store(high, bytemuck::cast_mut(&mut self.0[2 * pair + 1].0));
     }
+
+    #[inline(always)]
+    fn quad<S: Simd, const NIBBLES: bool>(&mut self, s: S, pair: usize, words: S::I, block: &Scaled<S::V>) {
+        self.put(s, pair, block.number(s, s.byte::<0>(words)), block.number(s, s.byte::<1>(words)));
+        self.put(s, pair + 1, block.number(s, s.byte::<2>(words)), block.number(s, s.byte::<3>(words)));
+    }
 }
 
 /// bfloat16, `[columns / 2, 16, 2]`.
@@ -325,32 +338,40 @@ impl Unpacked for InHalves<'_> {
     fn put<S: Simd>(&mut self, s: S, pair: usize, low: S::V, high: S::V) {
         s.store_words(s.halves(low, high), &mut self.0[pair].0);
     }
+
+    /// A scale has 11 bits, a number 8 at most: products are exact, and all is rounded once. Only a minimum that is less than 1/64 of its scale may lose
+    /// what is less than 2^-17 of the scale.
+    #[inline(always)]
+    fn quad<S: Simd, const NIBBLES: bool>(&mut self, s: S, pair: usize, words: S::I, block: &Scaled<S::V>) {
+        let zero = s.splat(-(s.beside(NIBBLES) + block.zero));
+        let (scale, shift) = (s.spread(block.scale), s.spread(s.fma(block.scale, zero, block.min)));
+        let pairs = s.scaled_bytes::<NIBBLES>(words, scale, shift);
+        s.store_words(pairs[0], &mut self.0[pair].0);
+        s.store_words(pairs[1], &mut self.0[pair + 1].0);
+    }
 }
 
-/// What the numbers of a block are multiplied with and moved by.
-struct Scaled<V> {
+/// What the numbers of a block are: `(byte - zero) scale + min`.
+pub(crate) struct Scaled<V> {
     scale: V,
     min: V,
-    zero: V,
+    zero: f32,
 }
 
 impl<V: Copy> Scaled<V> {
-    /// Four columns of a line of bytes.
     #[inline(always)]
-    fn quad<S: Simd<V = V>>(&self, s: S, words: S::I, pair: usize, out: &mut impl Unpacked) {
-        out.put(s, pair, self.number(s, s.byte::<0>(words)), self.number(s, s.byte::<1>(words)));
-        out.put(s, pair + 1, self.number(s, s.byte::<2>(words)), self.number(s, s.byte::<3>(words)));
-    }
-
-    #[inline(always)]
-    fn number<S: Simd<V = V>>(&self, s: S, q: V) -> V {
-        s.add(s.mul(s.sub(q, self.zero), self.scale), self.min)
+    fn number<S: Simd<V = V>>(&self, s: S, byte: V) -> V {
+        s.add(s.mul(s.sub(byte, s.splat(self.zero)), self.scale), self.min)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
+    use crate::isa::Isa;
+    use crate::lanes::{Kernel, run};
 
     #[test]
     fn what_is_not_rows_is_refused() {
@@ -362,6 +383,46 @@ mod tests {
         assert_eq!(new(3, Format::Bf16, &[0; 7]), Err(MatrixError::Rows { got: 7, row: 6 }));
         assert_eq!(new(3, Format::Bf16, &[]), Err(MatrixError::Rows { got: 0, row: 6 }));
         assert!(matches!(Matrix::new(4, &[]), Err(MatrixError::Rows { .. })));
+    }
+
+    /// A panel of a part in bfloat16.
+    struct Halved<'a>(&'a Part, &'a mut [Line]);
+
+    impl Kernel for Halved<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            self.0.unpack(s, 0, &mut InHalves(self.1));
+        }
+    }
+
+    #[test]
+    fn panels_in_bfloat16_are_their_rows_rounded_once() {
+        const COLUMNS: usize = 3 * BLOCK;
+        for format in [Format::Q8_0, Format::Q4_0, Format::Q4_1] {
+            let mut bytes: Vec<u8> = (0..LANES * 3 * format.block_bytes()).map(|i| (i * 151 + i / 7) as u8).collect();
+            for (index, block) in bytes.chunks_exact_mut(format.block_bytes()).enumerate() {
+                let scale = f16::from_f32(0.01 + index as f32 * 0.003);
+                block[..2].copy_from_slice(&scale.to_le_bytes());
+                if format == Format::Q4_1 {
+                    let min = f16::from_f32(if index % 3 == 0 { 0.0 } else { -7.7 * scale.to_f32() });
+                    block[2..4].copy_from_slice(&min.to_le_bytes());
+                }
+            }
+            let matrix = Matrix::new(COLUMNS, &[Source { format, bytes: &bytes }]).unwrap();
+            for isa in Isa::available() {
+                let mut lines = vec![Line([0; LANES]); COLUMNS / 2];
+                run(isa, Halved(&matrix.parts[0], &mut lines));
+                let halves: &[u16] = bytemuck::cast_slice(&lines);
+                let mut row = vec![0.0; COLUMNS];
+                for lane in 0..LANES {
+                    matrix.row(lane, &mut row);
+                    for (column, x) in row.iter().enumerate() {
+                        let got = halves[column / 2 * 2 * LANES + 2 * lane + column % 2];
+                        assert_eq!(bf16::from_bits(got), bf16::from_f32(*x), "{format:?} {isa:?}: row {lane}, column {column}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

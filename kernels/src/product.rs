@@ -375,6 +375,9 @@ impl<'a> Item<'a> {
             let tile = first / TILE_ROWS;
             let next = if first + TILE_ROWS < self.last { tile + 1 } else { tile };
             let rows = [self.call.rows.tile(tile), self.call.rows.tile(next)];
+            for row in first..self.last.min(first + 2 * TILE_ROWS) {
+                claim(self.out(row));
+            }
             multiply.product(s, rows, panels, self.fetch(first), &mut sums);
             for row in first..self.last.min(first + 2 * TILE_ROWS) {
                 let [left, right] = &sums[(row - first) / TILE_ROWS];

@@ -128,7 +128,7 @@ impl Links {
     fn on_join(&self, served: &Served, join: Join) {
         let Ok(permit) = self.joins.clone().try_acquire_owned() else {
             let reason = "too many joins at a time".into();
-            (served.outbox)(Outcome::Refused { reason, retry: true }.message());
+            (served.outbox)(Outcome::NotNow(reason).message());
             return;
         };
         let (proposer, model) = (self.proposer.clone(), self.model.clone());
@@ -145,6 +145,8 @@ impl Links {
                     info!(node = who.name, reason, retry, "node refused");
                     admin.refused(&who.name, reason);
                 }
+                // Not for the doctor: what keeps the cluster from answering it finds by itself.
+                Outcome::NotNow(reason) => info!(node = who.name, reason, "node told to come again"),
             }
             outbox(outcome.message());
             drop(permit);

@@ -272,6 +272,48 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         }
     }
 
+    #[inline(always)]
+    fn beside(self, nibbles: bool) -> f32 {
+        match (DOT, nibbles) {
+            (false, _) => 0.0,
+            (true, false) => BESIDE_BYTES,
+            (true, true) => BESIDE_NIBBLES,
+        }
+    }
+
+    #[inline(always)]
+    fn spread(self, x: __m512) -> [__m512; 2] {
+        if !DOT {
+            return [x, x];
+        }
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+            [_mm512_permutexvar_ps(twice, x), _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), x)]
+        }
+    }
+
+    /// With `DOT` a byte goes into the fraction of a float by itself, in the order in which halves stand at the end. Without closures, which would be calls.
+    #[inline(always)]
+    fn scaled_bytes<const NIBBLES: bool>(self, x: __m512i, scale: [__m512; 2], shift: [__m512; 2]) -> [__m512i; 2] {
+        if !DOT {
+            let first = [self.fma(self.byte::<0>(x), scale[0], shift[0]), self.fma(self.byte::<1>(x), scale[0], shift[0])];
+            let last = [self.fma(self.byte::<2>(x), scale[0], shift[0]), self.fma(self.byte::<3>(x), scale[0], shift[0])];
+            return [self.halves(first[0], first[1]), self.halves(last[0], last[1])];
+        }
+        let (beside, place) = if NIBBLES { (BESIDE_NIBBLES, 0x4444_4444_4444_4444) } else { (BESIDE_BYTES, 0x2222_2222_2222_2222) };
+        let mut numbers = [self.splat(beside); 4];
+        for (at, number) in numbers.iter_mut().enumerate() {
+            // SAFETY: `self` proves AVX-512 and, with `DOT`, its VBMI part.
+            let bytes = unsafe {
+                let from = _mm512_load_si512(BYTES_OF_HALVES[at].0.as_ptr().cast());
+                _mm512_castsi512_ps(_mm512_mask_permutexvar_epi8(_mm512_castps_si512(*number), place, from, x))
+            };
+            *number = self.fma(bytes, scale[at % 2], shift[at % 2]);
+        }
+        [self.narrow(numbers[0], numbers[1]), self.narrow(numbers[2], numbers[3])]
+    }
+
     /// With `DOT` what is smaller than normal numbers becomes zero, as in every product of bfloat16.
     #[inline(always)]
     fn narrow(self, first: __m512, second: __m512) -> __m512i {
@@ -363,6 +405,27 @@ static INTERLEAVED: Order = {
         i += 1;
     }
     Order(order)
+};
+
+/// The power of two in whose fraction a whole number stands 8 bits from the end, and 16.
+const BESIDE_BYTES: f32 = 32_768.0;
+const BESIDE_NIBBLES: f32 = 128.0;
+
+/// Aligned as a vector is.
+#[repr(align(64))]
+struct Bytes([u8; 64]);
+
+/// Of words of four bytes: bytes 0 and 1 of words 0 to 7, of words 8 to 15, then bytes 2 and 3; each byte for all bytes of a word.
+static BYTES_OF_HALVES: [Bytes; 4] = {
+    let mut all = [const { Bytes([0; 64]) }; 4];
+    let mut i = 0;
+    while i < 4 * 64 {
+        let (vector, lane) = (i / 64, i % 64 / 4);
+        let (word, byte) = (vector % 2 * 8 + lane / 2, vector / 2 * 2 + lane % 2);
+        all[vector].0[i % 64] = (4 * word + byte) as u8;
+        i += 1;
+    }
+    all
 };
 
 /// As [`rounded`], of sixteen lanes.

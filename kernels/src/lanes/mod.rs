@@ -117,6 +117,24 @@ pub(crate) trait Simd: Copy {
     fn high_halves(self, x: Self::I) -> Self::V;
     /// Words whose halves are `low` and `high` rounded to bfloat16.
     fn halves(self, low: Self::V, high: Self::V) -> Self::I;
+    /// What a byte stands beside in [`Self::scaled_bytes`], or a nibble.
+    #[inline(always)]
+    fn beside(self, _nibbles: bool) -> f32 {
+        0.0
+    }
+    /// A number of each row, as [`Self::scaled_bytes`] takes it.
+    #[inline(always)]
+    fn spread(self, x: Self::V) -> [Self::V; 2] {
+        [x, x]
+    }
+    /// The bytes of each word as numbers: `(beside + byte) scale + shift`, words whose halves are the first two rounded to bfloat16, then the last two. With
+    /// `NIBBLES` no byte is above 15.
+    #[inline(always)]
+    fn scaled_bytes<const NIBBLES: bool>(self, x: Self::I, scale: [Self::V; 2], shift: [Self::V; 2]) -> [Self::I; 2] {
+        let first = [self.fma(self.byte::<0>(x), scale[0], shift[0]), self.fma(self.byte::<1>(x), scale[0], shift[0])];
+        let last = [self.fma(self.byte::<2>(x), scale[0], shift[0]), self.fma(self.byte::<3>(x), scale[0], shift[0])];
+        [self.halves(first[0], first[1]), self.halves(last[0], last[1])]
+    }
     /// `first`, then `second`, rounded to bfloat16, two to a word.
     fn narrow(self, first: Self::V, second: Self::V) -> Self::I;
     /// The lowest byte of each lane's bits: of `first`, then of `second`, to memory.
@@ -187,7 +205,7 @@ pub(crate) trait Kernel {
 /// Runs `kernel` on `isa`, or on the portable target where the machine lacks it.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi")]
     fn avx512_dot<K: Kernel>(s: Avx512<true>, kernel: K) {
         kernel.run(s);
     }

@@ -3,9 +3,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use coordinator::ctl::ask::Asker;
@@ -106,7 +107,7 @@ impl Parts {
     /// What does not start.
     pub async fn start(plan: &Plan) -> Result<Self, String> {
         let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
-        let ports = free_ports().map_err(|e| format!("free ports: {e}"))?;
+        let ports = free_ports(home()).map_err(|e| format!("free ports: {e}"))?;
         let kinds = SHAPE.into_iter().flat_map(|(kind, count)| (1..=count).map(move |number| (kind, number)));
         let listens = |(kind, [links, lanes]): (Kind, [SocketAddr; 2])| Listens {
             kind,
@@ -211,9 +212,10 @@ impl Parts {
 
     /// Those that should run and do not, with how they ended.
     pub fn ended(&mut self) -> Vec<String> {
+        let folder = self.folder.path();
         let ended = |part: &mut Part| match part.child.as_mut()?.try_wait() {
             Ok(None) => None,
-            other => Some(format!("{}: {other:?}", part.name)),
+            other => Some(format!("{}: {other:?}: {}", part.name, last_words(&log(folder, &part.name)))),
         };
         self.parts.iter_mut().filter_map(ended).collect()
     }
@@ -270,7 +272,7 @@ impl Parts {
     }
 
     fn log(&self, part: usize) -> PathBuf {
-        self.folder.path().join(format!("{}.log", self.parts[part].name))
+        log(self.folder.path(), &self.parts[part].name)
     }
 
     /// The front hears of the gateways whose process lives, as an orchestrator would tell it.
@@ -327,7 +329,7 @@ fn part(plan: &Plan, dir: &Path, relays: &Relays, (index, number): (usize, usize
     add("--listen", listens.links.to_string());
     let mut http = None;
     if kind == Kind::Coordinator {
-        let address = free_tcp_port();
+        let address = free_tcp_port(listens.links.ip());
         add("--id", number.to_string());
         add("--peers", peers.join(","));
         add("--http", address.to_string());
@@ -387,21 +389,38 @@ fn cluster_file(plan: &Plan, dir: &Path, parts: &[Part], relays: &Relays, http: 
     }
 }
 
-/// Where processes listen. Ports that the system hands out meanwhile, to relays and clients, are another address's.
-const HOME: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+/// Where the processes of one cluster listen: an address that no other cluster of this process has, nor of others that run at the same time. Ports that the
+/// system hands out meanwhile, to relays, clients and other clusters, are another address's.
+fn home() -> Ipv4Addr {
+    static CLUSTERS: AtomicU32 = AtomicU32::new(0);
+    let (process, cluster) = (std::process::id(), CLUSTERS.fetch_add(1, Ordering::Relaxed));
+    Ipv4Addr::new(127, 128 | (process >> 8) as u8, process as u8, 1 + (cluster % 254) as u8)
+}
 
 /// Two UDP ports for each process. All are held until all are found, so that they differ.
-fn free_ports() -> std::io::Result<Vec<[SocketAddr; 2]>> {
+fn free_ports(home: Ipv4Addr) -> std::io::Result<Vec<[SocketAddr; 2]>> {
     let count: usize = SHAPE.iter().map(|(_, count)| count).sum();
-    let held = std::iter::repeat_with(|| UdpSocket::bind((HOME, 0))).take(2 * count).collect::<Result<Vec<_>, _>>()?;
+    let held = std::iter::repeat_with(|| UdpSocket::bind((home, 0))).take(2 * count).collect::<Result<Vec<_>, _>>()?;
     let ports = held.iter().map(UdpSocket::local_addr).collect::<Result<Vec<_>, _>>()?;
     Ok(ports.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect())
 }
 
 /// A TCP port that was free a moment ago.
-fn free_tcp_port() -> SocketAddr {
-    let listener = TcpListener::bind((HOME, 0)).and_then(|listener| listener.local_addr());
+fn free_tcp_port(home: IpAddr) -> SocketAddr {
+    let listener = TcpListener::bind((home, 0)).and_then(|listener| listener.local_addr());
     listener.expect("loopback has a free port")
+}
+
+/// Where the output of a process goes.
+fn log(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}.log"))
+}
+
+/// The last lines of a log.
+fn last_words(log: &Path) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_else(|error| error.to_string());
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(3)..].join(" | ")
 }
 
 async fn front_listener() -> std::io::Result<(tokio::net::TcpListener, SocketAddr)> {
